@@ -1,0 +1,39 @@
+# Set-up, tests, the main job. Every target that needs the environment makes it first; second runs reuse everything.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
+QUIET := -q --disable-pip-version-check --no-input
+
+.PHONY: setup bench test lint clean native-test asan tsan
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(QUIET) -c constraints.txt torch==2.13.0 $(BUILD_TOOLS) ruff
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install $(QUIET) --no-build-isolation -c constraints.txt -e '.[bench,test]'
+	touch $@
+
+bench: setup
+	$(BIN)/python -m bench run
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The kernels without Python: a standalone binary, on every ISA level that this CPU runs.
+native-test asan tsan: setup
+	$(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DMOE_KERNELS_CPP_TEST=ON \
+	  -DMOE_KERNELS_SANITIZER=$(if $(filter asan,$@),address,$(if $(filter tsan,$@),thread,)) > /dev/null
+	$(BIN)/cmake --build build/$@
+	build/$@/moe_native_test
+
+clean:
+	rm -rf $(VENV) build report .pytest_cache .ruff_cache .hypothesis .benchmarks moe_kernels/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

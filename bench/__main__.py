@@ -1,0 +1,38 @@
+"""python -m bench list|run|compare|report|env"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit code, what it does
+    "run": ("bench.run", "the main job: train, sample, check and time on real images; writes report/"),
+    "list": ("bench.cases", "print the ids of the benchmark cases"),
+    "compare": ("bench.compare", "judge two row files: SAME, FASTER, SLOWER or UNSURE per case"),
+    "report": ("bench.report", "render report/ from its rows"),
+    "env": ("bench.store", "print machine, ISA, threads, OpenMP runtime, versions, backends"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; bad input prints one line and returns 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    name = next((word for word in argv if word in COMMANDS), None)
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for command, (_, description) in COMMANDS.items():
+        subparser = subparsers.add_parser(command, help=description, description=description)
+        if command == name:
+            module = importlib.import_module(COMMANDS[name][0])
+            module.add_arguments(subparser)
+    args = parser.parse_args(argv)
+    try:
+        return module.main(args)
+    except (ValueError, OSError) as error:
+        print(f"python -m bench {args.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

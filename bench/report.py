@@ -1,0 +1,270 @@
+"""Render report/index.html (self-contained) and report/report.md from the rows of a run; every sentence is computed."""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bench import pictures, store
+
+ROOMS = ("gating", "dispatch", "experts", "combine")
+BASELINES = {"authors_tp1": "the authors' loop", "grouped": "grouped"}
+ORDER = ("native", "grouped", "eager", "sorted_loop", "authors_tp1", "authors_tp2", "reference")
+NAMES = {
+    "authors_tp1": "authors' loop", "authors_tp2": "authors' loop, tp=2", "sorted_loop": "sorted loop",
+}  # fmt: skip
+TITLES = {
+    "layer": "MoE layer", "block": "transformer block", "train_step": "training step", "sampling_step": "sampling step",
+    "gating": "gating", "dispatch": "dispatch", "experts": "experts", "combine": "combine",
+}  # fmt: skip
+MODES = {"fwd": "forward", "bwd": "backward", "fwdbwd": "forward + backward"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("report"), help="folder of a run (default: report)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Render the folder's report again from its rows and pictures."""
+    print(write(args.folder))
+    return 0
+
+
+def write(folder: Path) -> Path:
+    """Write index.html and report.md beside rows.jsonl; returns the path of index.html.
+
+    Raises: ValueError naming rows.jsonl when it is missing, empty or foreign.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    rows = store.read(folder / "rows.jsonl")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["figure"] = figure
+    view = view_of(rows, load_pictures(folder / "pictures.npz"))
+    (folder / "index.html").write_text(environment.get_template("report.html.j2").render(view), encoding="utf-8")
+    (folder / "report.md").write_text(markdown(view), encoding="utf-8")
+    return folder / "index.html"
+
+
+def view_of(rows: Sequence[dict], images: dict[str, np.ndarray]) -> dict:
+    """Turn rows and pictures into what the template shows; sections without rows are None or empty."""
+    of = defaultdict(list)
+    for row in rows:
+        of[row["kind"]].append(row)
+    run, training, figures = (of[kind][-1] if of[kind] else None for kind in ("run", "training", "figures"))
+    counts = images.pop("counts", None)
+    parity = sorted(of["parity"], key=lambda r: (rank(r["backend"]), r["dtype"] != "fp32"))
+    races = races_of(of["time"])
+    return {
+        "headline": headline(rows), "last": rows[-1], "run": run, "training": training, "figures": figures,
+        "checks": checks(figures) if figures else [], "curve": curve(training["losses"]) if training else None,
+        "grids": [(name, pictures.data_uri(pictures.grid(value, 10))) for name, value in images.items()],
+        "parity": parity, "controls": of["control"], "forest": forest([*parity, *of["control"]]),
+        "races": [r for r in races if r["level"] not in ROOMS], "rooms": [r for r in races if r["level"] in ROOMS],
+        "stages": stages([r for r in races if r["level"] in ROOMS]),
+        "loads": load_maps(counts) if counts is not None else [],
+        "load_rows": of["load"][-1]["layers"] if of["load"] else [], "names": NAMES, "rooms_order": ROOMS,
+    }  # fmt: skip
+
+
+def headline(rows: Sequence[dict]) -> str:
+    """Say in two sentences which backends are at parity, and how fast the native layer is against its baselines."""
+    verdicts = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["kind"] == "parity":
+            verdicts[row["verdict"]][row["backend"]].append(row["dtype"])
+    parts = []
+    for verdict in ("DIFFERENT", "UNSURE", "PARITY"):
+        groups = defaultdict(list)
+        for backend, dtypes in sorted(verdicts[verdict].items(), key=lambda item: rank(item[0])):
+            groups[" and ".join(dtypes)].append(backend)
+        parts += [f"{verdict} in {dtypes}: {', '.join(backends)}" for dtypes, backends in groups.items()]
+    sentences = ["; ".join(parts) + "." if parts else "No parity verdicts yet."]
+    speeds = []
+    for row in rows:
+        if row["kind"] == "time" and row["level"] == "layer" and row["backend"] == "native" and row["mode"] == "fwd":
+            ratios = [f"{ratio(row['ratios'][b])} {NAMES.get(b, b)}" for b in BASELINES if b in row["ratios"]]
+            if ratios:
+                speeds.append((row, f"{row['dtype']}: {', '.join(ratios)}"))
+    if speeds:
+        first = speeds[0][0]
+        sentences.append(
+            f"Speed of the native MoE layer at {first['model']} width, forward, T={first['T']}, "
+            f"{plural(first['threads'], 'thread')}, relative to - " + "; ".join(text for _, text in speeds) + "."
+        )
+    return " ".join(sentences)
+
+
+def races_of(rows: Sequence[dict]) -> list[dict]:
+    """Group timed rows that ran against each other, in the order in which they ran; the fastest is marked."""
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[row["race"]].append(row)
+    races = []
+    for race, members in groups.items():
+        first = members[0]
+        members = sorted(members, key=lambda r: rank(r["backend"]))
+        slowest = max((r["figures"]["time_us_median"] for r in members if not r["wrong"]), default=1.0)
+        for r in members:
+            r["share"] = 0.0 if r["wrong"] else r["figures"]["time_us_median"] / slowest
+        title = f"{TITLES[first['level']]}, {MODES[first['mode']]}, {first['dtype']}"
+        if first["level"] in ("train_step", "sampling_step"):
+            title = f"{TITLES[first['level']]}, {first['dtype']}"
+        races.append({**{k: first[k] for k in ("level", "mode", "dtype", "T", "threads", "model", "routing", "what")},
+                      "race": race, "title": title, "rows": members})  # fmt: skip
+    return races
+
+
+def stages(races: Sequence[dict]) -> list[dict]:
+    """Line up the four rooms' times per dtype and backend, as shares of the longest line."""
+    times: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for race in races:
+        for row in race["rows"]:
+            if not row["wrong"]:
+                times[race["dtype"], row["backend"]][race["level"]] = row["figures"]["time_us_median"] / 1e3
+    whole = {key: rooms for key, rooms in times.items() if len(rooms) == len(ROOMS)}
+    longest = max((sum(rooms.values()) for rooms in whole.values()), default=1.0)
+    return [
+        {"dtype": dtype, "backend": backend, "total_ms": sum(rooms.values()),
+         "rooms": [(room, rooms[room], 100 * rooms[room] / longest) for room in ROOMS]}
+        for (dtype, backend), rooms in sorted(whole.items(), key=lambda item: (item[0][0] != "fp32", rank(item[0][1])))
+    ]  # fmt: skip
+
+
+def checks(figures: dict) -> list[dict]:
+    """List the main job's own thresholds, what came, and whether it holds."""
+    names = {
+        "classifier": "classifier on held-out images", "guided": "samples recognised, with guidance",
+        "plain": "samples recognised, without guidance",
+    }  # fmt: skip
+    return [
+        {"name": names[key], "value": value, "least": least, "holds": value >= least}
+        for key, (value, least) in figures["thresholds"].items()
+    ]
+
+
+def forest(rows: Sequence[dict]) -> dict | None:
+    """Place each paired dFD interval on one axis, linear inside the margin and logarithmic outside: percent from left."""
+    if not rows:
+        return None
+    margin = rows[0]["margin"]
+    reach = max(2.0, *(abs(r[k]) / margin for r in rows for k in ("low", "high")))
+
+    def place(value: float) -> float:
+        x = value / margin
+        bent = x if abs(x) <= 1 else np.sign(x) * (1 + np.log(abs(x)) / np.log(reach))
+        return 50 + 48 * bent / 2
+
+    lines = [
+        {"name": r.get("backend") or r["control"], "dtype": r["dtype"], "verdict": r["dfd_verdict"],
+         "left": place(r["low"]), "width": max(0.4, place(r["high"]) - place(r["low"])), "at": place(r["dfd"]), "row": r}
+        for r in rows
+    ]  # fmt: skip
+    return {"lines": lines, "margin": margin, "left": place(-margin), "right": place(margin)}
+
+
+def curve(losses: Sequence[float], width: int = 600, height: int = 160) -> dict:
+    """Return SVG paths of the losses and of their running mean over 1/30 of the run."""
+    y = np.asarray(losses, dtype=np.float64)
+    window = max(1, len(y) // 30)
+    smooth = np.convolve(np.pad(y, (window // 2, window - 1 - window // 2), "edge"), np.ones(window) / window, "valid")
+    low, high = 0.0, float(max(y.max(), 1e-9))
+
+    def path(values: np.ndarray) -> str:
+        xs = np.linspace(0, width, len(values))
+        ys = height * (1 - (values - low) / (high - low))
+        return "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(xs, ys, strict=True))
+
+    return {"raw": path(y), "smooth": path(smooth), "high": high, "last": float(smooth[-1]), "size": (width, height)}
+
+
+def load_maps(counts: np.ndarray) -> list[dict]:
+    """Paint, per layer, each expert's load over positions (one small map each) and over timesteps (experts x steps)."""
+    experts = counts.shape[-1]
+    side = int(round(counts.shape[2] ** 0.5))
+    maps = []
+    for layer, count in enumerate(counts.astype(np.float64)):
+        position = count.sum(0) * experts / count.sum((0, 2))[:, None]
+        timestep = count.sum(1) * experts / count.sum((1, 2))[:, None]
+        maps.append(
+            {
+                "layer": layer,
+                "position": [pictures.data_uri(pictures.load_map(position[:, e].reshape(side, side))) for e in range(experts)],
+                "timestep": pictures.data_uri(pictures.load_map(timestep.T)),
+            }
+        )
+    return maps
+
+
+def markdown(view: dict) -> str:
+    """Write the headline, verdicts and tables as GitHub markdown."""
+    lines = ["# DiT-MoE main job", "", f"**{view['headline']}**", ""]
+    if view["checks"]:
+        lines += table(("check", "came", "at least"), [(c["name"], f"{c['value']:.1%}", f"{c['least']:.0%}") for c in view["checks"]])
+    if view["parity"]:
+        head = ("backend", "dtype", "verdict", "plans", "layer error / torch's", "flipped samples", "PSNR dB", "dFD [90 %]", "FD-cls")
+        lines += table(head, [parity_cells(r) for r in [*view["parity"], *view["controls"]]])
+    for race in [*view["races"], *view["rooms"]]:
+        head = (f"{race['title']}: {race['what']}", "ms median [p20, p80]", "n", *(f"x {NAMES.get(b, b)}" for b in BASELINES))
+        cells = [
+            (NAMES.get(r["backend"], r["backend"]), r["wrong"] or times(r), r["figures"].get("n", ""),
+             *(ratio(r["ratios"][b]) if b in r["ratios"] else "" for b in BASELINES))
+            for r in race["rows"]
+        ]  # fmt: skip
+        lines += table(head, cells)
+    machine = view["last"]["machine"]
+    lines += [f"{machine['cpu']}, {machine['isa']}, {view['last']['date'][:10]}, commit {view['last']['commit'] or 'none'}. "
+              "Ratios above 1 are faster; intervals are 95 % bootstrap over interleaved rounds.", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def parity_cells(row: dict) -> tuple:
+    return (
+        row.get("backend") or f"control: {row['control']}", row["dtype"], row["verdict"], row["plans"],
+        figure(max(row["outputs_ratio"], row["experts_ratio"])), f"{row['flipped_samples']:.1%}", f"{row['psnr_db']:.1f}",
+        f"{row['dfd']:+.5f} [{row['low']:+.5f}, {row['high']:+.5f}]", f"{row['fd_b']:.4f}",
+    )  # fmt: skip
+
+
+def table(head: Sequence[str], cells: Sequence[Sequence]) -> list[str]:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *cells)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
+
+
+def times(row: dict) -> str:
+    median, p20, p80 = (row["figures"][f"time_us_{k}"] / 1e3 for k in ("median", "p20", "p80"))
+    return f"{figure(median)} [{figure(p20)}, {figure(p80)}]"
+
+
+def ratio(value: Sequence[float]) -> str:
+    return f"{value[0]:.2f}x [{value[1]:.2f}, {value[2]:.2f}]"
+
+
+def figure(value: float) -> str:
+    """Format a number to three significant digits without exponents where they can be avoided."""
+    if value == 0 or 1e-4 <= abs(value) < 1e5:
+        digits = 3 if value == 0 else max(0, 2 - int(np.floor(np.log10(abs(value)))))
+        return f"{value:.{min(digits, 6)}f}"
+    return f"{value:.1e}"
+
+
+def rank(backend: str) -> int:
+    return ORDER.index(backend) if backend in ORDER else len(ORDER)
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def load_pictures(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        return {}
+    with np.load(path) as file:
+        return {key: file[key] for key in file.files}

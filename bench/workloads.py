@@ -1,0 +1,437 @@
+"""From a case to something that runs: build it for a backend or a peer, verify it against the oracle, race it.
+
+`how` names who computes: a backend of moe_kernels, a peer, "plain" (the oracle's code in the case's dtype) or "oracle" (float64).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from itertools import groupby
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import moe_kernels
+import reference.moe
+import reference.routing
+from bench import measure, peers, store
+from bench.cases import BACKENDS, PEERS, Case, make_inputs
+from reference.diffusion import RectifiedFlow
+from reference.dit import DiTBlock, DiTMoE, DiTMoEConfig
+
+PEER_CLASSES = {
+    "sorted_loop": (peers.SortedLoopMoE, 1),
+    "authors_tp1": (peers.AuthorsMoE, 1),
+    "authors_tp2": (peers.AuthorsMoE, 2),
+}
+NARROW = 16  # slices with fewer elements have no error statistics of their own
+GUIDANCE = 1.5
+PLAN = ("expert_counts", "row_token", "row_weight", "row_pick", "token_rows")
+Named = dict[str, Tensor]
+Run = Callable[[], Sequence[Tensor]]
+
+
+@dataclass
+class Workload:
+    """`run` is what is timed; `named` turns its result into tensors by name, for the verification."""
+
+    case: Case
+    run: Run
+    named: Callable[[Sequence[Tensor]], Named]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Errors per tensor against the float64 oracle, ours and plain torch's; `wrong` says which broke the rule."""
+
+    errors: dict[str, dict[str, float]]
+    wrong: str | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """How a room, or the layer, is called on the inputs p: ours(p, backend) and plain(p), both returning the outputs."""
+
+    leaves: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ours: Callable[[SimpleNamespace, str], Sequence[Tensor]]
+    plain: Callable[[SimpleNamespace], Sequence[Tensor]]
+
+
+def _plain_gating(p: SimpleNamespace) -> Sequence[Tensor]:
+    wide = torch.promote_types(p.x.dtype, torch.float32)
+    return reference.routing.token_choice(p.x.to(wide), p.gate_weight.to(wide), p.shape.K)
+
+
+def _plain_dispatch(p: SimpleNamespace) -> Sequence[Tensor]:
+    flat = p.topk_ids.long().flatten()
+    row_pick = flat.argsort(stable=True)
+    row_token = row_pick // p.shape.K
+    counts = flat.bincount(minlength=p.shape.E)
+    return counts, row_token, p.topk_weights.flatten()[row_pick], row_pick, row_token.argsort(stable=True)
+
+
+def _ours_dispatch(p: SimpleNamespace, backend: str) -> Sequence[Tensor]:
+    plan = moe_kernels.dispatch(p.topk_ids, p.topk_weights, p.shape.E, backend)
+    return [getattr(plan, name) for name in PLAN]
+
+
+def _plain_experts(p: SimpleNamespace) -> Sequence[Tensor]:
+    rows = p.x[p.plan.row_token.long()].split(p.plan.expert_counts.tolist())
+    weights = zip(rows, p.gate_up_proj, p.down_proj, strict=True)
+    return [torch.cat([reference.moe.expert_mlp(*args, p.shape.activation) for args in weights])]
+
+
+def _plain_combine(p: SimpleNamespace) -> Sequence[Tensor]:
+    weighted = p.row_weight[:, None] * p.y_rows
+    out = torch.zeros_like(p.shared, dtype=weighted.dtype).index_add(0, p.plan.row_token.long(), weighted)
+    return [(p.shared + out).to(p.y_rows.dtype)]
+
+
+def _ours_layer(p: SimpleNamespace, backend: str) -> Sequence[Tensor]:
+    plan = moe_kernels.dispatch(p.topk_ids, p.topk_weights, p.shape.E, backend)
+    return [moe_kernels.moe_mlp(p.x, plan, *_weights(p), activation=p.shape.activation, backend=backend)]
+
+
+def _weights(p: SimpleNamespace) -> Sequence[Tensor | None]:
+    return p.gate_up_proj, p.down_proj, p.shared_gate_up_proj, p.shared_down_proj
+
+
+OPS = {
+    "gating": Op(
+        ("x", "gate_weight"),
+        ("topk_weights", "topk_ids", "probs"),
+        lambda p, backend: moe_kernels.gating(p.x, p.gate_weight, p.shape.K, backend),
+        _plain_gating,
+    ),
+    "dispatch": Op((), PLAN, _ours_dispatch, _plain_dispatch),
+    "experts": Op(
+        ("x", "gate_up_proj", "down_proj"),
+        ("y_rows",),
+        lambda p, backend: [moe_kernels.experts(p.x, p.plan, *_weights(p)[:2], p.shape.activation, backend)],
+        _plain_experts,
+    ),
+    "combine": Op(
+        ("y_rows", "row_weight", "shared"),
+        ("out",),
+        lambda p, backend: [moe_kernels.combine(p.y_rows, replace(p.plan, row_weight=p.row_weight), p.shared, backend)],
+        _plain_combine,
+    ),
+    "layer": Op(
+        ("x", "topk_weights", "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj"),
+        ("out",),
+        _ours_layer,
+        lambda p: [reference.moe.moe(p.x, p.topk_weights, p.topk_ids, *_weights(p), p.shape.activation)],
+    ),
+}
+
+
+def why_not(case: Case) -> str | None:
+    """Say why a case cannot run here, or None: its backend is not available, or does not take its dtype."""
+    reason = next((info.reason for info in _backends() if info.name == case.backend and not info.available), None)
+    if reason:
+        return f"backend {case.backend} is not available: {reason}"
+    if case.backend == "native" and case.dtype not in ("fp32", "bf16"):
+        return f"backend native does not take {case.dtype}"
+    return None
+
+
+@cache
+def _backends() -> tuple[moe_kernels.BackendInfo, ...]:
+    return moe_kernels.backends()
+
+
+def build(case: Case, how: str | None = None) -> Workload:
+    """Build the workload of a case, by default for its own backend; same case, same numbers for everybody.
+
+    Raises: ValueError for an unknown backend, a level its shape has no model for, T that is no whole number of images.
+    """
+    how = how or case.backend
+    if how not in (*BACKENDS, *PEERS, "plain", "oracle"):
+        raise ValueError(f"backend: got {how!r}, expected one of {', '.join((*BACKENDS, *PEERS))}")
+    if case.level in OPS:
+        return _build_op(case, how)
+    images = case.shape.tokens_per_image * (2 if case.level == "sampling_step" else 1)
+    if not case.shape.num_heads or case.T % images:
+        raise ValueError(f"case {case}: expected a DiT-MoE shape and a multiple of {images} tokens")
+    return {"block": _build_block, "train_step": _build_train_step, "sampling_step": _build_sampling_step}[case.level](case, how)
+
+
+def _build_op(case: Case, how: str) -> Workload:
+    op, s = OPS[case.level], case.shape
+    p = make_inputs(case, dtype=_dtype(case, how))
+    p.shape, generator = s, torch.Generator().manual_seed(1)
+    p.plan = moe_kernels.dispatch(p.topk_ids, p.topk_weights, s.E, "eager")
+    p.row_weight = p.plan.row_weight.clone()
+    p.y_rows, p.shared = (_draw(n, s.H, case=case, generator=generator).to(p.x) for n in (case.rows, case.T))
+    leaves = {name: getattr(p, name) for name in op.leaves if getattr(p, name) is not None}
+    if how in PEERS:
+        peer = _peer_layer(case, how, p)
+        leaves = {"x": p.x, "topk_weights": p.topk_weights, **dict(peer.named_parameters())}
+        leaves.pop("gate.weight")
+        return _workload(case, how, lambda: [peer.on_given_picks(p.x, p.topk_weights, p.topk_ids)], op.outputs, leaves, _stack_experts)
+    forward = (lambda: op.ours(p, how)) if how in BACKENDS else (lambda: op.plain(p))
+    return _workload(case, how, forward, op.outputs, leaves)
+
+
+def _dtype(case: Case, how: str) -> torch.dtype:
+    if how == "oracle":
+        return torch.float64
+    return torch.float32 if _needs_autocast(case, how) else case.torch_dtype
+
+
+def _needs_autocast(case: Case, how: str) -> bool:
+    """The authors' training path crashes in pure bf16: their way is fp32 parameters under autocast."""
+    return how.startswith("authors") and case.mode != "fwd" and case.torch_dtype.itemsize == 2
+
+
+def _autocast(case: Case, how: str) -> Any:
+    return torch.autocast("cpu", case.torch_dtype) if _needs_autocast(case, how) else nullcontext()
+
+
+def _draw(*size: int, case: Case, generator: torch.Generator) -> Tensor:
+    return torch.randn(size, generator=generator).to(case.torch_dtype)
+
+
+def _workload(
+    case: Case,
+    how: str,
+    forward: Run,
+    outputs: Sequence[str],
+    leaves: Named,
+    merge: Callable[[Named], Named] = lambda named: named,
+) -> Workload:
+    """Make the run of a mode out of a forward: its outputs, or the leaves' gradients for drawn output gradients."""
+
+    def plain_forward() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return forward()
+
+    if case.mode == "fwd":
+        return Workload(case, plain_forward, lambda result: dict(zip(outputs, result, strict=True)))
+
+    def graph() -> list[Tensor]:
+        with _autocast(case, how):
+            return [y for y in forward() if y.is_floating_point()]
+
+    tensors = [leaf.requires_grad_() for leaf in leaves.values()]
+    kept, generator = graph(), torch.Generator().manual_seed(2)
+    douts = [_draw(*y.shape, case=case, generator=generator).to(y.dtype) for y in kept]
+
+    def run() -> Sequence[Tensor]:
+        if case.mode == "bwd":
+            return torch.autograd.grad(kept, tensors, douts, retain_graph=True, materialize_grads=True)
+        return torch.autograd.grad(graph(), tensors, douts, materialize_grads=True)
+
+    return Workload(case, run, lambda result: merge({f"d{n}": g for n, g in zip(leaves, result, strict=True)}))
+
+
+def _peer_layer(case: Case, how: str, p: SimpleNamespace) -> peers.PeerMoE:
+    """Make a peer whose parameters are views of the stacked weights."""
+    s, (cls, tp) = case.shape, PEER_CLASSES[how]
+    with torch.device("meta"):
+        peer = cls(s.H, s.I, s.E, s.K, s.Is, pretraining_tp=tp)
+    peer.gate.weight = nn.Parameter(p.gate_weight)
+    experts = list(zip(peer.experts, p.gate_up_proj, p.down_proj, strict=True))
+    if s.Is:
+        experts.append((peer.shared_experts, p.shared_gate_up_proj, p.shared_down_proj))
+    for mlp, gate_up_proj, down_proj in experts:
+        gate, up = gate_up_proj.chunk(2)
+        for linear, weight in ((mlp.gate_proj, gate), (mlp.up_proj, up), (mlp.down_proj, down_proj)):
+            linear.weight = nn.Parameter(weight)
+    return peer.train(case.mode != "fwd")
+
+
+def _stack_experts(named: Named) -> Named:
+    """Turn per-expert gradients into the stacked ones of the other contenders."""
+
+    def pair(prefix: str) -> Tensor:
+        return torch.cat([named[f"{prefix}.gate_proj.weight"], named[f"{prefix}.up_proj.weight"]])
+
+    out = {"dx": named["dx"], "dtopk_weights": named["dtopk_weights"]}
+    count = sum(name.startswith("dexperts.") and name.endswith(".down_proj.weight") for name in named)
+    out["dgate_up_proj"] = torch.stack([pair(f"dexperts.{e}") for e in range(count)])
+    out["ddown_proj"] = torch.stack([named[f"dexperts.{e}.down_proj.weight"] for e in range(count)])
+    if "dshared_experts.down_proj.weight" in named:
+        out["dshared_gate_up_proj"] = pair("dshared_experts")
+        out["dshared_down_proj"] = named["dshared_experts.down_proj.weight"]
+    return out
+
+
+def _config(case: Case) -> DiTMoEConfig:
+    s = case.shape
+    if "/" in s.name:
+        return DiTMoEConfig.from_name(f"DiT-MoE-{s.name}", label_dropout=0.0)
+    side = math.isqrt(s.tokens_per_image)
+    return DiTMoEConfig(s.depth, s.H, s.num_heads, 2, s.E, s.K, input_size=2 * side, label_dropout=0.0)
+
+
+def _module(cls: type[nn.Module], case: Case, how: str) -> nn.Module:
+    """Build the oracle's module, nothing in it zero (adaLN-Zero would hide the MoE), and swap its MoE."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = cls(_config(case))
+        for parameter in module.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=case.shape.H**-0.5)
+    module = module.to(case.torch_dtype).to(_dtype(case, how)).train(case.mode != "fwd")
+    if how in BACKENDS:
+        moe_kernels.replace_moe(module, how)
+    elif how in PEERS:
+        peer, tp = PEER_CLASSES[how]
+        peers.install(module, tp, peer)
+    return module
+
+
+def _build_block(case: Case, how: str) -> Workload:
+    block, generator = _module(DiTBlock, case, how), torch.Generator().manual_seed(1)
+    L, H = case.shape.tokens_per_image, case.shape.H
+    B = case.T // L
+    x, condition = (_draw(*size, H, case=case, generator=generator).to(_dtype(case, how)) for size in ((B, L), (B,)))
+    leaves = {"x": x, "condition": condition, **dict(block.named_parameters())}
+    return _workload(case, how, lambda: [block(x, condition)], ("out",), leaves, _group_parameters)
+
+
+def _group_parameters(named: Named) -> Named:
+    """Join gradients into the router's, the experts' and the rest: single ones are too small for a fair error."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, gradient in named.items():
+        kind = name if name in ("dx", "dcondition") else "drest"
+        if "gate.weight" in name:
+            kind = "dgate_weight"
+        elif "experts." in name:
+            kind = "dexperts"
+        groups.setdefault(kind, []).append(gradient.flatten())
+    return {kind: torch.cat(parts) for kind, parts in groups.items()}
+
+
+def _latents(case: Case, how: str, B: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw (x0, noise, t, y) of B images."""
+    config, generator = _config(case), torch.Generator().manual_seed(1)
+    size = (B, config.in_channels, config.input_size, config.input_size)
+    x0, noise = (_draw(*size, case=case, generator=generator).to(_dtype(case, how)) for _ in range(2))
+    t = torch.rand(B, generator=generator).to(torch.float64 if how == "oracle" else torch.float32)
+    return x0, noise, t, torch.randint(config.num_classes, (B,), generator=generator)
+
+
+def _build_train_step(case: Case, how: str) -> Workload:
+    """Rectified-flow loss, backward and AdamW; its learning rate 0 does all the work and leaves the weights as they are."""
+    model = _module(DiTMoE, case, how)
+    x0, noise, t, y = _latents(case, how, case.T // case.shape.tokens_per_image)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=0.0)
+
+    def run() -> Sequence[Tensor]:
+        optimizer.zero_grad()
+        with _autocast(case, how):
+            loss = RectifiedFlow.loss(model, x0, y, t=t, noise=noise)
+        loss.backward()
+        optimizer.step()
+        return [p.grad for p in trained.values()]
+
+    def named(result: Sequence[Tensor]) -> Named:
+        pairs = zip(trained.items(), result, strict=True)
+        return _group_parameters({f"d{n}": torch.zeros_like(p) if g is None else g for (n, p), g in pairs})
+
+    return Workload(case, run, named)
+
+
+def _build_sampling_step(case: Case, how: str) -> Workload:
+    model = _module(DiTMoE, case, how)
+    _, noise, t, y = _latents(case, how, case.T // (2 * case.shape.tokens_per_image))
+    return _workload(case, how, lambda: [model.forward_with_guidance(noise, t, y, GUIDANCE)], ("velocity",), {})
+
+
+def check(case: Case, named: Named) -> Check:
+    """Judge tensors by the correctness rule: e_ours <= 2 e_torch + 1e-30 per tensor; in rooms and layer over its slices too.
+
+    e_torch is the eager backend's error; for eager itself and the peers that of the oracle's code in the case's dtype. In rooms and layer
+    the tensor must also be exactly zero where the oracle is. From the block up gates may pick differently: whole tensors are judged.
+    """
+    rival = "eager" if case.backend in ("native", "grouped") else "plain"
+    expected, theirs = _expected(_key(case), "oracle"), _expected(_key(case), rival)
+    measures = (_error, _slice_error) if case.level in OPS else (_error,)
+    errors, wrong = {}, []
+    for name, exact in expected.items():
+        got = named[name].detach().double()
+        if got.shape != exact.shape:
+            return Check(errors, f"{name}: got shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
+        pairs = [(m(got, exact), m(theirs[name], exact)) for m in measures]
+        e_ours, e_torch = max(pairs, key=lambda pair: pair[0] / (pair[1] + 1e-30))
+        errors[name] = {"ours": e_ours, "torch": e_torch}
+        if case.level in OPS and got[exact == 0].count_nonzero():
+            wrong.append(f"{name} is not exactly zero where the oracle is")
+        elif not e_ours <= 2 * e_torch + 1e-30:
+            wrong.append(f"{name}: error {e_ours:.2e}, plain torch {e_torch:.2e}")
+    return Check(errors, "; ".join(wrong) or None)
+
+
+def _key(case: Case) -> Case:
+    return replace(case, backend="", threads=1, mode="fwd" if case.mode == "fwd" else "fwdbwd")
+
+
+@lru_cache(maxsize=3)
+def _expected(case: Case, how: str) -> Named:
+    work = build(case, how)
+    return {name: t.detach().double() for name, t in work.named(work.run()).items()}
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    difference = (got - exact).norm().item()
+    return difference / exact.norm().item() if difference else 0.0
+
+
+def _slice_error(got: Tensor, exact: Tensor) -> float:
+    """Return the largest relative error of a token row or an expert's slice; narrow ones are held against the mean size."""
+    if exact.ndim < 2 or not exact.numel():
+        return _error(got, exact)
+    got, exact = got.flatten(1), exact.flatten(1)
+    norms, errors = exact.norm(dim=1), (got - exact).norm(dim=1)
+    if exact.shape[1] < NARROW:
+        norms = norms.maximum(norms.square().mean().sqrt())
+    return torch.where(errors == 0, 0.0, errors / norms).max().item()
+
+
+def race(cases: Iterable[Case], min_rounds: int = 15, max_seconds: float = 5.0) -> Iterator[dict]:
+    """Time cases, those that differ in nothing but the backend interleaved; yield one row of kind "time" each.
+
+    Cases that cannot run here yield nothing. A wrong one yields its row without samples, `wrong` saying why. `speedups` holds the in-run
+    paired ratios: how many times faster this case is than each of the others.
+    """
+    runnable = [case for case in cases if not why_not(case)]
+    for _, group in groupby(sorted(runnable, key=_race_key), key=_race_key):
+        yield from _race({case.backend: case for case in group}, min_rounds, max_seconds)
+
+
+def _race_key(case: Case) -> str:
+    return replace(case, backend="any").id
+
+
+def _race(group: dict[str, Case], min_rounds: int, max_seconds: float) -> Iterator[dict]:
+    checks: dict[str, Check] = {}
+    works = {name: build(case) for name, case in group.items()}
+
+    def verify(name: str, result: Sequence[Tensor]) -> str | None:
+        checks[name] = check(group[name], works[name].named(result))
+        return checks[name].wrong
+
+    n_threads = next(iter(group.values())).threads
+    runs = {name: work.run for name, work in works.items()}
+    samples = measure.interleave(runs, min_rounds, max_seconds, verify, threads=n_threads)
+    for name, s in samples.items():
+        others = [o for o in samples.values() if o is not s and not o.wrong and not s.wrong]
+        yield store.row(
+            "time",
+            case=group[name].id,
+            figures={} if s.wrong else s.figures(group[name].flops, group[name].bytes),
+            speedups={o.name: asdict(measure.ratio(s, o)) for o in others},
+            errors=checks[name].errors if name in checks else {},
+            wrong=s.wrong,
+            samples_us=[] if s.wrong else store.thin([round(t * 1e6, 3) for t in s.times()]),
+        )

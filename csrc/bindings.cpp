@@ -1,0 +1,293 @@
+// The only file that knows Python. Every buffer arrives with its sizes, strides and readable bytes, and is checked
+// against what the kernel will touch before the kernel runs; the GIL is released around the work.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "core/tensor.h"
+#include "core/workspace.h"
+#include "cpu/combine.h"
+#include "cpu/dispatch.h"
+#include "cpu/experts.h"
+#include "cpu/gating.h"
+#include "cpu/kernels.h"
+#include "cpu/levels.h"
+#include "cpu/peak.h"
+
+namespace py = pybind11;
+using namespace moe;
+
+namespace {
+
+using Plan = std::vector<Tensor>;  // the seven tensors of RoutingPlan, in order
+constexpr Dtype F32 = Dtype::kFloat32, I32 = Dtype::kInt32;
+
+Activation activation_of(const std::string& name) {
+  MOE_CHECK(name == "swiglu" || name == "gelu", "activation: '", name, "', expected 'swiglu' or 'gelu'");
+  return name == "swiglu" ? Activation::kSwiGLU : Activation::kGELU;
+}
+
+void expect_float(const char* name, const Tensor& t) {
+  MOE_CHECK(t.dtype == F32 || t.dtype == Dtype::kBFloat16, name, ": dtype tag ", int(t.dtype), ", expected 0 or 1");
+}
+
+void expect_indices(const char* name, const int32_t* values, int64_t count, int64_t limit) {
+  for (int64_t i = 0; i < count; ++i)
+    MOE_CHECK(values[i] >= 0 && values[i] < limit, name, ": ", values[i], " at ", i, ", expected 0..", limit - 1);
+}
+
+void expect_offsets(const char* name, const int32_t* offsets, int64_t count, int64_t total) {
+  MOE_CHECK(offsets[0] == 0 && offsets[count] == total, name, ": from ", offsets[0], " to ", offsets[count],
+            ", expected 0 to ", total);
+  for (int64_t i = 0; i < count; ++i)
+    MOE_CHECK(offsets[i] <= offsets[i + 1], name, ": decreases at ", i, ", expected ascending offsets");
+}
+
+PlanView view_of(const Plan& plan, int64_t T, int64_t E) {
+  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  MOE_CHECK(plan[2].sizes.size() == 1, "plan.row_token: ", plan[2].sizes.size(), " dimensions, expected 1");
+  const int64_t R = plan[2].sizes[0];
+  plan[1].expect("plan.expert_offsets", I32, {E + 1});
+  plan[2].expect("plan.row_token", I32, {R});
+  plan[3].expect("plan.row_weight", F32, {R});
+  plan[5].expect("plan.token_row_offsets", I32, {T + 1});
+  plan[6].expect("plan.token_rows", I32, {R});
+  expect_offsets("plan.expert_offsets", plan[1].as<int32_t>(), E, R);
+  expect_offsets("plan.token_row_offsets", plan[5].as<int32_t>(), T, R);
+  expect_indices("plan.row_token", plan[2].as<int32_t>(), R, T);
+  expect_indices("plan.token_rows", plan[6].as<int32_t>(), R, R);
+  return {plan[1].as<int32_t>(), plan[2].as<int32_t>(), plan[3].as<float>(), plan[5].as<int32_t>(),
+          plan[6].as<int32_t>()};
+}
+
+PlanOut out_of(const Plan& plan, int64_t T, int64_t E, int64_t R) {
+  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  MOE_CHECK(R < (int64_t(1) << 31) && T < (int64_t(1) << 31), "plan: ", R, " rows, expected less than 2^31");
+  const int64_t sizes[] = {E, E + 1, R, R, R, T + 1, R};
+  for (int i = 0; i < 7; ++i) plan[i].expect("plan", i == 3 ? F32 : I32, {sizes[i]});
+  return {plan[0].as<int32_t>(), plan[1].as<int32_t>(), plan[2].as<int32_t>(), plan[3].as<float>(),
+          plan[4].as<int32_t>(), plan[5].as<int32_t>(), plan[6].as<int32_t>()};
+}
+
+// Sizes read off x and the weights, every weight checked against them.
+MoeSizes sizes_of(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
+                  const Tensor& shared_gate_up_proj, const Tensor& shared_down_proj, const std::string& activation,
+                  int threads) {
+  expect_float("x", x);
+  MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
+  MOE_CHECK(down_proj.sizes.size() == 3, "down_proj: ", down_proj.sizes.size(), " dimensions, expected 3");
+  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  MOE_CHECK(threads > 0, "threads: ", threads, ", expected at least 1");
+  MoeSizes s{x.sizes[0],         x.sizes[1], down_proj.sizes[0],
+             plan[2].sizes.at(0), down_proj.sizes[2], shared_down_proj.present() ? shared_down_proj.sizes.at(1) : 0,
+             x.dtype,            activation_of(activation), threads};
+  x.expect("x", s.dtype, {s.T, s.H});
+  gate_up_proj.expect("gate_up_proj", s.dtype, {s.E, s.halves() * s.I, s.H});
+  down_proj.expect("down_proj", s.dtype, {s.E, s.H, s.I});
+  if (s.Is > 0) {
+    shared_gate_up_proj.expect("shared_gate_up_proj", s.dtype, {s.halves() * s.Is, s.H});
+    shared_down_proj.expect("shared_down_proj", s.dtype, {s.H, s.Is});
+  }
+  return s;
+}
+
+Tensor optional(const std::optional<Tensor>& t) { return t ? *t : Tensor{}; }
+
+int64_t py_gating_fwd(const Tensor& x, const Tensor& weight, const Tensor& probs, const Tensor& topk_weights,
+                      const Tensor& topk_ids, int threads) {
+  expect_float("x", x);
+  const GatingSizes s{x.sizes.at(0), x.sizes.at(1), weight.sizes.at(0), topk_ids.sizes.at(1), x.dtype, threads};
+  x.expect("x", x.dtype, {s.T, s.H});
+  weight.expect("gate_weight", F32, {s.E, s.H});
+  probs.expect("probs", F32, {s.T, s.E});
+  topk_weights.expect("topk_weights", F32, {s.T, s.K});
+  topk_ids.expect("topk_ids", I32, {s.T, s.K});
+  MOE_CHECK(s.K <= s.E, "top_k: ", s.K, ", expected at most ", s.E, " experts");
+  py::gil_scoped_release release;
+  return gating_fwd(s, x.data, weight.as<float>(), probs.as<float>(), topk_weights.as<float>(), topk_ids.as<int32_t>());
+}
+
+void py_gating_bwd(const std::optional<Tensor>& dtopk_weights, const std::optional<Tensor>& dprobs, const Tensor& x,
+                   const Tensor& weight, const Tensor& topk_ids, const Tensor& probs, const Tensor& dx,
+                   const Tensor& dweight, int threads) {
+  expect_float("x", x);
+  const int64_t K = dtopk_weights ? topk_ids.sizes.at(1) : 0;
+  const GatingSizes s{x.sizes.at(0), x.sizes.at(1), weight.sizes.at(0), K, x.dtype, threads};
+  x.expect("x", x.dtype, {s.T, s.H});
+  dx.expect("dx", x.dtype, {s.T, s.H});
+  weight.expect("gate_weight", F32, {s.E, s.H});
+  dweight.expect("dgate_weight", F32, {s.E, s.H});
+  probs.expect("probs", F32, {s.T, s.E});
+  if (dprobs) dprobs->expect("dprobs", F32, {s.T, s.E});
+  if (dtopk_weights) {
+    dtopk_weights->expect("dtopk_weights", F32, {s.T, s.K});
+    topk_ids.expect("topk_ids", I32, {s.T, s.K});
+    expect_indices("topk_ids", topk_ids.as<int32_t>(), s.T * s.K, s.E);
+  }
+  py::gil_scoped_release release;
+  gating_bwd(s, optional(dtopk_weights).as<float>(), optional(dprobs).as<float>(), x.data, weight.as<float>(),
+             topk_ids.as<int32_t>(), probs.as<float>(), dx.data, dweight.as<float>());
+}
+
+void py_dispatch(const Tensor& topk_ids, const Tensor& topk_weights, int64_t num_experts, const Plan& plan) {
+  const int64_t T = topk_ids.sizes.at(0), K = topk_ids.sizes.at(1);
+  topk_ids.expect("topk_ids", I32, {T, K});
+  topk_weights.expect("topk_weights", F32, {T, K});
+  const PlanOut out = out_of(plan, T, num_experts, T * K);
+  py::gil_scoped_release release;
+  dispatch_fwd(T, K, num_experts, topk_ids.as<int32_t>(), topk_weights.as<float>(), out);
+}
+
+void py_dispatch_expert_choice(const Tensor& affinities, int64_t capacity, int64_t tokens_per_group, const Plan& plan,
+                               int threads) {
+  const int64_t T = affinities.sizes.at(0), E = affinities.sizes.at(1);
+  affinities.expect("affinities", F32, {T, E});
+  MOE_CHECK(tokens_per_group > 0 && T % tokens_per_group == 0, "tokens_per_group: ", tokens_per_group,
+            ", expected a divisor of ", T, " tokens");
+  MOE_CHECK(capacity > 0 && capacity <= tokens_per_group, "capacity: ", capacity, ", expected 1..", tokens_per_group);
+  const PlanOut out = out_of(plan, T, E, E * (T / tokens_per_group) * capacity);
+  py::gil_scoped_release release;
+  dispatch_expert_choice_fwd(T, E, capacity, tokens_per_group, affinities.as<float>(), threads, out);
+}
+
+void py_experts_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
+                    const std::string& activation, const Tensor& y_rows, const std::optional<Tensor>& gate_up,
+                    int threads) {
+  const MoeSizes s = sizes_of(x, plan, gate_up_proj, down_proj, {}, {}, activation, threads);
+  const PlanView view = view_of(plan, s.T, s.E);
+  y_rows.expect("y_rows", s.dtype, {s.R, s.H});
+  if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
+  py::gil_scoped_release release;
+  experts_fwd(s, view, {gate_up_proj.data, down_proj.data, nullptr, nullptr}, x.data, y_rows.data,
+              optional(gate_up).data);
+}
+
+void py_experts_bwd(const Tensor& dy_rows, const Tensor& x, const Plan& plan, const Tensor& gate_up,
+                    const Tensor& gate_up_proj, const Tensor& down_proj, const std::string& activation,
+                    const Tensor& dx, const Tensor& dgate_up_proj, const Tensor& ddown_proj, int threads) {
+  const MoeSizes s = sizes_of(x, plan, gate_up_proj, down_proj, {}, {}, activation, threads);
+  const PlanView view = view_of(plan, s.T, s.E);
+  dy_rows.expect("dy_rows", s.dtype, {s.R, s.H});
+  gate_up.expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
+  dx.expect("dx", s.dtype, x.sizes);
+  dgate_up_proj.expect("dgate_up_proj", s.dtype, gate_up_proj.sizes);
+  ddown_proj.expect("ddown_proj", s.dtype, down_proj.sizes);
+  py::gil_scoped_release release;
+  experts_bwd(s, view, {gate_up_proj.data, down_proj.data, nullptr, nullptr}, x.data, dy_rows.data, gate_up.data,
+              dx.data, {dgate_up_proj.data, ddown_proj.data, nullptr, nullptr});
+}
+
+void py_combine(const Tensor& y_rows, const Plan& plan, const std::optional<Tensor>& shared, const Tensor& out,
+                const Tensor& work, int threads) {
+  expect_float("y_rows", y_rows);
+  const int64_t R = y_rows.sizes.at(0), T = out.sizes.at(0), H = out.sizes.at(1);
+  y_rows.expect("y_rows", y_rows.dtype, {R, H});
+  out.expect("out", y_rows.dtype, {T, H});
+  if (shared) shared->expect("shared", y_rows.dtype, {T, H});
+  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  const PlanView view = view_of(plan, T, plan[0].sizes.at(0));
+  MOE_CHECK(plan[2].sizes[0] == R, "plan: ", plan[2].sizes[0], " rows, expected the ", R, " of y_rows");
+  work.expect("work", F32, {R + (shared ? T : 0), H});
+  py::gil_scoped_release release;
+  widen_rows(y_rows.data, work.as<float>(), R * H, y_rows.dtype, threads);
+  float* shared_fp32 = shared ? work.as<float>() + R * H : nullptr;
+  if (shared) widen_rows(shared->data, shared_fp32, T * H, y_rows.dtype, threads);
+  combine_rows({T, H, y_rows.dtype, threads, work.as<float>(), view.row_weight, view.token_row_offsets, view.token_rows,
+                shared_fp32, out.data});
+}
+
+void py_combine_bwd(const Tensor& dout, const Tensor& y_rows, const Plan& plan, const Tensor& dy_rows,
+                    const Tensor& drow_weight, int threads) {
+  expect_float("y_rows", y_rows);
+  const int64_t R = y_rows.sizes.at(0), T = dout.sizes.at(0), H = dout.sizes.at(1);
+  dout.expect("dout", y_rows.dtype, {T, H});
+  y_rows.expect("y_rows", y_rows.dtype, {R, H});
+  dy_rows.expect("dy_rows", y_rows.dtype, {R, H});
+  drow_weight.expect("drow_weight", F32, {R});
+  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  const PlanView view = view_of(plan, T, plan[0].sizes.at(0));
+  MOE_CHECK(plan[2].sizes[0] == R, "plan: ", plan[2].sizes[0], " rows, expected the ", R, " of y_rows");
+  py::gil_scoped_release release;
+  combine_bwd(R, H, y_rows.dtype, threads, view.row_token, view.row_weight, dout.data, y_rows.data, dy_rows.data,
+              drow_weight.as<float>());
+}
+
+void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
+                    const std::optional<Tensor>& shared_gate_up_proj, const std::optional<Tensor>& shared_down_proj,
+                    const std::string& activation, const Tensor& out, const std::optional<Tensor>& gate_up,
+                    const std::optional<Tensor>& shared_gate_up, int threads) {
+  const Tensor shared_up = optional(shared_gate_up_proj), shared_down = optional(shared_down_proj);
+  const MoeSizes s = sizes_of(x, plan, gate_up_proj, down_proj, shared_up, shared_down, activation, threads);
+  const PlanView view = view_of(plan, s.T, s.E);
+  out.expect("out", s.dtype, x.sizes);
+  if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
+  if (shared_gate_up) shared_gate_up->expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
+  py::gil_scoped_release release;
+  moe_mlp_fwd(s, view, {gate_up_proj.data, down_proj.data, shared_up.data, shared_down.data}, x.data, out.data,
+              optional(gate_up).data, optional(shared_gate_up).data);
+}
+
+void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const Tensor& gate_up_proj,
+                    const Tensor& down_proj, const std::optional<Tensor>& shared_gate_up_proj,
+                    const std::optional<Tensor>& shared_down_proj, const Tensor& gate_up,
+                    const std::optional<Tensor>& shared_gate_up, const std::string& activation, const Tensor& dx,
+                    const Tensor& drow_weight, const Tensor& dgate_up_proj, const Tensor& ddown_proj,
+                    const std::optional<Tensor>& dshared_gate_up_proj, const std::optional<Tensor>& dshared_down_proj,
+                    int threads) {
+  const Tensor shared_up = optional(shared_gate_up_proj), shared_down = optional(shared_down_proj);
+  const MoeSizes s = sizes_of(x, plan, gate_up_proj, down_proj, shared_up, shared_down, activation, threads);
+  const PlanView view = view_of(plan, s.T, s.E);
+  dout.expect("dout", s.dtype, x.sizes);
+  dx.expect("dx", s.dtype, x.sizes);
+  drow_weight.expect("drow_weight", F32, {s.R});
+  gate_up.expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
+  dgate_up_proj.expect("dgate_up_proj", s.dtype, gate_up_proj.sizes);
+  ddown_proj.expect("ddown_proj", s.dtype, down_proj.sizes);
+  if (s.Is > 0) {
+    optional(shared_gate_up).expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
+    optional(dshared_gate_up_proj).expect("dshared_gate_up_proj", s.dtype, shared_up.sizes);
+    optional(dshared_down_proj).expect("dshared_down_proj", s.dtype, shared_down.sizes);
+  }
+  py::gil_scoped_release release;
+  moe_mlp_bwd(s, view, {gate_up_proj.data, down_proj.data, shared_up.data, shared_down.data}, x.data, dout.data,
+              gate_up.data, optional(shared_gate_up).data, dx.data, drow_weight.as<float>(),
+              {dgate_up_proj.data, ddown_proj.data, optional(dshared_gate_up_proj).data,
+               optional(dshared_down_proj).data});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of moe_kernels; call them through moe_kernels.backends.native.";
+  py::register_exception<Error>(m, "Error", PyExc_ValueError);
+  py::class_<Tensor>(m, "Tensor", "A view of caller-owned memory: address, dtype tag, sizes, strides, readable bytes.")
+      .def(py::init([](uintptr_t data, int dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides,
+                       int64_t nbytes) {
+        MOE_CHECK(dtype >= 0 && dtype <= 2, "dtype tag: ", dtype, ", expected 0 (fp32), 1 (bf16) or 2 (int32)");
+        return Tensor{reinterpret_cast<void*>(data), Dtype(dtype), std::move(sizes), std::move(strides), nbytes};
+      }));
+  m.def("gating_fwd", &py_gating_fwd);
+  m.def("gating_bwd", &py_gating_bwd);
+  m.def("dispatch", &py_dispatch);
+  m.def("dispatch_expert_choice", &py_dispatch_expert_choice);
+  m.def("experts_fwd", &py_experts_fwd);
+  m.def("experts_bwd", &py_experts_bwd);
+  m.def("combine", &py_combine);
+  m.def("combine_bwd", &py_combine_bwd);
+  m.def("moe_mlp_fwd", &py_moe_mlp_fwd);
+  m.def("moe_mlp_bwd", &py_moe_mlp_bwd);
+  m.def("isa_level", [] { return std::string(kernels().name); }, "The ISA level in use (MOE_KERNELS_ISA forces one).");
+  m.def("isa_levels", &isa_levels, "The ISA levels this CPU runs, best first.");
+  m.def("workspace_bytes", &workspace_bytes, "Bytes of scratch memory kept between calls.");
+  m.def("release_workspace", &release_workspace, "Give the scratch memory back to the system.");
+  m.def(
+      "peak_gflops",
+      [](const std::string& dtype, int threads, double seconds) {
+        MOE_CHECK(dtype == "float32" || dtype == "bfloat16", "dtype: '", dtype, "', expected 'float32' or 'bfloat16'");
+        py::gil_scoped_release release;
+        return peak_gflops(dtype == "float32" ? F32 : Dtype::kBFloat16, threads, seconds);
+      },
+      py::arg("dtype"), py::arg("threads") = 1, py::arg("seconds") = 0.2,
+      "Multiply-accumulate rate of a register-only loop, GFLOP/s over all threads.");
+}

@@ -1,0 +1,71 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "../core/error.h"
+#include "../core/threads.h"
+
+namespace moe {
+namespace {
+
+void token_rows_from_rows(int64_t T, int64_t R, const PlanOut& plan) {
+  std::fill(plan.token_row_offsets, plan.token_row_offsets + T + 1, 0);
+  for (int64_t r = 0; r < R; ++r) ++plan.token_row_offsets[plan.row_token[r] + 1];
+  std::partial_sum(plan.token_row_offsets, plan.token_row_offsets + T + 1, plan.token_row_offsets);
+  std::vector<int32_t> next(plan.token_row_offsets, plan.token_row_offsets + T);
+  for (int64_t r = 0; r < R; ++r) plan.token_rows[next[plan.row_token[r]]++] = int32_t(r);
+}
+
+void offsets_from_counts(int64_t E, const PlanOut& plan) {
+  plan.expert_offsets[0] = 0;
+  std::partial_sum(plan.expert_counts, plan.expert_counts + E, plan.expert_offsets + 1);
+}
+
+}  // namespace
+
+void dispatch_fwd(int64_t T, int64_t K, int64_t E, const int32_t* topk_ids, const float* topk_weights,
+                  const PlanOut& plan) {
+  std::fill(plan.expert_counts, plan.expert_counts + E, 0);
+  for (int64_t i = 0; i < T * K; ++i) {
+    MOE_CHECK(topk_ids[i] >= 0 && topk_ids[i] < E, "topk_ids: ", topk_ids[i], " at token ", i / K, ", expected 0..",
+              E - 1);
+    ++plan.expert_counts[topk_ids[i]];
+  }
+  offsets_from_counts(E, plan);
+  std::vector<int32_t> next(plan.expert_offsets, plan.expert_offsets + E);
+  for (int64_t i = 0; i < T * K; ++i) {
+    const int32_t row = next[topk_ids[i]]++;
+    plan.row_token[row] = int32_t(i / K);
+    plan.row_pick[row] = int32_t(i);
+    plan.row_weight[row] = topk_weights[i];
+  }
+  token_rows_from_rows(T, T * K, plan);
+}
+
+void dispatch_expert_choice_fwd(int64_t T, int64_t E, int64_t capacity, int64_t tokens_per_group,
+                                const float* affinities, int threads, const PlanOut& plan) {
+  const int64_t groups = tokens_per_group > 0 ? T / tokens_per_group : 0, per_expert = groups * capacity;
+  std::fill(plan.expert_counts, plan.expert_counts + E, int32_t(per_expert));
+  offsets_from_counts(E, plan);
+  parallel_tasks(threads, E * groups, [&](int64_t task, int) {
+    const int64_t e = task / groups, first = task % groups * tokens_per_group;
+    std::vector<int32_t> tokens(tokens_per_group);
+    std::iota(tokens.begin(), tokens.end(), int32_t(first));
+    std::nth_element(tokens.begin(), tokens.begin() + capacity - 1, tokens.end(), [&](int32_t a, int32_t b) {
+      const float sa = affinities[a * E + e], sb = affinities[b * E + e];
+      return sa > sb || (sa == sb && a < b);
+    });
+    std::sort(tokens.begin(), tokens.begin() + capacity);
+    for (int64_t c = 0; c < capacity; ++c) {
+      const int64_t row = e * per_expert + task % groups * capacity + c, pick = tokens[c] * E + e;
+      plan.row_token[row] = tokens[c];
+      plan.row_pick[row] = int32_t(pick);
+      plan.row_weight[row] = affinities[pick];
+    }
+  });
+  token_rows_from_rows(T, E * per_expert, plan);
+}
+
+}  // namespace moe

@@ -1,0 +1,26 @@
+// The dispatch room: picks to a routing plan, by a stable counting sort.
+#pragma once
+#include <cstdint>
+
+namespace moe {
+
+struct PlanOut {
+  int32_t* expert_counts;      // (E,)
+  int32_t* expert_offsets;     // (E + 1,)
+  int32_t* row_token;          // (R,)
+  float* row_weight;           // (R,)
+  int32_t* row_pick;           // (R,)
+  int32_t* token_row_offsets;  // (T + 1,)
+  int32_t* token_rows;         // (R,)
+};
+
+// Token choice: rows grouped by expert, ascending (token, pick) inside an expert; R = T K.
+// Throws when an id is outside [0, E).
+void dispatch_fwd(int64_t T, int64_t K, int64_t E, const int32_t* topk_ids, const float* topk_weights, const PlanOut&);
+
+// Expert choice: in every group of tokens_per_group tokens each expert takes its `capacity` highest affinities
+// (the lower token on a tie), rows in ascending token order; R = E T / tokens_per_group * capacity.
+void dispatch_expert_choice_fwd(int64_t T, int64_t E, int64_t capacity, int64_t tokens_per_group,
+                                const float* affinities, int threads, const PlanOut&);
+
+}  // namespace moe

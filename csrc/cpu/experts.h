@@ -1,0 +1,57 @@
+// The experts room: grouped expert MLP over a routing plan, forward and backward, and the fused layer around it.
+#pragma once
+#include <cstdint>
+
+#include "../core/dtype.h"
+#include "kernels.h"
+
+namespace moe {
+
+struct MoeSizes {
+  int64_t T, H, E, R, I, Is;  // Is = 0: no shared expert
+  Dtype dtype;                // storage dtype of x, weights, gradients: fp32 or bf16
+  Activation activation;
+  int threads;
+
+  int64_t halves() const { return activation == Activation::kSwiGLU ? 2 : 1; }
+};
+
+// Read-only view of a RoutingPlan; bounds are the caller's to check (bindings do).
+struct PlanView {
+  const int32_t* expert_offsets;     // (E + 1,)
+  const int32_t* row_token;          // (R,)
+  const float* row_weight;           // (R,)
+  const int32_t* token_row_offsets;  // (T + 1,)
+  const int32_t* token_rows;         // (R,)
+};
+
+struct ExpertWeights {
+  const void* gate_up_proj;         // (E, halves * I, H)
+  const void* down_proj;            // (E, H, I)
+  const void* shared_gate_up_proj;  // (halves * Is, H) or null
+  const void* shared_down_proj;     // (H, Is) or null
+};
+
+struct ExpertGrads {
+  void* dgate_up_proj;
+  void* ddown_proj;
+  void* dshared_gate_up_proj;
+  void* dshared_down_proj;
+};
+
+// y_rows (R, H): each routed row through its expert, unweighted. gate_up (R, halves * I) is kept when not null.
+void experts_fwd(const MoeSizes&, const PlanView&, const ExpertWeights&, const void* x, void* y_rows, void* gate_up);
+
+// Gradients of experts_fwd from dy_rows (R, H): dx (T, H) and the weight gradients.
+void experts_bwd(const MoeSizes&, const PlanView&, const ExpertWeights&, const void* x, const void* dy_rows,
+                 const void* gate_up, void* dx, const ExpertGrads&);
+
+// out (T, H) = shared(x) + sum of row_weight * expert(x), accumulated in fp32 and rounded once.
+void moe_mlp_fwd(const MoeSizes&, const PlanView&, const ExpertWeights&, const void* x, void* out, void* gate_up,
+                 void* shared_gate_up);
+
+// Gradients of moe_mlp_fwd: dx (T, H), drow_weight (R,), and the weight gradients (exact zeros for experts without rows).
+void moe_mlp_bwd(const MoeSizes&, const PlanView&, const ExpertWeights&, const void* x, const void* dout,
+                 const void* gate_up, const void* shared_gate_up, void* dx, float* drow_weight, const ExpertGrads&);
+
+}  // namespace moe

@@ -1,0 +1,91 @@
+// The dispatch table between the rooms (portable C++) and the kernels (one translation unit per ISA level).
+#pragma once
+#include <cstdint>
+
+#include "../core/dtype.h"
+
+namespace moe {
+
+// How a storage dtype is multiplied. bf16 is either widened to fp32 while packing, or fed to vdpbf16ps in pairs.
+enum class Compute : int { kFloat32 = 0, kBFloat16Widened = 1, kBFloat16Pairs = 2 };
+constexpr int kComputes = 3;
+
+enum class Activation : int { kSwiGLU = 0, kGELU = 1 };
+
+// One expert (or the shared expert) with the rows routed to it. "storage" buffers have the user's dtype and no
+// padding; "compute" buffers (workspace) have the compute dtype and padded leading dimensions ld_*.
+struct Group {
+  int64_t rows = 0, H = 0, I = 0;
+  Activation activation = Activation::kSwiGLU;
+  const int32_t* row_token = nullptr;   // (rows,), null: row r is token token_begin + r
+  int64_t token_begin = 0;
+  const float* row_weight = nullptr;    // (rows,), null: 1
+  const void* gate_up_proj = nullptr;   // (U, H) storage, U = 2I (swiglu) or I (gelu)
+  const void* down_proj = nullptr;      // (H, I) storage
+  void* gate_up = nullptr;              // (rows, U) storage, null: not kept
+  void* x = nullptr;                    // (rows, ld_h) compute
+  void* dout = nullptr;                 // (rows, ld_h) compute
+  void* act = nullptr;                  // (rows, ld_i) compute; in backward row_weight * act
+  void* dgate_up = nullptr;             // (rows, halves * ld_i) compute, each half starts at a multiple of ld_i
+  float* y = nullptr;                   // (rows, H); in backward the gradient of the gathered x
+  float* drow_weight_parts = nullptr;   // (rows, panels of I)
+  void* dgate_up_proj = nullptr;        // (U, H) storage
+  void* ddown_proj = nullptr;           // (H, I) storage
+  int64_t ld_h = 0, ld_i = 0;
+
+  int64_t halves() const { return activation == Activation::kSwiGLU ? 2 : 1; }
+};
+
+// A rectangle of a weight gradient: output features [feature_begin, feature_end) x column panels.
+struct GradBlock {
+  int64_t half;                          // 0 or 1: which half of gate_up_proj; ignored for down_proj
+  int64_t feature_begin, feature_end, panel_begin, panel_end;
+};
+
+struct Kernels {
+  const char* name;
+  int vector_floats;                     // W; a panel of B is 2W columns wide
+  bool has_bf16_pairs;
+
+  // Rows [begin, end) of source (storage, row-major, H wide) gathered by the group's row_token into compute form.
+  void (*gather[kComputes])(const Group&, const void* source, void* target, int64_t begin, int64_t end);
+  // gate_up = x gate_up_proj^T; act = activation(gate_up). Panels of 2W columns (swiglu: W gate + W up).
+  void (*up[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
+  // y = act down_proj^T. Panels of H.
+  void (*down[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
+  // dact' = dout down_proj; dgate_up, row_weight * act, and the parts of drow_weight. Panels of I.
+  void (*dact[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
+  // y = dgate_up gate_up_proj. Panels of H.
+  void (*dx[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
+  // ddown_proj = dout^T act; dgate_up_proj = dgate_up^T x.
+  void (*ddown_proj[kComputes])(const Group&, const GradBlock&, void* scratch);
+  void (*dgate_up_proj[kComputes])(const Group&, const GradBlock&, void* scratch);
+
+  // out[t] = shared[t] + sum over the token's rows of row_weight * y, fixed order, fp32; out in storage dtype.
+  void (*combine[2])(const float* y, const float* row_weight, const int32_t* token_row_offsets,
+                     const int32_t* token_rows, const float* shared, void* out, int64_t H, int64_t begin, int64_t end);
+  // logits[t, e] = x[t] . weight[e], weight widened to fp32.
+  void (*logits[2])(const void* x, const float* weight, float* logits, int64_t H, int64_t E, int64_t begin, int64_t end);
+  // dx[t] = dlogits[t] weight; columns [begin, end) of dweight = dlogits^T x over all T tokens.
+  void (*logits_dx[2])(const float* dlogits, const float* weight, void* dx, int64_t H, int64_t E, int64_t begin,
+                       int64_t end);
+  void (*logits_dweight[2])(const float* dlogits, const void* x, float* dweight, int64_t T, int64_t H, int64_t E,
+                            int64_t begin, int64_t end);
+  // Multiply-accumulate in registers only, for the peak: returns FLOPs done.
+  double (*peak[2])(int64_t iterations);
+};
+
+// Bytes of scratch one thread needs for any kernel above on a group of these sizes.
+int64_t scratch_bytes(int64_t H, int64_t I);
+
+// K steps (32-bit items) accumulated in registers before they are added to memory: keeps the packed panel in L2 and
+// rounding errors growing with the square root of this instead of K.
+constexpr int64_t kChunkItems = 512;
+constexpr int64_t kPanelBytes = 384 << 10;  // packed panels of one task: half of a 1 MiB L2, less the rows' share
+constexpr int64_t kGradFeatures = 384;      // a weight-gradient block: features x panels
+constexpr int64_t kGradPanels = 6;
+
+// The best level this CPU runs, or the one MOE_KERNELS_ISA names (avx512bf16, avx512, avx2, portable).
+const Kernels& kernels();
+
+}  // namespace moe

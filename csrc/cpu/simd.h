@@ -1,0 +1,125 @@
+// Vectors of MOE_W floats in the compiler's own vector language: the same source for every ISA level.
+// Included only by kernels_impl.h; nothing here may be a non-static symbol, and no std:: templates may be used
+// (the linker would keep one copy, perhaps the one compiled for AVX-512).
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "../core/dtype.h"
+#if MOE_BF16_PAIRS
+#include <immintrin.h>
+#endif
+
+namespace moe {
+namespace MOE_LEVEL {
+
+constexpr int W = MOE_W;
+typedef float vf __attribute__((vector_size(4 * MOE_W)));
+typedef int32_t vi __attribute__((vector_size(4 * MOE_W)));
+typedef uint32_t vu __attribute__((vector_size(4 * MOE_W)));
+typedef uint16_t vh __attribute__((vector_size(2 * MOE_W)));
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class V, class T>
+static inline V loadu(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+static inline void storeu(T* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+// The first n elements, zeros behind them; nothing past p[n-1] is touched.
+template <class V, class T>
+static inline V load_n(const T* p, int64_t n) {
+  if (n >= W) return loadu<V>(p);
+  V v{};
+  if (n > 0) std::memcpy(&v, p, size_t(n) * sizeof(T));
+  return v;
+}
+template <class V, class T>
+static inline void store_n(T* p, V v, int64_t n) {
+  if (n >= W)
+    storeu(p, v);
+  else if (n > 0)
+    std::memcpy(p, &v, size_t(n) * sizeof(T));
+}
+
+static inline vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+static inline vh narrow(vf x) {  // round to nearest even; a NaN stays a (quiet) NaN
+  const vu bits = (vu)x;
+  const vu rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const vu nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((x == x) ? rounded : nan, vh);
+}
+
+static inline vf load(const float* p, int64_t n) { return load_n<vf>(p, n); }
+static inline vf load(const bf16* p, int64_t n) { return widen(load_n<vh>(p, n)); }
+static inline void store(float* p, vf v, int64_t n) { store_n(p, v, n); }
+static inline void store(bf16* p, vf v, int64_t n) { store_n(p, narrow(v), n); }
+
+static inline float sum(vf v) {
+  float parts[W];
+  std::memcpy(parts, &v, sizeof(v));
+  for (int step = W / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) parts[i] += parts[i + step];
+  return parts[0];
+}
+
+// exp by range reduction to [-ln2/2, ln2/2] and a degree-6 polynomial: 2e-7 relative.
+static inline vf vexp(vf x) {
+  x = x < -87.3f ? vf{} - 87.3f : x;
+  x = x > 88.3f ? vf{} + 88.3f : x;
+  const vf n = (x * 1.44269504f + 12582912.f) - 12582912.f;
+  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = r * 1.38888889e-3f + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+}
+static inline vf sigmoid(vf x) { return 1.f / (1.f + vexp(-x)); }
+
+// Normal distribution function; density receives exp(-x^2/2)/sqrt(2 pi).
+// For z = |x|/sqrt(2): erfc(z) = exp(-z^2) t P(t), t = 1/(1 + z/2), P fitted to erfcx (see tests: < 2e-7).
+static inline vf normal_cdf(vf x, vf& density) {
+  const vf z = (x < 0.f ? -x : x) * 0.707106781f;
+  const vf e = vexp(-z * z);
+  density = e * 0.398942280f;
+  const vf t = 1.f / (1.f + 0.5f * z);
+  constexpr float kErfcx[] = {2.820933151e-01f,  2.821344273e-01f, 2.464214222e-01f,  1.782110608e-01f,
+                              8.237888119e-02f,  -3.184982138e-02f, 8.775563544e-02f, -4.078488325e-01f,
+                              4.622603388e-01f,  -2.227723284e-01f, 4.121590680e-02f};
+  vf p = vf{} + kErfcx[10];
+#pragma GCC unroll 10
+  for (int i = 9; i >= 0; --i) p = p * t + kErfcx[i];
+  const vf half_tail = 0.5f * e * t * p;
+  return x < 0.f ? half_tail : 1.f - half_tail;
+}
+
+// W x W transpose of 32-bit items: log2(W) rounds of a perfect shuffle between row i and row i + W/2.
+static inline void transpose(vu (&rows)[MOE_W]) {
+  vu low, high;
+  for (int i = 0; i < W / 2; ++i) {
+    low[2 * i] = i, low[2 * i + 1] = W + i;
+    high[2 * i] = W / 2 + i, high[2 * i + 1] = W + W / 2 + i;
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+    vu next[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+}
+
+}  // namespace MOE_LEVEL
+}  // namespace moe

@@ -1,0 +1,27 @@
+"""Mixture-of-experts layers for diffusion transformers: four rooms, one plan, several backends."""
+
+from .adapters import replace_moe
+from .backends import BackendInfo, backends
+from .layer import MoELayer
+from .ops import aux_loss, combine, dispatch, dispatch_expert_choice, experts, gating, moe_mlp
+from .plan import RoutingPlan
+from .routing import ExpertChoice, TokenChoice
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendInfo",
+    "ExpertChoice",
+    "MoELayer",
+    "RoutingPlan",
+    "TokenChoice",
+    "__version__",
+    "aux_loss",
+    "backends",
+    "combine",
+    "dispatch",
+    "dispatch_expert_choice",
+    "experts",
+    "gating",
+    "moe_mlp",
+    "replace_moe",
+]

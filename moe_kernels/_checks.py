@@ -1,0 +1,84 @@
+"""Checks of arguments: every message names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .plan import RoutingPlan
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+ACTIVATIONS = {"swiglu": 2, "gelu": 1}  # rows of gate_up_proj per unit of the intermediate size
+
+
+def tensor(name: str, value: object, dims: str, dtypes: Sequence[torch.dtype] = FLOATS, like: Tensor | None = None):
+    """Check that `value` is a tensor with the dimensions written as in "T,H" and, given `like`, on its device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor ({dims})")
+    if value.dim() != dims.count(",") + 1:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({dims})")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: got {value.dtype}, expected one of {', '.join(map(str, dtypes))}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {like.device}")
+    return value
+
+
+def shape(name: str, got: Sequence[int], expected: Sequence[int], meaning: str) -> None:
+    """Check a shape whose meaning is written as in "E,H"."""
+    if tuple(got) != tuple(expected):
+        raise ValueError(f"{name}: got shape {tuple(got)}, expected ({meaning}) = {tuple(expected)}")
+
+
+def positive(name: str, value: int) -> None:
+    """Check an integer size."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected at least 1")
+
+
+def activation(name: str) -> int:
+    """Return how many rows of gate_up_proj make one unit of the intermediate size."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: got {name!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    return ACTIVATIONS[name]
+
+
+def plan(plan: object, num_tokens: int | None, num_experts: int | None, like: Tensor) -> RoutingPlan:
+    """Check that a plan is one, and that it was made for these tokens, experts and device."""
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(f"plan: got {type(plan).__name__}, expected a RoutingPlan")
+    if num_tokens is not None and plan.num_tokens != num_tokens:
+        raise ValueError(f"plan: got a plan for {plan.num_tokens} tokens, expected {num_tokens}")
+    if num_experts is not None and plan.num_experts != num_experts:
+        raise ValueError(f"plan: got a plan for {plan.num_experts} experts, expected {num_experts}")
+    if plan.row_token.device != like.device:
+        raise ValueError(f"plan: got device {plan.row_token.device}, expected {like.device}")
+    return plan
+
+
+def weights_dtype(name: str, weights: Sequence[Tensor], x: Tensor, dtype: torch.dtype) -> None:
+    """Check device and dtype of weights; under autocast they may have another dtype than x."""
+    for weight in weights:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name}: got {type(weight).__name__}, expected a tensor")
+        if weight.device != x.device:
+            raise ValueError(f"{name}: got device {weight.device}, expected {x.device} (the device of x)")
+        if weight.dtype != dtype:
+            raise TypeError(f"{name}: got {weight.dtype}, expected {dtype} (the dtype of x)")
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums over values of `dtype` are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a layer works on x: that of x, or autocast's where it is on. float64 stays."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

@@ -1,0 +1,132 @@
+"""The interface that every backend implements: four rooms and the fused layer, on plain tensors, without autograd."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan import RoutingPlan
+
+
+class MoEWeights(NamedTuple):
+    """Stacked weights of one layer, all contiguous and of the dtype of x."""
+
+    gate_up_proj: Tensor  # (E, 2I, H), rows [gate; up]; (E, I, H) for gelu
+    down_proj: Tensor  # (E, H, I)
+    shared_gate_up_proj: Tensor | None = None  # (2Is, H); (Is, H) for gelu
+    shared_down_proj: Tensor | None = None  # (H, Is)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a call asks for, as far as a backend may have to say no to it. Token counts are not part of it."""
+
+    room: str  # "gating" | "dispatch" | "experts" | "combine" | "moe_mlp"
+    dtype: torch.dtype
+    device: str = "cpu"  # device type
+    num_experts: int = 0
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    shared_intermediate_size: int = 0
+    activation: str = "swiglu"
+
+
+class Backend(ABC):
+    """One way to compute the rooms.
+
+    Tensors come in contiguous, checked for shape, dtype and device, and outside autograd and autocast. Results are fresh
+    tensors, never views of the arguments. `plan` has int32 indices. Low-precision matrix products accumulate in float32,
+    and so do the activation, the softmax and the combination. Nothing but the loop of `eager` waits for the device.
+    """
+
+    name: str
+
+    def available(self) -> bool:
+        """Say whether the backend can run in this process at all."""
+        return not self.why_not()
+
+    def why_not(self) -> str:
+        """Return why the backend is not available, "" where it is."""
+        return ""
+
+    @abstractmethod
+    def supports(self, case: Case) -> str | None:
+        """Return None where the case can be computed, else the reason why it cannot."""
+
+    @abstractmethod
+    def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(T,H), (E,H) -> topk_weights (T,K) f32, topk_ids (T,K) i32, probs (T,E) f32; float64 for float64 x.
+
+        Descending weight, the lower expert index on a tie. top_k = 0 gives empty (T,0) picks. Where the device is the
+        CPU, router logits that are not finite raise ValueError.
+        """
+
+    @abstractmethod
+    def gating_bwd(
+        self,
+        dtopk_weights: Tensor | None,
+        dprobs: Tensor | None,
+        x: Tensor,
+        gate_weight: Tensor,
+        topk_ids: Tensor,
+        probs: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return dx (T,H) in the dtype of x and dgate_weight (E,H) in the dtype of gate_weight."""
+
+    @abstractmethod
+    def dispatch(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> RoutingPlan:
+        """(T,K) ids i32 in [0,E), (T,K) weights -> plan with R = T K rows."""
+
+    @abstractmethod
+    def dispatch_expert_choice(self, affinities: Tensor, capacity: int, tokens_per_group: int) -> RoutingPlan:
+        """(T,E) -> plan with R = E capacity T/tokens_per_group rows; the lower token index wins a tie."""
+
+    @abstractmethod
+    def experts(
+        self, x: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor, activation: str, save: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return y_rows (R,H), unweighted, and gate_up (R,2I) ((R,I) for gelu), which is (0,) unless `save`."""
+
+    @abstractmethod
+    def experts_bwd(
+        self,
+        dy_rows: Tensor,
+        x: Tensor,
+        plan: RoutingPlan,
+        gate_up: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dx (T,H), dgate_up_proj (E,2I,H), ddown_proj (E,H,I); exact zeros where an expert has no rows."""
+
+    @abstractmethod
+    def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
+        """(R,H) -> shared + sum over a token's rows, ascending, of row_weight y: (T,H), float32 accumulation."""
+
+    @abstractmethod
+    def combine_bwd(self, dout: Tensor, y_rows: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+        """Return dy_rows (R,H) in the dtype of y_rows and drow_weight (R,) in the dtype of row_weight."""
+
+    @abstractmethod
+    def moe_mlp(
+        self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return out (T,H), gate_up (R,2I), shared_gate_up (T,2Is); the last two are (0,) unless `save` (and shared)."""
+
+    @abstractmethod
+    def moe_mlp_bwd(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        plan: RoutingPlan,
+        w: MoEWeights,
+        gate_up: Tensor,
+        shared_gate_up: Tensor,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return dx, drow_weight and the gradients of the four weights (None for a shared expert that is not there)."""

@@ -1,0 +1,39 @@
+"""The grouped backend: torch's grouped_mm in place of the loop over experts; no wait for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._checks import ACTIVATIONS
+from ..plan import RoutingPlan
+from .base import Case
+from .eager import EagerBackend
+
+
+class GroupedBackend(EagerBackend):
+    """The rooms of `eager` over grouped_mm. Its own autograd is not used: it fails on expanded gradients."""
+
+    name = "grouped"
+
+    def why_not(self) -> str:
+        return "" if hasattr(F, "grouped_mm") else f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
+
+    def supports(self, case: Case) -> str | None:
+        if case.room not in ("experts", "moe_mlp"):
+            return None
+        if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"grouped_mm does not take {case.dtype}"
+        gate_up_width = ACTIVATIONS[case.activation] * case.intermediate_size
+        widths = {"hidden_size": case.hidden_size, "intermediate_size": case.intermediate_size, "gate_up": gate_up_width}
+        for name, width in widths.items():
+            if width * case.dtype.itemsize % 16:
+                return f"grouped_mm needs rows of a multiple of 16 bytes; {name} = {width} in {case.dtype} is not"
+        return None
+
+    def rows_times(self, rows: Tensor, weight: Tensor, plan: RoutingPlan) -> Tensor:
+        return F.grouped_mm(rows, weight, offs=plan.expert_offsets[1:])
+
+    def outer_sums(self, left: Tensor, right: Tensor, plan: RoutingPlan) -> Tensor:
+        return F.grouped_mm(left.T, right, offs=plan.expert_offsets[1:])

@@ -1,0 +1,145 @@
+"""The C++ CPU backend: every room and the fused layer in csrc/, fp32 and bf16, on torch's own threads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import RoutingPlan
+from .base import Backend, Case, MoEWeights
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}
+
+
+def _view(t: Tensor | None):
+    if t is None:
+        return None
+    from .. import _C
+
+    readable = t.untyped_storage().nbytes() - t.storage_offset() * t.element_size()
+    return _C.Tensor(t.data_ptr(), _DTYPES[t.dtype], t.shape, t.stride(), readable)
+
+
+def _views(plan: RoutingPlan) -> list:
+    return [_view(t) for t in plan.tensors()]
+
+
+def _empty_plan(device: torch.device, num_tokens: int, num_experts: int, num_rows: int) -> RoutingPlan:
+    sizes = (num_experts, num_experts + 1, num_rows, num_rows, num_rows, num_tokens + 1, num_rows)
+    dtypes = (torch.int32,) * 3 + (torch.float32,) + (torch.int32,) * 3
+    pairs = zip(sizes, dtypes, strict=True)
+    return RoutingPlan.from_tensors([torch.empty(n, dtype=d, device=device) for n, d in pairs])
+
+
+class NativeBackend(Backend):
+    """Kernels of csrc/cpu, loaded after torch so that both share one libgomp.
+
+    The ISA level (avx512bf16, avx512, avx2, portable) is chosen at run time; MOE_KERNELS_ISA forces one. Results are the
+    same bits at any number of threads.
+    """
+
+    name = "native"
+
+    def __init__(self) -> None:
+        from .. import _C
+
+        self._c = _C
+
+    def supports(self, case: Case) -> str | None:
+        if case.device != "cpu":
+            return f"device {case.device}, expected cpu"
+        if case.dtype not in (torch.float32, torch.bfloat16):
+            return f"dtype {case.dtype}, expected torch.float32 or torch.bfloat16"
+        return None
+
+    def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        (T, _), E = x.shape, gate_weight.shape[0]
+        probs = x.new_empty((T, E), dtype=torch.float32)
+        topk_weights = x.new_empty((T, top_k), dtype=torch.float32)
+        topk_ids = x.new_empty((T, top_k), dtype=torch.int32)
+        weight = gate_weight.float()
+        bad = self._c.gating_fwd(
+            _view(x), _view(weight), _view(probs), _view(topk_weights), _view(topk_ids), torch.get_num_threads()
+        )
+        if bad >= 0:
+            raise ValueError(f"x, gate_weight: router logits of token {bad} are not finite")
+        return topk_weights, topk_ids, probs
+
+    def gating_bwd(self, dtopk_weights, dprobs, x, gate_weight, topk_ids, probs) -> tuple[Tensor, Tensor]:
+        weight = gate_weight.float()
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        self._c.gating_bwd(
+            _view(dtopk_weights), _view(dprobs), _view(x), _view(weight), _view(topk_ids), _view(probs), _view(dx),
+            _view(dweight), torch.get_num_threads(),
+        )  # fmt: skip
+        return dx, dweight.to(gate_weight.dtype)
+
+    def dispatch(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> RoutingPlan:
+        T, K = topk_ids.shape
+        plan = _empty_plan(topk_ids.device, T, num_experts, T * K)
+        self._c.dispatch(_view(topk_ids), _view(topk_weights), num_experts, _views(plan))
+        return plan
+
+    def dispatch_expert_choice(self, affinities: Tensor, capacity: int, tokens_per_group: int) -> RoutingPlan:
+        T, E = affinities.shape
+        plan = _empty_plan(affinities.device, T, E, E * (T // tokens_per_group) * capacity)
+        self._c.dispatch_expert_choice(
+            _view(affinities), capacity, tokens_per_group, _views(plan), torch.get_num_threads()
+        )
+        return plan
+
+    def experts(self, x, plan, gate_up_proj, down_proj, activation, save) -> tuple[Tensor, Tensor]:
+        R = plan.num_rows
+        y_rows = x.new_empty((R, x.shape[1]))
+        gate_up = x.new_empty((R, gate_up_proj.shape[1]) if save else 0)
+        self._c.experts_fwd(
+            _view(x), _views(plan), _view(gate_up_proj), _view(down_proj), activation, _view(y_rows),
+            _view(gate_up) if save else None, torch.get_num_threads(),
+        )  # fmt: skip
+        return y_rows, gate_up
+
+    def experts_bwd(self, dy_rows, x, plan, gate_up, gate_up_proj, down_proj, activation):
+        dx, dgate_up_proj, ddown_proj = (torch.empty_like(t) for t in (x, gate_up_proj, down_proj))
+        self._c.experts_bwd(
+            _view(dy_rows), _view(x), _views(plan), _view(gate_up), _view(gate_up_proj), _view(down_proj), activation,
+            _view(dx), _view(dgate_up_proj), _view(ddown_proj), torch.get_num_threads(),
+        )  # fmt: skip
+        return dx, dgate_up_proj, ddown_proj
+
+    def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
+        (R, H), T = y_rows.shape, plan.num_tokens
+        out = y_rows.new_empty((T, H))
+        work = y_rows.new_empty((R + (0 if shared is None else T), H), dtype=torch.float32)
+        self._c.combine(
+            _view(y_rows), _views(plan), _view(shared), _view(out), _view(work), torch.get_num_threads()
+        )
+        return out
+
+    def combine_bwd(self, dout: Tensor, y_rows: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+        dy_rows, drow_weight = torch.empty_like(y_rows), torch.empty_like(plan.row_weight)
+        self._c.combine_bwd(
+            _view(dout), _view(y_rows), _views(plan), _view(dy_rows), _view(drow_weight), torch.get_num_threads()
+        )
+        return dy_rows, drow_weight
+
+    def moe_mlp(self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool):
+        shared = w.shared_gate_up_proj is not None
+        out = torch.empty_like(x)
+        gate_up = x.new_empty((plan.num_rows, w.gate_up_proj.shape[1]) if save else 0)
+        shared_gate_up = x.new_empty((x.shape[0], w.shared_gate_up_proj.shape[0]) if save and shared else 0)
+        self._c.moe_mlp_fwd(
+            _view(x), _views(plan), *(_view(t) for t in w), activation, _view(out),
+            _view(gate_up) if save else None, _view(shared_gate_up) if save and shared else None,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out, gate_up, shared_gate_up
+
+    def moe_mlp_bwd(self, dout, x, plan, w: MoEWeights, gate_up, shared_gate_up, activation):
+        dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
+        grads = [None if t is None else torch.empty_like(t) for t in w]
+        self._c.moe_mlp_bwd(
+            _view(dout), _view(x), _views(plan), *(_view(t) for t in w), _view(gate_up),
+            None if w.shared_gate_up_proj is None else _view(shared_gate_up), activation, _view(dx),
+            _view(drow_weight), *(_view(t) for t in grads), torch.get_num_threads(),
+        )  # fmt: skip
+        return dx, drow_weight, *grads

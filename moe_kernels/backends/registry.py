@@ -1,0 +1,90 @@
+"""Which backends there are, which of them run here, and which one "auto" means for a case."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from .base import Backend, Case
+
+ENVIRONMENT = "MOE_KERNELS_BACKEND"
+CLASSES = {"native": "NativeBackend", "grouped": "GroupedBackend", "eager": "EagerBackend"}  # in the order of "auto"
+
+
+class BackendInfo(NamedTuple):
+    """One line of `backends()`: `reason` says why it is not available; `verified` names the hardware it was checked on."""
+
+    name: str
+    available: bool
+    reason: str
+    verified: tuple[str, ...]
+
+
+def backends() -> tuple[BackendInfo, ...]:
+    """Return what is known about every backend, in the order in which "auto" tries them."""
+    verified = json.loads(Path(__file__).parent.with_name("verified.json").read_text())
+    return tuple(
+        BackendInfo(name, not reason, reason, tuple(verified.get(name, ())))
+        for name, reason in ((name, _load(name)[1]) for name in CLASSES)
+    )
+
+
+def check_name(name: object) -> None:
+    """Check that `name` is "auto" or a backend that is available here.
+
+    Raises: ValueError for an unknown name, RuntimeError with the reason for a backend that cannot run here.
+    """
+    if name != "auto":
+        get(name)
+
+
+def get(name: object) -> Backend:
+    """Return the backend of that name. Raises: see `check_name`."""
+    if name not in CLASSES:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(map(repr, ('auto', *CLASSES)))}")
+    backend, reason = _load(name)
+    if backend is None or reason:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    return backend
+
+
+def choose(name: str, case: Case) -> Backend:
+    """Return the backend that computes `case` under `name`, where "auto" is the first that supports it.
+
+    The environment variable MOE_KERNELS_BACKEND, where set, says what "auto" means.
+    Raises: as `get`; RuntimeError with the reason where the named backend does not support the case.
+    """
+    if name == "auto":
+        name = os.environ.get(ENVIRONMENT, "auto")
+    return _choose(name, case)
+
+
+@cache
+def _choose(name: str, case: Case) -> Backend:
+    if name != "auto":
+        backend = get(name)
+        reason = backend.supports(case)
+        if reason:
+            raise RuntimeError(f"backend {name!r} does not support this call ({case.room}): {reason}")
+        return backend
+    reasons = []
+    for candidate in CLASSES:
+        backend, reason = _load(candidate)
+        reason = reason or backend.supports(case)
+        if not reason:
+            return backend
+        reasons.append(f"{candidate}: {reason}")
+    raise RuntimeError(f"no backend supports this call ({case.room}): {'; '.join(reasons)}")
+
+
+@cache
+def _load(name: str) -> tuple[Backend | None, str]:
+    try:
+        backend = getattr(importlib.import_module(f"{__package__}.{name}"), CLASSES[name])()
+    except ImportError as error:
+        return None, f"{error}"
+    return backend, backend.why_not()

@@ -1,0 +1,180 @@
+"""MoELayer: the sparse feed-forward layer, from tokens to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks, ops
+from .backends import registry
+from .backends.base import Case
+from .routing import Router, TokenChoice
+
+
+class MoELayer(nn.Module):
+    """Mixture-of-experts layer with stacked parameters.
+
+    y = shared(x) + sum over the picks (e, p) of x of p expert_e(x); experts are bias-free SwiGLU or GELU MLPs.
+
+    Args:
+        hidden_size: H.
+        intermediate_size: I of the routed experts.
+        num_experts: E.
+        top_k: K, picks per token; a router that is given and has its own top_k must agree. Not used by ExpertChoice.
+        shared_intermediate_size: Is of the always-on expert, 0 for none.
+        activation: "swiglu" or "gelu" (two matrices per expert).
+        router: TokenChoice(top_k) by default.
+        backend: "auto" or a name out of `backends()`.
+        device, dtype: of the parameters; float32, bfloat16, float16 or float64.
+    Raises: TypeError, ValueError naming the argument; RuntimeError with the reason for a backend that cannot run here.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        shared_intermediate_size: int = 0,
+        activation: str = "swiglu",
+        router: Router | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts}
+        for name, size in sizes.items():
+            _checks.positive(name, size)
+        if shared_intermediate_size:
+            _checks.positive("shared_intermediate_size", shared_intermediate_size)
+        self.router = TokenChoice(top_k) if router is None else router
+        _check_top_k(self.router, top_k, num_experts)
+        registry.check_name(backend)
+        self.activation, self.backend = activation, backend
+        parts = _checks.activation(activation)
+        E, H, I, Is = num_experts, hidden_size, intermediate_size, shared_intermediate_size
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.gate_weight = parameter(E, H)
+        self.gate_up_proj = parameter(E, parts * I, H)
+        self.down_proj = parameter(E, H, I)
+        self.shared_gate_up_proj = parameter(parts * Is, H) if Is else None
+        self.shared_down_proj = parameter(H, Is) if Is else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights as DiT-MoE does: Xavier-uniform for every matrix of every expert, U(+-1/sqrt(H)) for the router."""
+        E, H = self.gate_weight.shape
+        nn.init.uniform_(self.gate_weight, -(H**-0.5), H**-0.5)
+        for weight, I in ((self.gate_up_proj, self.down_proj.shape[2]), (self.down_proj, self.down_proj.shape[2])):
+            bound = (6 / (H + I)) ** 0.5
+            nn.init.uniform_(weight, -bound, bound)
+        for weight in (self.shared_gate_up_proj, self.shared_down_proj):
+            if weight is not None:
+                bound = (6 / (H + self.shared_down_proj.shape[1])) ** 0.5
+                nn.init.uniform_(weight, -bound, bound)
+
+    def forward(self, x: Tensor, return_aux_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Apply the layer.
+
+        y_t = shared(x_t) + sum_k topk_weights_tk expert_{topk_ids_tk}(x_t).
+
+        Args:
+            x: (..., H) in the dtype of the parameters, or of any dtype under autocast.
+            return_aux_loss: also return the auxiliary loss.
+        Returns:
+            y (..., H), in autocast's dtype where it is on; with return_aux_loss (y, aux), aux a scalar: detached in mode
+            "injected" (its gradient is already in y, in training with gradients on), differentiable in mode "scaled"
+            (add it to the loss), zero for a router without auxiliary loss. See TokenChoice.
+        Raises: TypeError, ValueError naming the argument.
+        Cost: 6 T K H I + 6 T H Is + 2 T H E FLOPs (swiglu); no host syncs on a GPU but for the loop of `eager`.
+        Source: reference.moe.SparseMoeBlock, reference.moe.ExpertChoiceMoE.
+        """
+        weights = self.gate_up_proj, self.down_proj, self.shared_gate_up_proj, self.shared_down_proj
+        return moe_forward(
+            x, self.gate_weight, weights, self.router, self.activation, self.backend, self.training, return_aux_loss
+        )
+
+    def extra_repr(self) -> str:
+        E, H, I = self.down_proj.shape
+        Is = 0 if self.shared_down_proj is None else self.shared_down_proj.shape[1]
+        chosen = describe_backend(self.backend, self.down_proj, E, H, I, Is, self.activation)
+        return (
+            f"hidden_size={H}, intermediate_size={I}, num_experts={E}, shared_intermediate_size={Is}, "
+            f"activation={self.activation!r}, router={self.router}, backend={chosen}"
+        )
+
+
+def moe_forward(
+    x: Tensor,
+    gate_weight: Tensor,
+    weights: Sequence[Any],
+    router: Router,
+    activation: str,
+    backend: str,
+    training: bool,
+    return_aux_loss: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute what MoELayer.forward documents, from any form of the weights that `moe_mlp` takes."""
+    if not isinstance(x, Tensor) or x.dim() < 1:
+        raise TypeError(f"x: got {f'shape {tuple(x.shape)}' if isinstance(x, Tensor) else type(x)}, expected (..., H)")
+    H = gate_weight.shape[1]
+    _checks.shape("x", x.shape, (*x.shape[:-1], H), "...,H")
+    tokens = x.reshape(-1, H)
+    scaled = getattr(router, "aux_loss_mode", None) == "scaled"
+    inject = training and torch.is_grad_enabled() and not scaled
+    plan, aux = router.route(
+        tokens,
+        gate_weight,
+        backend,
+        tokens_per_image=x.shape[-2] if x.dim() > 1 else 1,
+        with_aux=inject or return_aux_loss,
+    )
+    y = ops.moe_mlp(tokens, plan, *weights, activation=activation, backend=backend)
+    if inject and aux is not None:
+        y = _InjectGradient.apply(y, aux)
+    y = y.reshape(x.shape)
+    if not return_aux_loss:
+        return y
+    if aux is None:
+        return y, torch.zeros((), dtype=_checks.accumulator(x.dtype), device=x.device)
+    return y, aux if scaled else aux.detach()
+
+
+def describe_backend(backend: str, weight: Tensor, E: int, H: int, I: int, Is: int, activation: str) -> str:
+    """Say which backend computes a layer with these weights, and that "auto" chose it."""
+    case = Case("moe_mlp", weight.dtype, weight.device.type, E, H, I, Is, activation)
+    try:
+        chosen = registry.choose(backend, case).name
+    except RuntimeError as error:
+        return f"{backend} ({error})"
+    return chosen if chosen == backend else f"{backend} -> {chosen}"
+
+
+def _check_top_k(router: Router, top_k: int, num_experts: int) -> None:
+    own = getattr(router, "top_k", None)
+    if own is None:
+        return
+    if own != top_k:
+        raise ValueError(f"top_k: got {top_k}, expected the router's top_k = {own}")
+    if own > num_experts:
+        raise ValueError(f"top_k: got {own}, expected at most num_experts = {num_experts}")
+
+
+class _InjectGradient(torch.autograd.Function):
+    """Identity on y whose backward gives the auxiliary loss gradient 1, whatever the gradient of y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, aux: Tensor) -> Tensor:
+        ctx.aux_dtype = aux.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, torch.ones((), dtype=ctx.aux_dtype, device=dy.device)

@@ -1,0 +1,149 @@
+"""Dispatch: from picks to the routing plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..backends.base import Case
+from ..backends.registry import choose
+from ..plan import RoutingPlan
+from ._library import register
+
+
+def dispatch(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, backend: str = "auto") -> RoutingPlan:
+    """Group the picks of token choice by expert.
+
+    Rows are the T K picks, ordered by (expert, token): a stable counting sort, hence deterministic.
+
+    Args:
+        topk_ids: (T, K) int32 or int64 in [0, E).
+        topk_weights: (T, K) float32, bfloat16, float16 or float64; differentiable.
+        num_experts: E.
+        backend: "auto" or a name out of `backends()`.
+    Returns: a RoutingPlan with R = T K rows; row_weight is float32 (float64 for float64 topk_weights).
+    Raises: TypeError, ValueError naming the argument; ValueError for ids out of range (CPU only).
+    Cost: O(T K) reads and writes; no host syncs on a GPU.
+    Source: reference.moe.moe loops over experts instead.
+    """
+    _checks.tensor("topk_ids", topk_ids, "T,K", _checks.INTEGERS)
+    _checks.tensor("topk_weights", topk_weights, "T,K", like=topk_ids)
+    T, K = topk_ids.shape
+    _checks.shape("topk_weights", topk_weights.shape, (T, K), "T,K")
+    _checks.positive("K", K)
+    _checks.positive("num_experts", num_experts)
+    return _plan(_dispatch(topk_weights, topk_ids, num_experts, backend))
+
+
+def dispatch_expert_choice(
+    affinities: Tensor, capacity: int, tokens_per_group: int, backend: str = "auto"
+) -> RoutingPlan:
+    """Let every expert take its best tokens out of each group of consecutive tokens.
+
+    Expert e takes the `capacity` largest affinities[t, e] of a group; the lower token wins a tie.
+
+    Args:
+        affinities: (T, E) float32, bfloat16, float16 or float64; differentiable.
+        capacity: tokens per expert and group, 1 to tokens_per_group.
+        tokens_per_group: group size; divides T.
+        backend: "auto" or a name out of `backends()`.
+    Returns: a RoutingPlan with R = E capacity T / tokens_per_group rows; row_weight = the raw affinities.
+    Raises: TypeError, ValueError naming the argument; ValueError for affinities that are not finite (CPU only).
+    Cost: a sort of each group for each expert; no host syncs on a GPU.
+    Source: reference.routing.expert_choice.
+    """
+    _checks.tensor("affinities", affinities, "T,E")
+    T, E = affinities.shape
+    _checks.positive("num_experts", E)
+    _checks.positive("tokens_per_group", tokens_per_group)
+    _checks.positive("capacity", capacity)
+    if T % tokens_per_group:
+        raise ValueError(f"tokens_per_group: got {tokens_per_group}, expected a divisor of T = {T}")
+    if capacity > tokens_per_group:
+        raise ValueError(f"capacity: got {capacity}, expected at most tokens_per_group = {tokens_per_group}")
+    return _plan(_dispatch_expert_choice(affinities, capacity, tokens_per_group, backend))
+
+
+def _plan(outputs: tuple[Tensor, ...]) -> RoutingPlan:
+    row_weight, counts, offsets, row_token, *rest = outputs
+    return RoutingPlan.from_tensors((counts, offsets, row_token, row_weight, *rest))
+
+
+def _outputs(plan: RoutingPlan) -> tuple[Tensor, ...]:
+    """Put row_weight first, as the ops return it: opcheck needs a floating-point tensor in front."""
+    counts, offsets, row_token, row_weight, *rest = plan.tensors()
+    return row_weight, counts, offsets, row_token, *rest
+
+
+def _kernel(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, backend: str):
+    if topk_ids.device.type == "cpu" and topk_ids.numel():
+        low, high = (int(bound) for bound in topk_ids.aminmax())
+        if low < 0 or high >= num_experts:
+            raise ValueError(f"topk_ids: got ids from {low} to {high}, expected [0, {num_experts})")
+    weights = topk_weights.to(_checks.accumulator(topk_weights.dtype)).contiguous()
+    case = Case("dispatch", weights.dtype, weights.device.type, num_experts=num_experts)
+    return _outputs(choose(backend, case).dispatch(topk_ids.int().contiguous(), weights, num_experts))
+
+
+def _fake(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, backend: str):
+    T, K = topk_ids.shape
+    return _fake_plan(topk_weights, T, num_experts, T * K)
+
+
+def _fake_plan(weights: Tensor, T: int, E: int, R: int) -> tuple[Tensor, ...]:
+    def indices(n: int) -> Tensor:
+        return weights.new_empty((n,), dtype=torch.int32)
+
+    row_weight = weights.new_empty((R,), dtype=_checks.accumulator(weights.dtype))
+    return row_weight, indices(E), indices(E + 1), indices(R), indices(R), indices(T + 1), indices(R)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[4])
+
+
+def _backward(ctx: Any, drow_weight: Tensor | None, *_: None):
+    if drow_weight is None:
+        return None, None, None, None
+    (row_pick,) = ctx.saved_tensors
+    T, N = ctx.shape
+    dweights = drow_weight.new_zeros(T * N).scatter(0, row_pick.long(), drow_weight)
+    return dweights.view(T, N).to(ctx.dtype), None, None, None
+
+
+def _expert_choice_kernel(affinities: Tensor, capacity: int, tokens_per_group: int, backend: str):
+    if affinities.device.type == "cpu" and not bool(affinities.isfinite().all()):
+        raise ValueError("affinities: got values that are not finite, expected finite ones")
+    affinities = affinities.to(_checks.accumulator(affinities.dtype)).contiguous()
+    case = Case("dispatch", affinities.dtype, affinities.device.type, num_experts=affinities.shape[1])
+    return _outputs(choose(backend, case).dispatch_expert_choice(affinities, capacity, tokens_per_group))
+
+
+def _expert_choice_fake(affinities: Tensor, capacity: int, tokens_per_group: int, backend: str):
+    T, E = affinities.shape
+    return _fake_plan(affinities, T, E, E * capacity * (T // tokens_per_group))
+
+
+_PLAN = (
+    "(Tensor row_weight, Tensor expert_counts, Tensor expert_offsets, Tensor row_token, Tensor row_pick, "
+    "Tensor token_row_offsets, Tensor token_rows)"
+)
+_dispatch = register(
+    f"dispatch(Tensor topk_weights, Tensor topk_ids, int num_experts, str backend) -> {_PLAN}",
+    _kernel,
+    _fake,
+    _setup_context,
+    _backward,
+)
+_dispatch_expert_choice = register(
+    "dispatch_expert_choice(Tensor affinities, SymInt capacity, SymInt tokens_per_group, str backend) -> " + _PLAN,
+    _expert_choice_kernel,
+    _expert_choice_fake,
+    _setup_context,
+    _backward,
+)

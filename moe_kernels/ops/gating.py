@@ -1,0 +1,127 @@
+"""Gating: router logits, softmax and the top k picks of every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..backends.base import Case
+from ..backends.registry import choose
+from ._library import register
+
+
+def gating(x: Tensor, gate_weight: Tensor, top_k: int, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """Score the experts for every token and pick the best.
+
+    probs = softmax(x gate_weight^T); topk_weights, topk_ids = top_k(probs), raw, without renormalisation.
+
+    Args:
+        x: (T, H) tokens; float32, bfloat16, float16 or float64.
+        gate_weight: (E, H) router weight; the same dtypes.
+        top_k: picks per token, 0 (affinities only) to E.
+        backend: "auto" or a name out of `backends()`.
+    Returns:
+        topk_weights (T, K) float32 in descending order, topk_ids (T, K) int32, probs (T, E) float32; float64 for float64
+        x. Everything is computed from upcast x and gate_weight, under autocast too. The lower expert wins a tie.
+    Raises:
+        TypeError, ValueError naming the argument; ValueError for router logits that are not finite (CPU only: it would
+        make a GPU wait).
+    Cost: 2 T H E FLOPs, one pass over x; no host syncs on a GPU.
+    Source: reference.routing.token_choice.
+    """
+    _checks.tensor("x", x, "T,H")
+    _checks.tensor("gate_weight", gate_weight, "E,H", like=x)
+    _, H = x.shape
+    E, _ = gate_weight.shape
+    _checks.positive("H", H)
+    _checks.positive("num_experts", E)
+    _checks.shape("gate_weight", gate_weight.shape, (E, H), "E,H")
+    if not isinstance(top_k, int) or isinstance(top_k, bool):
+        raise TypeError(f"top_k: got {type(top_k).__name__}, expected an int")
+    if not 0 <= top_k <= E:
+        raise ValueError(f"top_k: got {top_k}, expected 0 to num_experts = {E}")
+    return _gating(x, gate_weight, top_k, backend)
+
+
+def aux_loss(probs: Tensor, expert_counts: Tensor, top_k: int, alpha: float) -> Tensor:
+    """Compute the load-balancing loss of a batch.
+
+    aux = alpha E sum_i f_i P_i, f_i = expert_counts_i / (T K), P_i = mean over tokens of probs[:, i].
+
+    Args:
+        probs: (T, E) float32 or float64; the gradient goes through it alone.
+        expert_counts: (E,) int32, rows of every expert.
+        top_k: K.
+        alpha: weight of the loss.
+    Returns: a scalar in the dtype of probs; 0 for T = 0.
+    Raises: TypeError, ValueError naming the argument.
+    Cost: one pass over probs.
+    Source: reference.routing.aux_loss.
+    """
+    _checks.tensor("probs", probs, "T,E")
+    _checks.tensor("expert_counts", expert_counts, "E", _checks.INTEGERS, like=probs)
+    T, E = probs.shape
+    _checks.shape("expert_counts", expert_counts.shape, (E,), "E")
+    _checks.positive("top_k", top_k)
+    fractions = expert_counts.to(probs.dtype) / max(T * top_k, 1)
+    return alpha * E / max(T, 1) * (fractions * probs.sum(0)).sum()
+
+
+def _backend(x: Tensor, gate_weight: Tensor, backend: str):
+    E, H = gate_weight.shape
+    return choose(backend, Case("gating", x.dtype, x.device.type, num_experts=E, hidden_size=H))
+
+
+def _kernel(x: Tensor, gate_weight: Tensor, top_k: int, backend: str):
+    return _backend(x, gate_weight, backend).gating(x.contiguous(), gate_weight.contiguous(), top_k)
+
+
+def _fake(x: Tensor, gate_weight: Tensor, top_k: int, backend: str):
+    T, E = x.shape[0], gate_weight.shape[0]
+    dtype = _checks.accumulator(x.dtype)
+    ids = x.new_empty((T, top_k), dtype=torch.int32)
+    return x.new_empty((T, top_k), dtype=dtype), ids, x.new_empty((T, E), dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, gate_weight, _, ctx.backend = inputs
+    _, topk_ids, probs = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, gate_weight, topk_ids, probs)
+
+
+def _backward(ctx: Any, dtopk_weights: Tensor | None, dtopk_ids: None, dprobs: Tensor | None):
+    if dtopk_weights is None and dprobs is None:
+        return None, None, None, None
+    dx, dgate_weight = _gating_bwd(dtopk_weights, dprobs, *ctx.saved_tensors, ctx.backend)
+    return dx, dgate_weight, None, None
+
+
+def _bwd_kernel(dtopk_weights, dprobs, x, gate_weight, topk_ids, probs, backend: str):
+    dtopk_weights = None if dtopk_weights is None else dtopk_weights.contiguous()
+    dprobs = None if dprobs is None else dprobs.contiguous()
+    return _backend(x, gate_weight, backend).gating_bwd(
+        dtopk_weights, dprobs, x.contiguous(), gate_weight.contiguous(), topk_ids, probs
+    )
+
+
+def _bwd_fake(dtopk_weights, dprobs, x, gate_weight, topk_ids, probs, backend: str):
+    return x.new_empty(x.shape), gate_weight.new_empty(gate_weight.shape)
+
+
+_gating = register(
+    "gating(Tensor x, Tensor gate_weight, int top_k, str backend) -> (Tensor, Tensor, Tensor)",
+    _kernel,
+    _fake,
+    _setup_context,
+    _backward,
+)
+_gating_bwd = register(
+    "gating_bwd(Tensor? dtopk_weights, Tensor? dprobs, Tensor x, Tensor gate_weight, Tensor topk_ids, Tensor probs, "
+    "str backend) -> (Tensor, Tensor)",
+    _bwd_kernel,
+    _bwd_fake,
+)

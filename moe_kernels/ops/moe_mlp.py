@@ -1,0 +1,144 @@
+"""The fused layer: experts, shared expert and combine in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..backends.base import Backend, Case, MoEWeights
+from ..backends.registry import choose
+from ..plan import RoutingPlan
+from ._expert_weights import Weights, check, gate_up_width, stack, unstack_gradient
+from ._library import register
+from .experts import contiguous_plan, require_saved
+
+
+def moe_mlp(
+    x: Tensor,
+    plan: RoutingPlan,
+    gate_up_proj: Weights,
+    down_proj: Weights,
+    shared_gate_up_proj: Weights | None = None,
+    shared_down_proj: Weights | None = None,
+    activation: str = "swiglu",
+    backend: str = "auto",
+) -> Tensor:
+    """Run the experts over their tokens and sum what comes back.
+
+    out_t = shared(x_t) + sum over the rows r of t of row_weight_r expert_e(x_t).
+
+    Args:
+        x: (T, H) tokens; float32, bfloat16, float16 or float64. Under autocast x is cast to its dtype; weights may then
+            have another one, and get their gradients in it.
+        plan: made for T tokens and E experts; its row_weight is differentiable.
+        gate_up_proj, down_proj: as in `experts`.
+        shared_gate_up_proj: (2Is, H) ((Is, H) for gelu), or [gate, up] as consecutive views of one slab, or None.
+        shared_down_proj: (H, Is), or [down]; None exactly when shared_gate_up_proj is.
+        activation: "swiglu" or "gelu".
+        backend: "auto" or a name out of `backends()`.
+    Returns: (T, H) in the dtype of x.
+    Raises: TypeError, ValueError naming the argument; RuntimeError for views that are not of one slab, and for a second
+        derivative.
+    Cost: 6 R H I + 6 T H Is FLOPs (swiglu), twice that backward. Saves x, gate_up (R, 2I), shared gate_up (T, 2Is), the
+        plan and the weights for backward, nothing else.
+    Source: reference.moe.moe; the backward identities are SonicMoE's (arXiv 2512.14080).
+    """
+    _checks.tensor("x", x, "T,H")
+    x = x.to(_checks.compute_dtype(x))
+    _checks.plan(plan, x.shape[0], None, x)
+    gate_up, down = check(x, plan, gate_up_proj, down_proj, activation)
+    if (shared_gate_up_proj is None) != (shared_down_proj is None):
+        missing = "shared_down_proj" if shared_down_proj is None else "shared_gate_up_proj"
+        raise ValueError(f"{missing}: got None, expected weights: the shared expert has two, or none")
+    shared_gate_up, shared_down = [], []
+    if shared_gate_up_proj is not None:
+        shared_gate_up, shared_down = check(x, plan, shared_gate_up_proj, shared_down_proj, activation, shared=True)
+    differentiable = (x, plan.row_weight, *gate_up, *down, *shared_gate_up, *shared_down)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    return _moe_mlp(x, plan.tensors(), gate_up, down, shared_gate_up, shared_down, activation, save, backend)[0]
+
+
+def _backend(x: Tensor, w: MoEWeights, activation: str, backend: str) -> Backend:
+    E, H, I = w.down_proj.shape
+    Is = 0 if w.shared_down_proj is None else w.shared_down_proj.shape[1]
+    return choose(backend, Case("moe_mlp", x.dtype, x.device.type, E, H, I, Is, activation))
+
+
+def _kernel(x, plan, gate_up, down, shared_gate_up, shared_down, activation: str, save_for_backward: bool, backend: str):
+    plan = contiguous_plan(plan)
+    w = stack(x, plan.num_experts, gate_up, down, shared_gate_up, shared_down)
+    return _backend(x, w, activation, backend).moe_mlp(x.contiguous(), plan, w, activation, save_for_backward)
+
+
+def _fake(x, plan, gate_up, down, shared_gate_up, shared_down, activation: str, save_for_backward: bool, backend: str):
+    T, H = x.shape
+    R, E = plan[2].shape[0], plan[0].shape[0]
+    routed = (R, gate_up_width(gate_up, E)) if save_for_backward else (0,)
+    shared = (T, gate_up_width(shared_gate_up, None)) if save_for_backward and shared_gate_up else (0,)
+    return x.new_empty((T, H)), x.new_empty(routed), x.new_empty(shared)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, plan, *weights, ctx.activation, ctx.saved, ctx.backend = inputs
+    ctx.lengths = [len(tensors) for tensors in weights]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *output[1:], *plan, *(tensor for tensors in weights for tensor in tensors))
+
+
+def _backward(ctx: Any, dout: Tensor, dgate_up: None, dshared_gate_up: None):
+    require_saved(ctx.saved)
+    x, gate_up, shared_gate_up, *rest = ctx.saved_tensors
+    plan, flat = rest[:7], iter(rest[7:])
+    weights = [[next(flat) for _ in range(length)] for length in ctx.lengths]
+    dx, drow_weight, *gradients = _moe_mlp_bwd(
+        dout, x, plan, *weights, gate_up, shared_gate_up, ctx.activation, ctx.backend
+    )
+    dplan = [None, None, None, drow_weight, None, None, None]
+    dweights = [unstack_gradient(g, w) if w else [] for g, w in zip(gradients, weights, strict=True)]
+    return dx, dplan, *dweights, None, None, None
+
+
+def _bwd_kernel(
+    dout, x, plan, gate_up_proj, down, shared_gate_up_proj, shared_down, gate_up, shared_gate_up, activation, backend
+):
+    plan = contiguous_plan(plan)
+    lists = gate_up_proj, down, shared_gate_up_proj, shared_down
+    w = stack(x, plan.num_experts, *lists)
+    dx, drow_weight, *gradients = _backend(x, w, activation, backend).moe_mlp_bwd(
+        dout.contiguous(), x.contiguous(), plan, w, gate_up, shared_gate_up, activation
+    )
+    dweights = (x.new_empty(0) if g is None else g.to(t[0].dtype) for g, t in zip(gradients, lists, strict=True))
+    return dx, drow_weight, *dweights
+
+
+def _bwd_fake(
+    dout, x, plan, gate_up_proj, down, shared_gate_up_proj, shared_down, gate_up, shared_gate_up, activation, backend
+):
+    H, E, I = x.shape[1], plan[0].shape[0], down[0].shape[-1]
+    dgate_up_proj = gate_up_proj[0].new_empty((E, gate_up_width(gate_up_proj, E), H))
+    routed = x.new_empty(x.shape), plan[3].new_empty(plan[3].shape), dgate_up_proj, down[0].new_empty((E, H, I))
+    if not shared_down:
+        return *routed, x.new_empty(0), x.new_empty(0)
+    dshared_gate_up_proj = shared_gate_up_proj[0].new_empty((gate_up_width(shared_gate_up_proj, None), H))
+    return *routed, dshared_gate_up_proj, shared_down[0].new_empty(shared_down[0].shape)
+
+
+_WEIGHTS = "Tensor[] gate_up_proj, Tensor[] down_proj, Tensor[] shared_gate_up_proj, Tensor[] shared_down_proj"
+_moe_mlp = register(
+    f"moe_mlp(Tensor x, Tensor[] plan, {_WEIGHTS}, str activation, bool save_for_backward, str backend) "
+    "-> (Tensor out, Tensor gate_up, Tensor shared_gate_up)",
+    _kernel,
+    _fake,
+    _setup_context,
+    _backward,
+)
+_moe_mlp_bwd = register(
+    f"moe_mlp_bwd(Tensor dout, Tensor x, Tensor[] plan, {_WEIGHTS}, Tensor gate_up, Tensor shared_gate_up, "
+    "str activation, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd_kernel,
+    _bwd_fake,
+)

@@ -1,0 +1,110 @@
+"""The routing plan: which token goes to which expert, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingPlan:
+    """Routed rows grouped by expert, tokens ascending inside an expert, and the way back from a token to its rows.
+
+    All sizes follow from T, K, E or the capacity, never from the values: building a plan does not wait for the device.
+    Offsets are exclusive prefix sums: expert e owns the rows expert_offsets[e] to expert_offsets[e + 1].
+    """
+
+    expert_counts: Tensor  # (E,) int32
+    expert_offsets: Tensor  # (E+1,) int32
+    row_token: Tensor  # (R,) int32: the token of each row
+    row_weight: Tensor  # (R,) float32 (float64 for float64 input), differentiable
+    row_pick: Tensor  # (R,) int32: the flat index of the row's weight, t K + k (token choice) or t E + e (expert choice)
+    token_row_offsets: Tensor  # (T+1,) int32
+    token_rows: Tensor  # (R,) int32: the rows of each token, ascending
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_row_offsets.shape[0] - 1
+
+    @property
+    def num_experts(self) -> int:
+        return self.expert_counts.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_token.shape[0]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the seven tensors in the order of the fields, as the registered ops take them."""
+        return (
+            self.expert_counts,
+            self.expert_offsets,
+            self.row_token,
+            self.row_weight,
+            self.row_pick,
+            self.token_row_offsets,
+            self.token_rows,
+        )
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> RoutingPlan:
+        """Build a plan from seven tensors in the order of the fields. Shapes and contents: `validate`."""
+        if len(tensors) != 7:
+            raise ValueError(f"plan: got {len(tensors)} tensors, expected 7 ({', '.join(FIELDS)})")
+        return cls(*tensors)
+
+    def validate(self) -> None:
+        """Check shapes, dtypes and contents; raise ValueError naming the field, what it holds and what was expected.
+
+        Reads the contents, hence waits for the device: meant for tests and for plans made by hand.
+        """
+        self._validate_layout()
+        E, T, R = self.num_experts, self.num_tokens, self.num_rows
+        counts, offsets, row_token = self.expert_counts.long(), self.expert_offsets.long(), self.row_token.long()
+        token_offsets, token_rows = self.token_row_offsets.long(), self.token_rows.long()
+        _expect("expert_counts", bool((counts >= 0).all()), "counts >= 0", counts)
+        _expect("expert_offsets", offsets[0] == 0 and offsets[-1] == R, f"first 0, last {R}", offsets)
+        _expect("expert_offsets", torch.equal(offsets.diff(), counts), "differences equal to expert_counts", offsets)
+        _expect("row_token", _within(row_token, T), f"tokens in [0, {T})", row_token)
+        expert = torch.repeat_interleave(torch.arange(E, device=counts.device), counts)
+        ascending = (row_token.diff() >= 0) | (expert.diff() > 0)
+        _expect("row_token", bool(ascending.all()), "tokens ascending inside each expert", row_token)
+        picks = self.row_pick.long()
+        _expect("row_pick", bool((picks >= 0).all()), "picks >= 0", picks)
+        _expect("row_pick", picks.unique().numel() == R, "every pick once", picks)
+        _expect("row_weight", bool(self.row_weight.isfinite().all()), "finite weights", self.row_weight)
+        _expect("token_row_offsets", token_offsets[0] == 0 and token_offsets[-1] == R, f"first 0, last {R}", token_offsets)
+        _expect("token_row_offsets", bool((token_offsets.diff() >= 0).all()), "ascending offsets", token_offsets)
+        expected_rows = torch.sort(row_token, stable=True)
+        _expect("token_rows", torch.equal(token_rows, expected_rows.indices), "each token's rows, ascending", token_rows)
+        owner = torch.repeat_interleave(torch.arange(T, device=counts.device), token_offsets.diff())
+        _expect("token_row_offsets", torch.equal(owner, expected_rows.values), "each token's number of rows", token_offsets)
+
+    def _validate_layout(self) -> None:
+        E, T, R = self.num_experts, self.num_tokens, self.num_rows
+        lengths = dict(zip(FIELDS, (E, E + 1, R, R, R, T + 1, R), strict=True))
+        for name, tensor in zip(FIELDS, self.tensors(), strict=True):
+            floating = name == "row_weight"
+            dtypes = (torch.float32, torch.float64) if floating else (torch.int32,)
+            if tensor.dtype not in dtypes:
+                raise ValueError(f"plan.{name}: got {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+            if tuple(tensor.shape) != (lengths[name],):
+                raise ValueError(f"plan.{name}: got shape {tuple(tensor.shape)}, expected {(lengths[name],)}")
+            if tensor.device != self.row_token.device:
+                raise ValueError(f"plan.{name}: got device {tensor.device}, expected {self.row_token.device}")
+
+
+FIELDS = tuple(field.name for field in fields(RoutingPlan))
+
+
+def _within(values: Tensor, end: int) -> bool:
+    return bool(((values >= 0) & (values < end)).all())
+
+
+def _expect(name: str, holds: bool | Tensor, expected: str, got: Tensor) -> None:
+    if not holds:
+        shown = got.flatten()[:8].tolist()
+        raise ValueError(f"plan.{name}: got {shown}{'...' if got.numel() > 8 else ''}, expected {expected}")

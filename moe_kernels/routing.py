@@ -1,0 +1,125 @@
+"""Routers: which experts work on which tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from . import _checks, ops
+from .plan import RoutingPlan
+
+AUX_LOSS_MODES = ("injected", "scaled")
+
+
+class Router(Protocol):
+    """What MoELayer asks of a router."""
+
+    def route(
+        self,
+        x: Tensor,
+        gate_weight: Tensor,
+        backend: str = "auto",
+        *,
+        tokens_per_image: int | None = None,
+        with_aux: bool = True,
+    ) -> tuple[RoutingPlan, Tensor | None]: ...
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """Every token takes its top_k experts, with the raw softmax probabilities as weights (DiT-MoE).
+
+    The auxiliary loss balances the load: alpha E sum_i f_i P_i over all tokens of the call. aux_loss_mode says how it
+    reaches the parameters:
+
+    "injected", as in the original: in training, with gradients on, the layer's output carries it, as an identity whose
+        backward gives the auxiliary loss gradient 1. The printed loss does not contain it, and **nothing scales it**: not
+        gradient accumulation, and not the loss scale of fp16 training. Under a loss scale of 65536 its share of the
+        unscaled gradient is 1/65536, so balancing is in effect off. That is a bug of the original recipe, kept for parity.
+    "scaled": nothing is injected. Take (y, aux) from `layer(x, return_aux_loss=True)` and add aux to the loss: whatever
+        scales the loss scales it too. Use it with fp16. An aux that is not added has no effect.
+    """
+
+    top_k: int
+    aux_loss_alpha: float = 0.01
+    aux_loss_mode: str = "injected"
+
+    def __post_init__(self) -> None:
+        _checks.positive("top_k", self.top_k)
+        if self.aux_loss_mode not in AUX_LOSS_MODES:
+            expected = " or ".join(map(repr, AUX_LOSS_MODES))
+            raise ValueError(f"aux_loss_mode: got {self.aux_loss_mode!r}, expected {expected}")
+
+    def route(
+        self,
+        x: Tensor,
+        gate_weight: Tensor,
+        backend: str = "auto",
+        *,
+        tokens_per_image: int | None = None,
+        with_aux: bool = True,
+    ) -> tuple[RoutingPlan, Tensor | None]:
+        """Route tokens to experts: gating, dispatch and, `with_aux`, the auxiliary loss.
+
+        Args:
+            x: (T, H); float32, bfloat16, float16 or float64.
+            gate_weight: (E, H).
+            backend: "auto" or a name out of `backends()`.
+            tokens_per_image: not used by this router.
+            with_aux: whether to compute the auxiliary loss.
+        Returns: the plan with R = T K rows, and the differentiable auxiliary loss or None.
+        Raises: as `gating`.
+        Cost: as `gating` and `dispatch`; no host syncs on a GPU.
+        Source: reference.routing.token_choice, reference.routing.aux_loss.
+        """
+        topk_weights, topk_ids, probs = ops.gating(x, gate_weight, self.top_k, backend)
+        plan = ops.dispatch(topk_ids, topk_weights, gate_weight.shape[0], backend)
+        if not with_aux:
+            return plan, None
+        return plan, ops.aux_loss(probs, plan.expert_counts, self.top_k, self.aux_loss_alpha)
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """Every expert takes its best tokens out of each group, with the raw affinities as weights (EC-DIT).
+
+    Load is balanced by construction, so there is no auxiliary loss. A token may be taken by 0 to E experts.
+    """
+
+    capacity_factor: float = 2.0
+    tokens_per_group: int | None = None  # None: one image, the size of the second to last dimension of x
+
+    def __post_init__(self) -> None:
+        if not self.capacity_factor > 0:
+            raise ValueError(f"capacity_factor: got {self.capacity_factor}, expected more than 0")
+        if self.tokens_per_group is not None:
+            _checks.positive("tokens_per_group", self.tokens_per_group)
+
+    def route(
+        self,
+        x: Tensor,
+        gate_weight: Tensor,
+        backend: str = "auto",
+        *,
+        tokens_per_image: int | None = None,
+        with_aux: bool = True,
+    ) -> tuple[RoutingPlan, Tensor | None]:
+        """Route experts to tokens: each takes max(1, int(G capacity_factor / E)) tokens of every G consecutive ones.
+
+        Args:
+            x: (T, H); float32, bfloat16, float16 or float64.
+            gate_weight: (E, H).
+            backend: "auto" or a name out of `backends()`.
+            tokens_per_image: G where tokens_per_group is None; T if that is None too.
+            with_aux: not used by this router.
+        Returns: the plan and None.
+        Raises: as `gating` and `dispatch_expert_choice`.
+        Cost: as these two; no host syncs on a GPU.
+        Source: reference.routing.expert_choice.
+        """
+        group = self.tokens_per_group or tokens_per_image or max(x.shape[0], 1)
+        capacity = max(1, int(group * self.capacity_factor / gate_weight.shape[0]))
+        _, _, affinities = ops.gating(x, gate_weight, 0, backend)
+        return ops.dispatch_expert_choice(affinities, capacity, group, backend), None

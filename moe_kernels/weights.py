@@ -1,0 +1,171 @@
+"""Weight layouts: the stacked one, the slab behind per-expert parameters, DiT-MoE state dicts, safetensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+_EXPERT_KEY = re.compile(r"(?P<prefix>(?:.*\.)?)experts\.(?P<expert>\d+)\.(?P<kind>gate_proj|up_proj|down_proj)\.weight")
+_STACKED = ("gate_weight", "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj")
+
+
+def slab_problem(tensors: Sequence[Tensor]) -> str:
+    """Say why tensors are not consecutive views of one slab, "" where they are. Costs one comparison per tensor."""
+    first = tensors[0]
+    step = first.numel() * first.element_size()
+    start = first.data_ptr()
+    for position, tensor in enumerate(tensors):
+        if tensor.data_ptr() != start + position * step or not tensor.is_contiguous():
+            return f"tensor {position} does not follow tensor {position - 1} in memory" if position else "not contiguous"
+    end = (first.storage_offset() + len(tensors) * first.numel()) * first.element_size()
+    return "the tensors lie in separate allocations" if end > first.untyped_storage().nbytes() else ""
+
+
+def stacked(name: str, tensors: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """View per-expert tensors as one stacked tensor, without copying.
+
+    Args:
+        name: what the error message calls them.
+        tensors: one tensor that is stacked already, or consecutive views of one slab.
+        shape: the stacked shape.
+    Raises: RuntimeError naming `name` and saying why the tensors are not such views.
+    """
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.reshape(shape)
+    problem = slab_problem(tensors)
+    if problem:
+        raise RuntimeError(
+            f"{name}: the per-expert weights are no longer views of one slab ({problem}); something re-allocated them "
+            "(deepcopy, .to(), load_state_dict(assign=True), unpickling). Outside torch.compile the next forward of a "
+            "replaced block repairs this; for a compiled model call replace_moe(model) again"
+        )
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return first.as_strided(shape, strides, first.storage_offset())
+
+
+def rehome(parameters: Sequence[nn.Parameter]) -> bool:
+    """Make parameters consecutive views of one slab, keeping the Parameter objects; return whether anything moved.
+
+    Copies the weights once where they are not such views already; parameters on the meta device are left alone.
+    Raises: ValueError, TypeError for parameters that differ in shape, dtype or device, or are not plain tensors.
+    """
+    if not slab_problem(parameters):
+        return False
+    first = parameters[0]
+    for parameter in parameters:
+        if type(parameter.data) is not Tensor:
+            got = type(parameter.data).__name__
+            raise TypeError(f"weights: got a {got}, expected plain tensors (sharded parameters cannot share a slab)")
+        got, expected = ((p.shape, p.dtype, p.device) for p in (parameter, first))
+        if got != expected:
+            raise ValueError(f"weights: got {got} beside {expected}, expected one shape, dtype and device")
+    if first.is_meta:
+        return False
+    with torch.inference_mode(False), torch.no_grad():
+        slab = torch.empty((len(parameters), *first.shape), dtype=first.dtype, device=first.device)
+        for parameter, home in zip(parameters, slab.unbind(0), strict=True):
+            home.copy_(parameter)
+            parameter.data = home
+    return True
+
+
+def stack_dit_moe(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert a DiT-MoE state dict, of a model or of one block, to the names and shapes of MoELayer.
+
+    `<prefix>experts.i.{gate,up,down}_proj.weight`, `<prefix>gate.weight` and `<prefix>shared_experts...` become
+    `<prefix>gate_up_proj` (E,2I,H), `<prefix>down_proj` (E,H,I), `<prefix>gate_weight` (E,H) and
+    `<prefix>shared_gate_up_proj`, `<prefix>shared_down_proj`; every other key is kept.
+
+    Raises: ValueError naming the keys where no expert is found, one is missing, or shapes differ.
+    Cost: one copy of the expert weights.
+    """
+    rest = dict(state_dict)
+    matches = [match for match in map(_EXPERT_KEY.fullmatch, state_dict) if match]
+    if not matches:
+        shown = ", ".join(list(state_dict)[:4])
+        raise ValueError(f"state_dict: got keys like {shown}, expected DiT-MoE's experts.0.gate_proj.weight")
+    counts: dict[str, int] = {}
+    for match in matches:
+        counts[match["prefix"]] = max(counts.get(match["prefix"], 0), int(match["expert"]) + 1)
+    for prefix, num_experts in counts.items():
+        experts = [_take_expert(rest, f"{prefix}experts.{e}.") for e in range(num_experts)]
+        gate_up, down = (_stack(f"{prefix}experts", list(parts)) for parts in zip(*experts, strict=True))
+        rest[f"{prefix}gate_weight"] = _take(rest, f"{prefix}gate.weight")
+        rest[f"{prefix}gate_up_proj"], rest[f"{prefix}down_proj"] = gate_up, down
+        if f"{prefix}shared_experts.gate_proj.weight" in rest:
+            shared = _take_expert(rest, f"{prefix}shared_experts.")
+            rest[f"{prefix}shared_gate_up_proj"], rest[f"{prefix}shared_down_proj"] = shared
+    return rest
+
+
+def unstack_dit_moe(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert names and shapes of MoELayer back to those of DiT-MoE; the inverse of `stack_dit_moe`.
+
+    Returns: a dict whose expert weights are views of the stacked ones.
+    Raises: ValueError where no `gate_up_proj` is found, or one of its companions is missing.
+    """
+    rest = dict(state_dict)
+    suffix = "gate_up_proj"
+    prefixes = [key.removesuffix(suffix) for key in state_dict if re.fullmatch(rf"(.*\.)?{suffix}", key)]
+    if not prefixes:
+        shown = ", ".join(list(state_dict)[:4])
+        raise ValueError(f"state_dict: got keys like {shown}, expected MoELayer's gate_up_proj")
+    for prefix in prefixes:
+        gate_weight, gate_up_proj, down_proj = (_take(rest, prefix + name) for name in _STACKED[:3])
+        rest[f"{prefix}gate.weight"] = gate_weight
+        for e, (gate_up, down) in enumerate(zip(gate_up_proj, down_proj, strict=True)):
+            rest.update(_split_expert(f"{prefix}experts.{e}.", gate_up, down))
+        if f"{prefix}shared_gate_up_proj" in rest:
+            shared = (_take(rest, prefix + name) for name in _STACKED[3:])
+            rest.update(_split_expert(f"{prefix}shared_experts.", *shared))
+    return rest
+
+
+def save(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a state dict as safetensors; views of a slab are written as tensors of their own."""
+    from safetensors.torch import save_file
+
+    save_file({key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state_dict.items()}, path)
+
+
+def load(path: str | Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises: ValueError naming a file that is truncated or is no safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: got a damaged or foreign file ({error}), expected safetensors") from error
+
+
+def _take(state_dict: dict[str, Tensor], key: str) -> Tensor:
+    if key not in state_dict:
+        raise ValueError(f"state_dict: {key} is missing")
+    return state_dict.pop(key)
+
+
+def _take_expert(state_dict: dict[str, Tensor], prefix: str) -> tuple[Tensor, Tensor]:
+    gate, up, down = (_take(state_dict, f"{prefix}{kind}.weight") for kind in ("gate_proj", "up_proj", "down_proj"))
+    if gate.shape != up.shape or down.shape != gate.shape[::-1]:
+        got = ", ".join(str(tuple(weight.shape)) for weight in (gate, up, down))
+        raise ValueError(f"state_dict: {prefix}: got shapes {got}, expected (I,H), (I,H), (H,I)")
+    return torch.cat([gate, up]), down
+
+
+def _stack(name: str, weights: list[Tensor]) -> Tensor:
+    if len({(weight.shape, weight.dtype) for weight in weights}) > 1:
+        raise ValueError(f"state_dict: {name}: got {[tuple(w.shape) for w in weights]}, expected one shape and dtype")
+    return torch.stack(weights)
+
+
+def _split_expert(prefix: str, gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:
+    gate, up = gate_up.chunk(2)
+    return {f"{prefix}gate_proj.weight": gate, f"{prefix}up_proj.weight": up, f"{prefix}down_proj.weight": down}

@@ -1,0 +1,109 @@
+"""The three ways to compute a problem: the float64 oracle, a plain torch loop over experts, and a backend of ours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import moe_kernels
+import reference.moe
+from moe_kernels import RoutingPlan, dispatch, dispatch_expert_choice
+from tests.trap_cases import Problem, Trap, make_problem
+
+BACKENDS = tuple(info.name for info in moe_kernels.backends() if info.available)
+DTYPES = {"eager": (torch.float32, torch.bfloat16, torch.float64)}
+SCALES = (1e-3, 1.0, 30.0)
+CONTENDERS = [
+    pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
+    for backend in BACKENDS
+    for dtype in DTYPES.get(backend, (torch.float32, torch.bfloat16))
+]
+each_contender = pytest.mark.parametrize(("backend", "dtype"), CONTENDERS)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def plan_of(problem: Problem, backend: str) -> RoutingPlan:
+    trap = problem.trap
+    if problem.topk_ids is None:
+        return dispatch_expert_choice(problem.routing, trap.capacity, max(trap.T, 1), backend=backend)
+    return dispatch(problem.topk_ids, problem.routing, trap.E, backend=backend)
+
+
+def mlp_loop(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str) -> Tensor:
+    """One expert in the dtype of x with nothing but plain torch calls."""
+    hidden = F.linear(x, gate_up_proj)
+    if activation == "gelu":
+        return F.linear(F.gelu(hidden), down_proj)
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down_proj)
+
+
+def experts_loop(problem: Problem, mlp=mlp_loop) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y_rows (R, H), unweighted, with the token and the weight of each row."""
+    rows = problem.rows()
+    token = torch.tensor([t for _, t, _ in rows], dtype=torch.long)
+    pick = torch.tensor([p for _, _, p in rows], dtype=torch.long)
+    counts = torch.bincount(torch.tensor([e for e, _, _ in rows], dtype=torch.long), minlength=problem.trap.E).tolist()
+    parts = zip(problem.x[token].split(counts), problem.gate_up_proj, problem.down_proj, strict=True)
+    y_rows = torch.cat([mlp(x, gate_up, down, problem.trap.activation) for x, gate_up, down in parts])
+    return y_rows, token, problem.routing.flatten()[pick]
+
+
+def combine_loop(y_rows: Tensor, token: Tensor, weight: Tensor, shared: Tensor | None, num_tokens: int) -> Tensor:
+    out = torch.zeros(num_tokens, y_rows.shape[1], dtype=torch.promote_types(y_rows.dtype, weight.dtype))
+    out = out.index_add(0, token, (weight[:, None] * y_rows).to(out.dtype))
+    return (out if shared is None else out + shared).to(y_rows.dtype)
+
+
+def moe_loop(problem: Problem) -> Tensor:
+    shared = None
+    if problem.shared_down_proj is not None:
+        shared = mlp_loop(problem.x, problem.shared_gate_up_proj, problem.shared_down_proj, problem.trap.activation)
+    return combine_loop(*experts_loop(problem), shared, problem.trap.T)
+
+
+def moe_oracle(problem: Problem) -> Tensor:
+    p, activation = problem, problem.trap.activation
+    if p.topk_ids is not None:
+        shared = (p.shared_gate_up_proj, p.shared_down_proj)
+        return reference.moe.moe(p.x, p.routing, p.topk_ids.long(), p.gate_up_proj, p.down_proj, *shared, activation)
+    picks = p.expert_choice_picks()
+    out = reference.moe.moe_expert_choice(p.x, p.routing, picks, p.gate_up_proj, p.down_proj, activation)
+    if p.shared_down_proj is None:
+        return out
+    return out + reference.moe.expert_mlp(p.x, p.shared_gate_up_proj, p.shared_down_proj, activation)
+
+
+def moe_ours(problem: Problem, backend: str) -> Tensor:
+    p, weights = problem, (problem.gate_up_proj, problem.down_proj, problem.shared_gate_up_proj, problem.shared_down_proj)
+    return moe_kernels.moe_mlp(p.x, plan_of(p, backend), *weights, activation=p.trap.activation, backend=backend)
+
+
+def gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> dict[str, Tensor]:
+    grads = torch.autograd.grad(out, list(leaves.values()), dout.to(out.dtype))
+    return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def moe_compute(trap: Trap, dtype: torch.dtype, scale: float = 1.0):
+    """Return compute(seed, how) for `judge`: the output of the layer and all its gradients."""
+
+    def compute(seed: int, how: str) -> dict[str, Tensor]:
+        problem = make_problem(trap, seed, dtype, scale)
+        problem, leaves = (problem.double() if how == "oracle" else problem).with_leaves()
+        ways = {"oracle": moe_oracle, "loop": moe_loop}
+        out = ways[how](problem) if how in ways else moe_ours(problem, how)
+        return gradients(out, leaves, problem.dout)
+
+    return compute
+
+
+def try_trap(trap: Trap, backend: str, run) -> None:
+    """Run; where the trap allows a refusal, a clear one naming the backend counts as an answer."""
+    try:
+        run()
+    except (ValueError, RuntimeError) as refusal:
+        if not trap.may_refuse or backend not in str(refusal):
+            raise
+        pytest.skip(f"refused: {refusal}")

@@ -1,0 +1,70 @@
+"""Combine: shared + the weighted sum of a token's rows, in ascending row order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_kernels import combine
+from tests.contenders import SCALES, combine_loop, each_backend, each_contender, gradients, plan_of, try_trap
+from tests.error_rule import judge
+from tests.trap_cases import BY_NAME, LAYOUTS, PLAIN, TRAPS, Trap, make_problem
+
+
+def combine_compute(trap, dtype, scale=1.0):
+    def compute(seed, how):
+        problem = make_problem(trap, seed, dtype)
+        g = torch.Generator().manual_seed(seed)
+        shapes = {"y_rows": len(problem.rows()), "shared": trap.T}
+        tensors = {n: (torch.randn(rows, trap.H, generator=g) * scale * trap.magnitude).to(dtype) for n, rows in shapes.items()}
+        tensors = {name: LAYOUTS[trap.layout](t) for name, t in tensors.items() if name == "y_rows" or trap.Is}
+        if how == "oracle":
+            problem, tensors = problem.double(), {name: t.double() for name, t in tensors.items()}
+        problem, leaves = problem.with_leaves()
+        leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()} | {"routing": leaves["routing"]}
+        y_rows, shared = leaves["y_rows"], leaves.get("shared")
+        if how in ("oracle", "loop"):
+            rows = problem.rows()
+            token, pick = (torch.tensor([row[i] for row in rows], dtype=torch.long) for i in (1, 2))
+            out = combine_loop(y_rows, token, problem.routing.flatten()[pick], shared, trap.T)
+        else:
+            out = combine(y_rows, plan_of(problem, how), shared, backend=how)
+        return gradients(out, leaves, problem.dout)
+
+    return compute
+
+
+@each_contender
+@pytest.mark.parametrize("trap", TRAPS, ids=str)
+def test_trap(trap, backend, dtype, seed):
+    try_trap(trap, backend, lambda: judge("combine", combine_compute(trap, dtype), backend, dtype, seed))
+
+
+@each_contender
+@pytest.mark.parametrize("scale", SCALES)
+def test_scale(scale, backend, dtype, seed):
+    judge("combine", combine_compute(PLAIN, dtype, scale), backend, dtype, seed, scale)
+
+
+@each_backend
+def test_rows_are_summed_in_ascending_order(backend):
+    """A sum that only comes out in that order: 2^24 swallows a 1."""
+    trap = Trap("all three experts", "", T=50, H=72, E=3, K=3)
+    problem = make_problem(trap, 0, torch.float32)
+    problem.routing = torch.ones_like(problem.routing)
+    plan = plan_of(problem, backend)
+    value = torch.tensor([2.0**24, 1.0, -(2.0**24)]).repeat_interleave(trap.T)  # rows of experts 0, 1, 2
+    y_rows = value[:, None].expand(-1, trap.H)
+    assert not combine(y_rows, plan, backend=backend).any()
+
+
+@each_backend
+def test_tokens_without_rows_get_the_shared_output(backend, seed):
+    problem = make_problem(BY_NAME["expert_choice"], seed, torch.float32)
+    plan = plan_of(problem, backend)
+    lonely = plan.token_row_offsets.diff() == 0
+    assert lonely.any()
+    y_rows = torch.randn(plan.num_rows, problem.trap.H)
+    shared = torch.randn(problem.trap.T, problem.trap.H)
+    assert torch.equal(combine(y_rows, plan, shared, backend=backend)[lonely], shared[lonely])
+    assert not combine(y_rows, plan, backend=backend)[lonely].count_nonzero()

@@ -1,0 +1,247 @@
+"""What torch does around the layer: compile, opcheck, autocast, checkpointing, copies, two processes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from moe_kernels import ExpertChoice, MoELayer, TokenChoice, combine, experts, gating, moe_mlp, replace_moe
+from moe_kernels.ops import dispatch
+from reference.moe import SparseMoeBlock
+from tests.contenders import BACKENDS, each_backend, moe_compute, moe_loop, moe_oracle, moe_ours, plan_of
+from tests.error_rule import judge
+from tests.trap_cases import PLAIN, Trap, make_problem
+
+
+def make_layer(backend, router=None, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return MoELayer(32, 24, 5, 2, shared_intermediate_size=16, router=router, backend=backend, **kwargs)
+
+
+def forward_backward(module, x):
+    x = x.detach().requires_grad_()
+    module.zero_grad()
+    y = module(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in module.parameters())]
+
+
+def assert_same(got, expected):
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def replaced_block(backend):
+    torch.manual_seed(0)
+    block = SparseMoeBlock(32, 24, 5, 2, 16)
+    replace_moe(block, backend=backend)
+    return block
+
+
+MODULES = {
+    "token_choice": make_layer,
+    "scaled": lambda backend: make_layer(backend, TokenChoice(2, aux_loss_mode="scaled")),
+    "expert_choice": lambda backend: make_layer(backend, ExpertChoice()),
+    "replaced": replaced_block,
+}
+each_module = pytest.mark.parametrize("module", MODULES)
+
+
+@pytest.mark.unpoisoned
+@each_backend
+@each_module
+def test_compiles_as_one_graph(module, backend):
+    """Same bits as without compiling; another number of tokens needs no graph break either."""
+    torch.compiler.reset()
+    module = MODULES[module](backend)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for tokens in (6, 10, 14):
+        x = torch.randn(2, tokens, 32)
+        assert_same(forward_backward(compiled, x), forward_backward(module, x))
+
+
+@pytest.mark.unpoisoned
+@each_backend
+def test_compiles_with_inductor(backend):
+    torch.compiler.reset()
+    layer, x = make_layer(backend), torch.randn(2, 6, 32)
+    expected = forward_backward(layer, x)
+    for a, b in zip(forward_backward(torch.compile(layer, fullgraph=True), x), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of one call of every op of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "moe_kernels":
+            self.calls.setdefault(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+def leaf(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone().requires_grad_(value.is_floating_point())
+    return [leaf(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.unpoisoned
+@each_backend
+def test_opcheck_on_every_op(backend):
+    with Recorder() as recorder:
+        for module in (make_layer(backend), make_layer(backend, ExpertChoice())):
+            forward_backward(module, torch.randn(2, 6, 32))
+        problem, leaves = make_problem(PLAIN, 0, torch.float32).with_leaves()
+        plan = plan_of(problem, backend)
+        rows = experts(problem.x, plan, problem.gate_up_proj, problem.down_proj, backend=backend)
+        combine(rows, plan, problem.x, backend=backend).sum().backward()
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe_kernels::")}
+    assert {func.name() for func in recorder.calls} == names
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for func, args in recorder.calls.items():
+        differentiable = not func.name().endswith("_bwd")
+        prepared = leaf(args) if differentiable else torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+        torch.library.opcheck(func, tuple(prepared), test_utils=tests)
+
+
+@each_backend
+def test_list_of_views_passes_opcheck_too(backend, seed):
+    block = replaced_block(backend).requires_grad_(False)
+    with Recorder() as recorder:
+        block(torch.randn(6, 32))
+    (args,) = [args for func, args in recorder.calls.items() if func.name() == "moe_kernels::moe_mlp"]
+    torch.library.opcheck(torch.ops.moe_kernels.moe_mlp.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@each_backend
+def test_autocast(backend, seed):
+    """fp32 weights and tokens, bf16 arithmetic: no worse than plain torch under autocast, gradients in fp32."""
+    in_fp32 = moe_compute(PLAIN, torch.float32)
+
+    def compute(seed, how):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how != "oracle"):
+            result = in_fp32(seed, how if how != "eager" or backend == "eager" else "loop")
+        assert how in ("oracle", "loop") or all(t.dtype == torch.float32 for n, t in result.items() if n != "out")
+        return {name: t.double() for name, t in result.items()}
+
+    judge("autocast", compute, backend, torch.bfloat16, seed)
+
+
+@each_backend
+def test_autocast_of_the_layer_routes_in_fp32(backend):
+    layer, x = make_layer(backend), torch.randn(40, 32)
+    _, ids, probs = gating(x, layer.gate_weight, 2, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = gating(x, layer.gate_weight, 2, backend=backend)
+        y = layer(x)
+    assert torch.equal(again[1], ids) and torch.equal(again[2], probs) and y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@each_backend
+@each_module
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_gives_the_same_bits(use_reentrant, module, backend):
+    module, x = MODULES[module](backend), torch.randn(2, 6, 32)
+    expected = forward_backward(module, x)
+    wrapped = nn.Module()
+    wrapped.inner = module
+    wrapped.forward = lambda x: checkpoint(module, x, use_reentrant=use_reentrant)
+    assert_same(forward_backward(wrapped, x), expected)
+
+
+def saved_and_loaded(layer):
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def assigned(layer):
+    other = make_layer(layer.backend, seed=1, device="meta")
+    other.load_state_dict(layer.state_dict(), assign=True)
+    return other
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "torch.save": saved_and_loaded,
+    "assign": assigned,
+    ".to": lambda layer: layer.to(torch.bfloat16).to(torch.float32),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_compute_the_same(way, backend):
+    layer, x = make_layer(backend).bfloat16().float(), torch.randn(7, 32)
+    expected = forward_backward(layer, x)
+    other = COPIES[way](layer)
+    assert_same(forward_backward(other, x), expected)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    assert not torch.equal(other(x), expected[0])
+
+
+@each_backend
+def test_pure_bfloat16_trains(backend):
+    layer = make_layer(backend).to(torch.bfloat16)
+    before = [p.detach().clone() for p in layer.parameters()]
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    layer(torch.randn(40, 32, dtype=torch.bfloat16)).square().mean().backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) and a.dtype == torch.bfloat16 for a, b in zip(layer.parameters(), before, strict=True))
+
+
+@each_backend
+def test_several_transforms_are_refused_by_name(backend):
+    layer, x = make_layer(backend), torch.randn(3, 5, 32)
+    with pytest.raises(RuntimeError, match="moe_kernels: vmap"):
+        torch.func.vmap(layer)(x)
+    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)forward|jvp"):
+        torch.func.jvp(layer, (x[0],), (x[0],))
+
+
+def ddp_worker(rank: int, path: str) -> None:
+    """Two ranks, each with half the tokens and a replaced block; the mean gradient must be that of both halves."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(7))
+    for backend in BACKENDS:
+        for module in (make_layer(backend, TokenChoice(2, 0.0)), replaced_block(backend)):
+            alone = copy.deepcopy(module)
+            mean = [g / 2 for g in grads_of(alone, x[:4])]
+            mean = [m + g / 2 for m, g in zip(mean, grads_of(alone, x[4:]), strict=True)]
+            parallel = DistributedDataParallel(module)
+            for _ in range(2):
+                got = grads_of(parallel, x[:4] if rank == 0 else x[4:])
+            for a, b in zip(got, mean, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
+    distributed.destroy_process_group()
+
+
+def grads_of(module, x):
+    module.zero_grad()
+    module(x).square().sum().backward()
+    return [p.grad.clone() for p in module.parameters()]
+
+
+def test_ddp_with_two_processes(tmp_path):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(ddp_worker, (str(tmp_path / "rendezvous"),), nprocs=2)

@@ -1,0 +1,78 @@
+"""Dispatch: picks -> RoutingPlan, compared exactly with a sorted list of rows; the gradient of the row weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_kernels import dispatch, dispatch_expert_choice
+from tests.contenders import each_backend, plan_of
+from tests.trap_cases import BY_NAME, TRAPS, make_problem
+
+
+def assert_plan(plan, rows, source, num_tokens, num_experts):
+    """Compare with rows, the sorted list of (expert, token, flat index into source)."""
+    plan.validate()
+    assert (plan.num_tokens, plan.num_experts, plan.num_rows) == (num_tokens, num_experts, len(rows))
+    experts, tokens, picks = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
+    counts = [experts.count(e) for e in range(num_experts)]
+    by_token = sorted(range(len(rows)), key=lambda r: (tokens[r], r))
+    assert plan.expert_counts.tolist() == counts
+    assert plan.expert_offsets.tolist() == [sum(counts[:e]) for e in range(num_experts + 1)]
+    assert plan.row_token.tolist() == tokens
+    assert plan.row_pick.tolist() == picks
+    assert plan.token_row_offsets.tolist() == [sum(t < n for t in tokens) for n in range(num_tokens + 1)]
+    assert plan.token_rows.tolist() == by_token
+    assert torch.equal(plan.row_weight, source.flatten()[torch.tensor(picks, dtype=torch.long)])
+    integers = [t.dtype for t in plan.tensors() if not t.is_floating_point()]
+    assert integers == [torch.int32] * 6 and plan.row_weight.dtype == source.dtype
+
+
+@each_backend
+@pytest.mark.parametrize("trap", [t for t in TRAPS if t.name != "misaligned"], ids=str)
+def test_trap(trap, backend, seed):
+    problem, leaves = make_problem(trap, seed, torch.float32).with_leaves()
+    plan = plan_of(problem, backend)
+    assert_plan(plan, problem.rows(), problem.routing, trap.T, trap.E)
+    upstream = torch.randn(plan.num_rows)
+    (drouting,) = torch.autograd.grad(plan.row_weight, leaves["routing"], upstream)
+    expected = torch.zeros(problem.routing.numel())
+    expected[plan.row_pick.long()] = upstream
+    assert torch.equal(drouting, expected.view_as(drouting))
+
+
+@each_backend
+@pytest.mark.parametrize(("tokens_per_group", "capacity"), [(6, 2), (12, 1), (1, 1), (3, 3), (24, 10)])
+def test_expert_choice_by_group_with_ties(tokens_per_group, capacity, backend, seed):
+    """Affinities of three levels tie often: the lower token index wins, inside its own group only."""
+    T, E = 24, 5
+    g = torch.Generator().manual_seed(seed)
+    affinities = torch.randint(0, 3, (T, E), generator=g).float() / 4
+    rows = []
+    for start in range(0, T, tokens_per_group):
+        group = range(start, start + tokens_per_group)
+        for e in range(E):
+            best = sorted(group, key=lambda t: (-affinities[t, e].item(), t))[:capacity]
+            rows += [(e, t, t * E + e) for t in best]
+    plan = dispatch_expert_choice(affinities, capacity, tokens_per_group, backend=backend)
+    assert_plan(plan, sorted(rows), affinities, T, E)
+
+
+@each_backend
+def test_float64_weights_stay_float64(backend, seed):
+    if backend != "eager":
+        pytest.skip("float64 is for eager")
+    problem = make_problem(BY_NAME["plain"], seed, torch.float64)
+    assert plan_of(problem, backend).row_weight.dtype == torch.float64
+
+
+@each_backend
+def test_many_tokens_equal_a_stable_sort(backend, seed):
+    """Longer than any block of a histogram."""
+    g = torch.Generator().manual_seed(seed)
+    T, E, K = 5003, 16, 2
+    ids = torch.rand(T, E, generator=g).topk(K).indices.int()
+    plan = dispatch(ids, torch.rand(T, K, generator=g), E, backend=backend)
+    order = ids.flatten().long().sort(stable=True).indices
+    plan.validate()
+    assert torch.equal(plan.row_pick.long(), order) and torch.equal(plan.row_token.long(), order // K)

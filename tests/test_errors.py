@@ -1,0 +1,266 @@
+"""Bad input: a ValueError or TypeError that names the argument, what came and what was expected; never a wild read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+import moe_kernels
+from moe_kernels import MoELayer, RoutingPlan, combine, dispatch, dispatch_expert_choice, experts, gating, moe_mlp
+from moe_kernels.weights import load, stack_dit_moe, unstack_dit_moe
+from tests.contenders import BACKENDS, each_backend, moe_ours, plan_of
+from tests.trap_cases import PLAIN, make_problem
+
+T, H, I, E, K = 6, 16, 8, 4, 2
+X, GATE = torch.ones(T, H), torch.ones(E, H)
+IDS, WEIGHTS = torch.tensor([[0, 1]] * T, dtype=torch.int32), torch.full((T, K), 0.25)
+GATE_UP, DOWN = torch.ones(E, 2 * I, H), torch.ones(E, H, I)
+SHARED_GATE_UP, SHARED_DOWN = torch.ones(2 * I, H), torch.ones(H, I)
+PLAN = dispatch(IDS, WEIGHTS, E, backend="eager")
+AFFINITIES = torch.rand(T, E)
+Y_ROWS = torch.ones(T * K, H)
+BAD = float("nan")
+
+CALLS = {
+    "gating": (gating, {"x": X, "gate_weight": GATE, "top_k": K}),
+    "dispatch": (dispatch, {"topk_ids": IDS, "topk_weights": WEIGHTS, "num_experts": E}),
+    "dispatch_expert_choice": (dispatch_expert_choice, {"affinities": AFFINITIES, "capacity": 2, "tokens_per_group": T}),
+    "experts": (experts, {"x": X, "plan": PLAN, "gate_up_proj": GATE_UP, "down_proj": DOWN, "activation": "swiglu"}),
+    "combine": (combine, {"y_rows": Y_ROWS, "plan": PLAN, "shared": X}),
+    "moe_mlp": (
+        moe_mlp,
+        {
+            "x": X,
+            "plan": PLAN,
+            "gate_up_proj": GATE_UP,
+            "down_proj": DOWN,
+            "shared_gate_up_proj": SHARED_GATE_UP,
+            "shared_down_proj": SHARED_DOWN,
+        },
+    ),
+}
+BAD_INPUTS = [  # op, argument, value, what the message must show
+    ("gating", "x", X[0], r"\(16,\)"),
+    ("gating", "x", X[:, :5], "gate_weight|x"),
+    ("gating", "x", X.int(), "int32"),
+    ("gating", "x", [[1.0]], "list"),
+    ("gating", "x", X.to("meta"), "meta"),
+    ("gating", "x", X * BAD, "finite"),
+    ("gating", "x", X * float("inf"), "finite"),
+    ("gating", "x", X[:, :0], "0"),
+    ("gating", "gate_weight", GATE[:0], "0"),
+    ("gating", "gate_weight", GATE.bool(), "bool"),
+    ("gating", "top_k", E + 1, str(E + 1)),
+    ("gating", "top_k", -1, "-1"),
+    ("gating", "top_k", 1.5, "float"),
+    ("dispatch", "topk_ids", IDS + E - 1, str(E)),
+    ("dispatch", "topk_ids", IDS - 1, "-1"),
+    ("dispatch", "topk_ids", IDS.float(), "float32"),
+    ("dispatch", "topk_ids", IDS[:, 0], r"\(6,\)"),
+    ("dispatch", "topk_ids", IDS[:3], r"\((3|6), 2\)"),
+    ("dispatch", "topk_weights", WEIGHTS.int(), "int32"),
+    ("dispatch", "topk_weights", WEIGHTS[:, :1], r"\(6, 1\)"),
+    ("dispatch", "num_experts", 0, "0"),
+    ("dispatch", "num_experts", 4.0, "float"),
+    ("dispatch_expert_choice", "affinities", AFFINITIES[0], r"\(4,\)"),
+    ("dispatch_expert_choice", "affinities", AFFINITIES * BAD, "finite"),
+    ("dispatch_expert_choice", "capacity", 0, "0"),
+    ("dispatch_expert_choice", "capacity", T + 1, str(T + 1)),
+    ("dispatch_expert_choice", "tokens_per_group", 4, "4"),
+    ("dispatch_expert_choice", "tokens_per_group", 0, "0"),
+    ("experts", "x", X[:3], "3"),
+    ("experts", "x", X.bfloat16(), "bfloat16"),
+    ("experts", "x", X.long(), "int64"),
+    ("experts", "plan", PLAN.tensors(), "tuple"),
+    ("experts", "plan", dispatch(IDS[:3], WEIGHTS[:3], E, backend="eager"), "3 tokens"),
+    ("experts", "gate_up_proj", GATE_UP[:3], r"\(3, 16, 16\)"),
+    ("experts", "gate_up_proj", GATE_UP[..., :8], r"\(4, 16, 8\)"),
+    ("experts", "gate_up_proj", GATE_UP[:, :7], "7"),
+    ("experts", "gate_up_proj", GATE_UP.double(), "float64"),
+    ("experts", "gate_up_proj", GATE_UP.to("meta"), "meta"),
+    ("experts", "gate_up_proj", None, "NoneType"),
+    ("experts", "gate_up_proj", [], "empty"),
+    ("experts", "gate_up_proj", GATE_UP[:, :0], "0"),
+    ("experts", "down_proj", DOWN[..., :3], r"\(4, 16, 3\)"),
+    ("experts", "down_proj", DOWN.transpose(1, 2), r"\(4, 8, 16\)"),
+    ("experts", "activation", "relu", "relu"),
+    ("combine", "y_rows", Y_ROWS[:5], r"\(5, 16\)"),
+    ("combine", "y_rows", Y_ROWS.int(), "int32"),
+    ("combine", "shared", X[:3], r"\(3, 16\)"),
+    ("combine", "shared", X.bfloat16(), "bfloat16"),
+    ("combine", "plan", None, "NoneType"),
+    ("moe_mlp", "x", X[:5], "5"),
+    ("moe_mlp", "x", X[:, None], r"\(6, 1, 16\)"),
+    ("moe_mlp", "shared_gate_up_proj", SHARED_GATE_UP[:, :3], r"\(16, 3\)"),
+    ("moe_mlp", "shared_gate_up_proj", None, "None"),
+    ("moe_mlp", "shared_down_proj", None, "None"),
+    ("moe_mlp", "shared_down_proj", SHARED_DOWN.T, r"\(8, 16\)"),
+]
+
+
+@each_backend
+@pytest.mark.parametrize(("op", "argument", "value", "shown"), BAD_INPUTS)
+def test_bad_input(op, argument, value, shown, backend):
+    function, arguments = CALLS[op]
+    related = {"x": "x|gate_weight|plan|gate_up_proj|H", "gate_weight": "gate_weight|num_experts", "topk_ids": "topk_ids|topk_weights"}
+    with pytest.raises((ValueError, TypeError)) as raised:
+        function(**arguments | {argument: value}, backend=backend)
+    message = str(raised.value)
+    assert re.search(rf"\b({related.get(argument, argument)})\b", message) and re.search(shown, message), message
+    assert "expected" in message, message
+
+
+@each_backend
+@pytest.mark.parametrize("op", CALLS)
+def test_the_good_call_is_good(op, backend):
+    function, arguments = CALLS[op]
+    function(**arguments, backend=backend)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="native is not built")
+@pytest.mark.parametrize("field", ["row_token", "token_rows", "expert_offsets", "token_row_offsets", "expert_counts"])
+@pytest.mark.parametrize("value", [-1, 10**6, -(2**31), 2**31 - 1])
+@pytest.mark.parametrize("where", [0, 1, -1])
+def test_native_never_reads_out_of_bounds_whatever_the_plan(field, value, where):
+    tensor = getattr(PLAN, field).clone()
+    tensor[where] = value
+    plan = dataclasses.replace(PLAN, **{field: tensor})
+    for call in (
+        lambda: moe_mlp(X, plan, GATE_UP, DOWN, backend="native"),
+        lambda: experts(X, plan, GATE_UP, DOWN, backend="native"),
+        lambda: combine(Y_ROWS, plan, backend="native"),
+    ):
+        try:
+            out = call()
+        except ValueError as error:
+            assert field in str(error) or "plan" in str(error)
+        else:
+            assert out.isfinite().all()  # this room has no use for the field
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_backend_that_is_not_there(op, monkeypatch):
+    function, arguments = CALLS[op]
+    with pytest.raises(ValueError, match="backend: got 'warp', expected .*'auto'.*'eager'"):
+        function(**arguments, backend="warp")
+    monkeypatch.setenv("MOE_KERNELS_BACKEND", "warp")
+    with pytest.raises(ValueError, match="warp"):
+        function(**arguments)
+
+
+def test_unavailable_backend_raises_its_reason(monkeypatch):
+    registry = pytest.importorskip("moe_kernels.backends.registry")
+    monkeypatch.setattr(registry, "_load", lambda name: (None, "no such luck"))
+    with pytest.raises(RuntimeError, match="native.*no such luck"):
+        registry.get("native")
+
+
+def test_backends_are_reported():
+    infos = {info.name: info for info in moe_kernels.backends()}
+    assert isinstance(moe_kernels.backends(), tuple) and {"eager", "grouped", "native"} <= infos.keys()
+    assert all(info.available or info.reason for info in infos.values())
+    assert infos["eager"].available and infos["grouped"].available
+    assert infos["native"].available, f"the extension is part of every build on the CPU: {infos['native'].reason}"
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_environment_forces_auto(name, monkeypatch, seed):
+    monkeypatch.setenv("MOE_KERNELS_BACKEND", name)
+    problem = make_problem(PLAIN, seed, torch.float32)
+    assert torch.equal(moe_ours(problem, "auto"), moe_ours(problem, name))
+
+
+@each_backend
+def test_float64_is_computed_or_refused(backend, seed):
+    problem = make_problem(PLAIN, seed, torch.float64)
+    expected = moe_ours(problem, "eager")
+    try:
+        assert torch.allclose(moe_ours(problem, backend), expected, rtol=1e-12, atol=0)
+    except RuntimeError as refusal:
+        assert re.search(f"{backend}.*float64", str(refusal)), refusal
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_auto_finds_a_backend_for_every_dtype(dtype, seed):
+    assert moe_ours(make_problem(PLAIN, seed, dtype), "auto").isfinite().all()
+
+
+@each_backend
+@pytest.mark.parametrize("op", ["moe_mlp", "experts", "combine", "gating", "dispatch"])
+def test_double_backward(op, backend, seed):
+    problem, leaves = make_problem(PLAIN, seed, torch.float32).with_leaves()
+    x, gate_up, down = problem.x, problem.gate_up_proj, problem.down_proj
+    if op == "gating":
+        out, leaf = gating(x, x[:5] * 0.1, 2, backend=backend)[2], x
+    elif op == "dispatch":
+        pytest.skip("linear: its backward is a scatter that autograd may differentiate")
+    else:
+        plan = plan_of(problem, backend)
+        out = {
+            "moe_mlp": lambda: moe_ours(problem, backend),
+            "experts": lambda: experts(x, plan, gate_up, down, backend=backend),
+            "combine": lambda: combine(x[plan.row_token.long()], plan, backend=backend),
+        }[op]()
+        leaf = x
+    (dx,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="moe_kernels: double backward is not supported"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("bad", "shown"),
+    [
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"intermediate_size": -1}, "intermediate_size"),
+        ({"num_experts": 0}, "num_experts"),
+        ({"top_k": 5}, "top_k.*5.*4"),
+        ({"top_k": 0}, "top_k"),
+        ({"shared_intermediate_size": -1}, "shared_intermediate_size"),
+        ({"activation": "relu"}, "activation.*relu"),
+        ({"backend": "warp"}, "backend.*warp"),
+    ],
+)
+def test_layer_arguments(bad, shown):
+    with pytest.raises((ValueError, TypeError), match=shown):
+        MoELayer(**{"hidden_size": H, "intermediate_size": I, "num_experts": E, "top_k": K} | bad)
+
+
+@pytest.mark.parametrize("x", [torch.ones(3, H + 1), torch.ones(3, H).int(), torch.ones(3, H).double(), "x"])
+def test_layer_input(x):
+    with pytest.raises((ValueError, TypeError), match="x: got|gate_up_proj: got|gate_weight: got"):
+        MoELayer(H, I, E, K)(x)
+
+
+def test_layer_refuses_a_state_dict_in_another_layout():
+    layer = MoELayer(H, I, E, K)
+    state = layer.state_dict()
+    with pytest.raises(RuntimeError, match="gate_up_proj"):
+        layer.load_state_dict(unstack_dit_moe(state))
+    with pytest.raises(RuntimeError, match="gate_up_proj"):
+        layer.load_state_dict(state | {"gate_up_proj": state["gate_up_proj"].transpose(1, 2)})
+
+
+def test_conversions_refuse_foreign_layouts(tmp_path):
+    state = MoELayer(H, I, E, K, shared_intermediate_size=4).state_dict()
+    split = unstack_dit_moe(state)
+    with pytest.raises(ValueError, match="expected DiT-MoE"):
+        stack_dit_moe(state)
+    with pytest.raises(ValueError, match="gate_up_proj"):
+        unstack_dit_moe(split)
+    with pytest.raises(ValueError, match=r"experts\.1\.up_proj\.weight"):
+        stack_dit_moe({key: value for key, value in split.items() if key != "experts.1.up_proj.weight"})
+    moe_kernels.weights.save(state, tmp_path / "layer.safetensors")
+    whole = (tmp_path / "layer.safetensors").read_bytes()
+    for name, content in {"truncated": whole[:-5], "empty": b"", "foreign": json.dumps({}).encode()}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            load(tmp_path / name)
+
+
+def test_plan_from_other_things():
+    with pytest.raises((ValueError, TypeError), match="expected 7"):
+        RoutingPlan.from_tensors([])

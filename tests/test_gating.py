@@ -1,0 +1,153 @@
+"""Gating: router logits, softmax and top-k against the oracle; ties; the aux loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import reference.routing
+from moe_kernels import aux_loss, gating
+from tests.contenders import SCALES, each_backend, each_contender
+from tests.error_rule import judge
+from tests.trap_cases import draw_router
+
+SHAPES = {  # T, H, E, K
+    "plain": (37, 32, 5, 2),
+    "no token": (0, 32, 8, 2),
+    "one token": (1, 32, 8, 2),
+    "E=16, longer than a block": (130, 296, 16, 2),
+    "DSMoE E=48 K=5": (20, 16, 48, 5),
+    "K = E": (9, 16, 4, 4),
+    "one expert": (7, 16, 1, 1),
+    "odd width": (11, 21, 6, 3),
+}
+
+
+def gating_loop(x, gate_weight, top_k):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    probs = (x.to(wide) @ gate_weight.to(wide).T).softmax(-1)
+    weights, ids = probs.sort(dim=-1, descending=True, stable=True)
+    return weights[:, :top_k], ids[:, :top_k], probs
+
+
+def gating_compute(shape, dtype, scale=1.0, layout=lambda t: t):
+    T, H, E, K = shape
+
+    def compute(seed, how):
+        x, gate_weight = (layout(t) for t in draw_router(T, H, E, K, dtype, scale, seed))
+        g = torch.Generator().manual_seed(seed)
+        dweights, dprobs = (torch.randn(T, n, generator=g, dtype=torch.float64) for n in (K, E))
+        if how == "oracle":
+            x, gate_weight = x.double(), gate_weight.double()
+        x, gate_weight = x.detach().requires_grad_(), gate_weight.detach().requires_grad_()
+        ways = {"oracle": reference.routing.token_choice, "loop": gating_loop}
+        weights, ids, probs = ways[how](x, gate_weight, K) if how in ways else gating(x, gate_weight, K, backend=how)
+        loss = (weights * dweights.to(weights.dtype)).sum() + (probs * dprobs.to(probs.dtype)).sum()
+        dx, dgate_weight = torch.autograd.grad(loss, (x, gate_weight))
+        return {"topk_weights": weights, "probs": probs, "dx": dx, "dgate_weight": dgate_weight, "topk_ids": ids.double()}
+
+    return compute
+
+
+def judged_without_ids(compute):
+    """Ids are compared exactly, by the tests; the rule is for the rest."""
+    return lambda seed, how: {name: t for name, t in compute(seed, how).items() if name != "topk_ids"}
+
+
+@each_contender
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape, backend, dtype, seed):
+    compute = gating_compute(shape, dtype)
+    judge("gating", judged_without_ids(compute), backend, dtype, seed)
+    assert torch.equal(compute(seed, backend)["topk_ids"], compute(seed, "oracle")["topk_ids"])
+
+
+@each_contender
+@pytest.mark.parametrize("scale", SCALES)
+def test_scale(scale, backend, dtype, seed):
+    compute = gating_compute(SHAPES["plain"], dtype, scale)
+    judge("gating", judged_without_ids(compute), backend, dtype, seed, scale)
+    assert torch.equal(compute(seed, backend)["topk_ids"], compute(seed, "oracle")["topk_ids"])
+
+
+@each_backend
+def test_strided_inputs(backend, seed):
+    compute = gating_compute(SHAPES["plain"], torch.float32, layout=lambda t: torch.stack((t, t * torch.nan), -1)[..., 0])
+    judge("gating", judged_without_ids(compute), backend, torch.float32, seed)
+
+
+@each_contender
+def test_dtypes_and_raw_probabilities(backend, dtype, seed):
+    """fp32 routing whatever the dtype of x, no renormalisation, weights descending."""
+    x, gate_weight = draw_router(37, 32, 5, 2, dtype, 1.0, seed)
+    weights, ids, probs = gating(x, gate_weight, 2, backend=backend)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert (weights.dtype, ids.dtype, probs.dtype) == (wide, torch.int32, wide)
+    assert torch.equal(weights, probs.gather(1, ids.long()))
+    assert (weights.diff(dim=-1) <= 0).all() and (weights.sum(-1) < 1).all()
+    assert (probs.sum(-1) - 1).abs().max() <= 8 * torch.finfo(wide).eps
+
+
+@each_backend
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_lower_expert_wins_a_tie(top_k, backend):
+    """One-hot tokens read exact logits off the router: whole-number logits with many exact ties."""
+    logits = torch.tensor([[0, 0, 0, 0, 0, 0], [1, 3, 3, 1, 3, 0], [0, 0, 0, 0, 0, 5], [2, 1, 2, 1, 2, 1.0]])
+    _, ids, _ = gating(torch.eye(4), logits.T.contiguous(), top_k, backend=backend)
+    expected = [[0, 1, 2, 3, 4, 5], [1, 2, 4, 0, 3, 5], [5, 0, 1, 2, 3, 4], [0, 2, 4, 1, 3, 5]]
+    assert ids.tolist() == [row[:top_k] for row in expected]
+
+
+@each_backend
+def test_probabilities_that_underflow_tie(backend):
+    logits = torch.tensor([[200.0, 1, 5, 3], [-300, -200, 0, -250]])
+    _, ids, probs = gating(torch.eye(2), logits.T.contiguous(), 3, backend=backend)
+    assert probs.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
+    assert ids.tolist() == [[0, 1, 2], [2, 0, 1]]
+
+
+@each_backend
+def test_affinities_only(backend, seed):
+    x, gate_weight = draw_router(9, 16, 4, 1, torch.float32, 1.0, seed)
+    weights, ids, probs = gating(x, gate_weight, 0, backend=backend)
+    assert weights.shape == ids.shape == (9, 0)
+    assert torch.equal(probs, gating(x, gate_weight, 2, backend=backend)[2])
+
+
+def test_eager_gradcheck(seed):
+    inputs = [t.requires_grad_() for t in draw_router(7, 5, 4, 2, torch.float64, 1.0, seed)]
+    picked = [0, 2]  # topk_ids carry no gradient
+    assert torch.autograd.gradcheck(lambda *a: [gating(*a, 2, backend="eager")[i] for i in picked], inputs, fast_mode=True)
+
+
+@each_backend
+def test_aux_loss_value_and_gradient(backend, seed):
+    def value_and_gradient(x, gate_weight, how):
+        gate_weight = gate_weight.detach().requires_grad_()
+        if how == "oracle":
+            _, ids, probs = reference.routing.token_choice(x, gate_weight, 2)
+            loss = reference.routing.aux_loss(probs, ids, 0.01)
+        else:
+            _, ids, probs = gating(x, gate_weight, 2, backend=how)
+            loss = aux_loss(probs, torch.bincount(ids.flatten(), minlength=5).int(), 2, 0.01)
+        return {"loss": loss.detach(), "dgate_weight": torch.autograd.grad(loss, gate_weight)[0]}
+
+    def compute(seed, how):
+        x, gate_weight = draw_router(37, 32, 5, 2, torch.float32, 1.0, seed)
+        if how == "loop":
+            return value_and_gradient_of_formula(x, gate_weight)
+        return value_and_gradient(*((x.double(), gate_weight.double()) if how == "oracle" else (x, gate_weight)), how)
+
+    def value_and_gradient_of_formula(x, gate_weight):
+        gate_weight = gate_weight.detach().requires_grad_()
+        _, ids, probs = gating_loop(x, gate_weight, 2)
+        fraction = torch.bincount(ids.flatten(), minlength=5) / ids.numel()
+        loss = 0.01 * 5 * (fraction * probs.mean(0)).sum()
+        return {"loss": loss.detach(), "dgate_weight": torch.autograd.grad(loss, gate_weight)[0]}
+
+    judge("aux_loss", compute, backend, torch.float32, seed)
+
+
+def test_aux_loss_of_a_uniform_router_is_alpha():
+    probs = torch.full((16, 8), 1 / 8)
+    assert aux_loss(probs, torch.full((8,), 4, dtype=torch.int32), 2, 0.01).item() == pytest.approx(0.01, rel=1e-6)

@@ -1,0 +1,186 @@
+"""MoELayer, the drop-in, against the oracle's blocks: values, gradients, aux loss, shapes, what it says of itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import reference.moe
+from moe_kernels import ExpertChoice, MoELayer, TokenChoice, moe_mlp
+from moe_kernels.weights import stack_dit_moe, unstack_dit_moe
+from tests.contenders import SCALES, each_backend, each_contender, moe_loop
+from tests.error_rule import judge
+from tests.test_gating import gating_loop
+from tests.trap_cases import Problem, Trap, draw_router
+
+TRAP = Trap("layer", "", T=36, H=32, I=24, Is=16, E=5, K=2)
+PARAMETERS = ("gate_weight", "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj")
+
+
+def draw_layer(seed, dtype, scale=1.0, router=None, backend="eager", trap=TRAP):
+    """A layer and tokens (3, T/3, H) for it, near ties excluded."""
+    x, gate_weight = draw_router(trap.T, trap.H, trap.E, trap.K, dtype, scale, seed)
+    torch.manual_seed(seed)
+    sizes = (trap.H, trap.I, trap.E, trap.K, trap.Is, trap.activation)
+    layer = MoELayer(*sizes, router=router or TokenChoice(trap.K, aux_loss_alpha=1.0), backend=backend, dtype=dtype)
+    layer.gate_weight.data.copy_(gate_weight)
+    return layer, x.view(3, -1, trap.H), torch.randn(3, trap.T // 3, trap.H).to(dtype)
+
+
+def oracle_block(layer: MoELayer) -> reference.moe.SparseMoeBlock:
+    E, H, I = layer.down_proj.shape
+    block = reference.moe.SparseMoeBlock(H, I, E, TRAP.K, layer.shared_down_proj.shape[1], alpha=layer.router.aux_loss_alpha)
+    block.double().load_state_dict(unstack_dit_moe(layer.state_dict()))
+    return block.train(layer.training)
+
+
+def layer_compute(dtype, scale=1.0, training=True):
+    def compute(seed, how):
+        layer, x, dout = draw_layer(seed, dtype, scale, backend="eager" if how in ("oracle", "loop") else how)
+        layer.train(training)
+        x = (x.double() if how == "oracle" else x).requires_grad_()
+        if how == "oracle":
+            block = oracle_block(layer)
+            out = block(x)
+            out.backward(dout.double())
+            grads = stack_dit_moe({name: p.grad for name, p in block.named_parameters()})
+        else:
+            out, extra = (layer(x), None) if how != "loop" else loop(layer, x)
+            torch.autograd.backward([out] if extra is None else [out, extra], [dout] if extra is None else [dout, None])
+            grads = {name: p.grad for name, p in layer.named_parameters()}
+        return {"out": out.detach(), "dx": x.grad} | {f"d{name}": grads[name] for name in PARAMETERS}
+
+    def loop(layer, x):
+        tokens = x.flatten(0, 1)
+        weights, ids, probs = gating_loop(tokens, layer.gate_weight, TRAP.K)
+        fraction = torch.bincount(ids.flatten(), minlength=TRAP.E) / ids.numel()
+        aux = layer.router.aux_loss_alpha * TRAP.E * (fraction * probs.mean(0)).sum() if training else None
+        slabs = [getattr(layer, name) for name in PARAMETERS[1:]]
+        return moe_loop(Problem(TRAP, tokens, weights, ids, *slabs, dout=x)).view(x.shape), aux
+
+    return compute
+
+
+@each_contender
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_equals_the_oracle(training, backend, dtype, seed):
+    """Eval mode gives gradients too: the original's silently has none."""
+    judge("layer", layer_compute(dtype, training=training), backend, dtype, seed)
+
+
+@each_contender
+@pytest.mark.parametrize("scale", SCALES)
+def test_scale(scale, backend, dtype, seed):
+    judge("layer", layer_compute(dtype, scale), backend, dtype, seed, scale)
+
+
+@each_backend
+@pytest.mark.parametrize("tokens_per_group", [None, 6, 36])
+@pytest.mark.parametrize("capacity_factor", [0.5, 2.0])
+def test_expert_choice_equals_the_oracle(capacity_factor, tokens_per_group, backend, seed):
+    trap = Trap("expert_choice", "", T=36, H=32, I=24, Is=0, E=5, activation="gelu")
+    router = ExpertChoice(capacity_factor, tokens_per_group)
+
+    def compute(seed, how):
+        backend = "eager" if how in ("oracle", "loop") else how
+        layer, x, dout = draw_layer(seed, torch.float32, router=router, backend=backend, trap=trap)
+        if how in ("oracle", "loop"):
+            module = reference.moe.ExpertChoiceMoE(trap.H, trap.I, trap.E, capacity_factor, tokens_per_group)
+            module.load_state_dict(layer.state_dict())
+            layer = module.double() if how == "oracle" else module
+        x, dout = (t.to(layer.down_proj.dtype) for t in (x, dout))
+        out = layer(x.requires_grad_())
+        out.backward(dout)
+        return {"out": out.detach(), "dx": x.grad} | {f"d{name}": p.grad for name, p in layer.named_parameters()}
+
+    judge("layer", compute, backend, torch.float32, seed)
+
+
+@each_backend
+@pytest.mark.parametrize("shape", [(32,), (7, 32), (2, 3, 32), (2, 3, 4, 32), (0, 32), (2, 0, 32)])
+def test_shapes_in_are_shapes_out(shape, backend):
+    layer = MoELayer(32, 24, 5, 2, shared_intermediate_size=16, backend=backend)
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    y.sum().backward()
+    assert x.grad.shape == x.shape and all(p.grad.isfinite().all() for p in layer.parameters())
+    flat = layer(x.reshape(-1, 32)).view(shape)
+    assert torch.equal(flat, y)
+
+
+def gate_gradient_of_aux(layer, x, loss_scale, add_aux):
+    """The router's gradient of a loss that is 0 times the output, and aux where it is added."""
+    layer.zero_grad()
+    y, aux = layer(x, return_aux_loss=True)
+    loss = (y * 0).sum() + (aux if add_aux else 0)
+    (loss * loss_scale).backward()
+    return layer.gate_weight.grad.clone()
+
+
+@each_backend
+def test_aux_loss_injected_is_not_scaled_with_the_loss_and_scaled_is(backend, seed):
+    """Parity with the original, whose injected gradient ignores the loss scale of fp16, and the mode that does not."""
+    inject, x, _ = draw_layer(seed, torch.float32, backend=backend, router=TokenChoice(2, 0.01, "injected"))
+    scaled, *_ = draw_layer(seed, torch.float32, backend=backend, router=TokenChoice(2, 0.01, "scaled"))
+    once = gate_gradient_of_aux(inject, x, 1.0, add_aux=False)
+    assert once.any()
+    assert torch.equal(gate_gradient_of_aux(inject, x, 2.0**16, add_aux=False), once)
+    assert torch.equal(gate_gradient_of_aux(inject, x, 1.0, add_aux=True), once), "added on top of the injected one"
+    assert torch.equal(gate_gradient_of_aux(scaled, x, 2.0**16, add_aux=True), once * 2.0**16)
+    assert not gate_gradient_of_aux(scaled, x, 1.0, add_aux=False).any()
+    assert not gate_gradient_of_aux(inject.eval(), x, 1.0, add_aux=False).any(), "the original trains without it in eval"
+
+
+@each_backend
+@pytest.mark.parametrize("mode", ["injected", "scaled"])
+def test_returned_aux_loss_is_the_oracles(mode, backend, seed):
+    layer, x, _ = draw_layer(seed, torch.float32, backend=backend, router=TokenChoice(2, 0.01, mode))
+    y, aux = layer(x, return_aux_loss=True)
+    block = oracle_block(layer)
+    block(x.double())
+    assert torch.equal(y, layer(x))
+    assert aux.shape == () and aux.item() == pytest.approx(block.last_aux.item(), rel=1e-5)
+    assert aux.requires_grad == (mode == "scaled")
+
+
+def test_float16_is_computed_by_auto(seed):
+    layer, x, dout = draw_layer(seed, torch.float16, backend="auto")
+    y = layer(x)
+    y.backward(dout)
+    exact = oracle_block(layer)(x.double())
+    assert y.dtype == torch.float16 and ((y.double() - exact).norm() / exact.norm()).item() < 4 * torch.finfo(torch.float16).eps
+
+
+@each_backend
+def test_repr_shows_the_backend_that_runs(backend):
+    layer = MoELayer(32, 24, 5, 2, backend=backend)
+    assert f"backend={backend}" in repr(layer) and "num_experts=5" in repr(layer) and "top_k=2" in repr(layer)
+    assert "auto -> " in repr(MoELayer(32, 24, 5, 2))
+
+
+def test_parameters():
+    layer = MoELayer(32, 24, 5, 2, shared_intermediate_size=16, dtype=torch.bfloat16)
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    assert shapes == dict(zip(PARAMETERS, [(5, 32), (5, 48, 32), (5, 32, 24), (32, 32), (32, 16)], strict=True))
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    assert all(p.abs().max() > 0 and p.isfinite().all() for p in layer.parameters())
+    assert set(MoELayer(32, 24, 5, 2, activation="gelu").state_dict()) == set(PARAMETERS[:3])
+    assert MoELayer(32, 24, 5, 2, device="meta").down_proj.is_meta
+
+
+def test_a_router_of_ones_own():
+    """What README promises: any object with route(x, gate_weight, backend, ...) will do."""
+
+    class FirstExperts:
+        def route(self, x, gate_weight, backend, **_):
+            from moe_kernels import dispatch
+
+            ids = torch.zeros(x.shape[0], 1, dtype=torch.int32)
+            return dispatch(ids, torch.ones(x.shape[0], 1), gate_weight.shape[0], backend=backend), None
+
+    layer = MoELayer(32, 24, 5, 2, router=FirstExperts())
+    x = torch.randn(4, 32)
+    plan, _ = FirstExperts().route(x, layer.gate_weight, "auto")
+    assert torch.equal(layer(x), moe_mlp(x, plan, layer.gate_up_proj, layer.down_proj))
+    assert layer(x, return_aux_loss=True)[1].item() == 0

@@ -1,0 +1,141 @@
+"""The fused layer: every trap on every backend by the error rule, and what autograd keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from moe_kernels import moe_mlp
+from tests.contenders import SCALES, each_backend, each_contender, gradients, moe_compute, moe_ours, plan_of, try_trap
+from tests.error_rule import judge
+from tests.trap_cases import BY_NAME, PLAIN, TRAPS, Problem, make_problem
+
+WEIGHTS = ("gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj")
+
+
+@each_contender
+@pytest.mark.parametrize("trap", TRAPS, ids=str)
+def test_trap(trap, backend, dtype, seed):
+    try_trap(trap, backend, lambda: judge("moe_mlp", moe_compute(trap, dtype), backend, dtype, seed))
+
+
+@each_contender
+@pytest.mark.parametrize("scale", SCALES)
+def test_scale(scale, backend, dtype, seed):
+    judge("moe_mlp", moe_compute(PLAIN, dtype, scale), backend, dtype, seed, scale)
+
+
+def views(problem: Problem) -> dict[str, list[Tensor]]:
+    """The weights as per-expert leaves that lie one after another in the slabs: [gate_0, up_0, gate_1, ...], [down_0, ...]."""
+    halves = {"gate_up_proj": problem.trap.I, "shared_gate_up_proj": problem.trap.Is}
+    slabs = {name: getattr(problem, name).detach() for name in WEIGHTS}
+    parts = {n: s.reshape(-1, halves[n], s.shape[-1]) if n in halves else s.reshape(-1, *s.shape[-2:]) for n, s in slabs.items()}
+    return {name: [part.requires_grad_() for part in stack.unbind()] for name, stack in parts.items()}
+
+
+@each_contender
+def test_weights_as_views_of_a_slab_equal_stacked_weights(backend, dtype, seed):
+    problem, leaves = make_problem(PLAIN, seed, dtype).with_leaves()
+    stacked = gradients(moe_ours(problem, backend), leaves, problem.dout)
+    lists = views(problem)
+    out = moe_mlp(problem.x, plan_of(problem, backend), *lists.values(), backend=backend)
+    out.backward(problem.dout)
+    assert torch.equal(out, stacked["out"])
+    for name, parts in lists.items():
+        assert torch.equal(torch.cat([p.grad for p in parts]), stacked[f"d{name}"].flatten(0, -2)), name
+        assert len({p.grad.untyped_storage().data_ptr() for p in parts}) == 1, f"gradients of {name} are not views of one slab"
+
+
+@each_backend
+def test_separate_weights_are_refused(backend, seed):
+    problem = make_problem(PLAIN, seed, torch.float32)
+    lists = {name: [part.detach().clone() for part in parts] for name, parts in views(problem).items()}
+    with pytest.raises(RuntimeError, match="gate_up_proj: .*one slab"):
+        moe_mlp(problem.x, plan_of(problem, backend), *lists.values(), backend=backend)
+
+
+@each_backend
+@pytest.mark.parametrize("trap", ["plain", "no_shared", "gelu", "expert_choice"])
+def test_saved_for_backward_is_exactly_what_is_listed(trap, backend, seed):
+    problem, leaves = make_problem(BY_NAME[trap], seed, torch.float32).with_leaves()
+    plan, saved = plan_of(problem, backend), {}
+    weights = [getattr(problem, name) for name in WEIGHTS]
+    with saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t.detach()), lambda t: t):
+        moe_mlp(problem.x, plan, *weights, activation=problem.trap.activation, backend=backend)
+    given = {t.data_ptr() for t in (problem.x, *weights, *plan.tensors()) if t is not None}
+    own = sorted(tuple(t.shape) for pointer, t in saved.items() if pointer not in given and t.numel())
+    wide = problem.gate_up_proj.shape[1]
+    shared = [(problem.trap.T, problem.shared_gate_up_proj.shape[0])] if problem.trap.Is else []
+    assert own == sorted([(plan.num_rows, wide), *shared])
+    assert {t.data_ptr() for t in (problem.x, *weights) if t is not None} <= saved.keys()
+
+
+@each_backend
+def test_nothing_is_saved_without_grad(backend, seed):
+    problem, _ = make_problem(PLAIN, seed, torch.float32).with_leaves()
+    plan, saved = plan_of(problem, backend), []
+    with torch.no_grad(), saved_tensors_hooks(saved.append, lambda t: t):
+        out = moe_ours(problem, backend)
+    assert not saved and not out.requires_grad and plan.row_weight.requires_grad
+
+
+@each_backend
+@pytest.mark.parametrize("wanted", [("x",), ("routing",), ("down_proj",), ("shared_gate_up_proj",), ("x", "gate_up_proj")])
+def test_gradients_of_some_inputs_only(wanted, backend, seed):
+    problem, leaves = make_problem(PLAIN, seed, torch.float32).with_leaves()
+    everything = gradients(moe_ours(problem, backend), leaves, problem.dout)
+    problem, leaves = make_problem(PLAIN, seed, torch.float32).with_leaves()
+    for name in leaves.keys() - set(wanted):
+        leaves[name].requires_grad_(False)
+    some = gradients(moe_ours(problem, backend), {name: leaves[name] for name in wanted}, problem.dout)
+    assert all(torch.equal(some[name], everything[name]) for name in some)
+
+
+@each_contender
+@pytest.mark.parametrize("through_data", [False, True])
+def test_weights_changed_in_place_between_calls(through_data, backend, dtype, seed):
+    """A pack of the old weights, cached by version, is stale: `.data` writes do not even bump the version."""
+    problem, other = make_problem(PLAIN, seed, dtype), make_problem(PLAIN, seed + 1, dtype)
+    for name in WEIGHTS:
+        weight = getattr(problem, name)
+        before = moe_ours(problem, backend)
+        (weight.data if through_data else weight).copy_(getattr(other, name))
+        assert not torch.equal(moe_ours(problem, backend), before), name
+    expected = make_problem(PLAIN, seed, dtype)
+    for name in WEIGHTS:
+        setattr(expected, name, getattr(other, name).clone())
+    assert torch.equal(moe_ours(problem, backend), moe_ours(expected, backend))
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["x", *WEIGHTS])
+def test_inputs_changed_before_backward_are_noticed(name, backend, seed):
+    problem, _ = make_problem(PLAIN, seed, torch.float32).with_leaves()
+    out = moe_ours(problem, backend)
+    with torch.no_grad():
+        getattr(problem, name).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@each_backend
+def test_inputs_are_not_written(backend, seed):
+    problem, leaves = make_problem(PLAIN, seed, torch.float32).with_leaves()
+    gradients(moe_ours(problem, backend), leaves, problem.dout)
+    untouched = make_problem(PLAIN, seed, torch.float32)
+    assert all(torch.equal(leaf, getattr(untouched, name)) for name, leaf in leaves.items())
+    assert torch.equal(problem.dout, untouched.dout) and torch.equal(problem.topk_ids, untouched.topk_ids)
+
+
+def test_eager_gradcheck(seed):
+    problem, leaves = make_problem(BY_NAME["below_tile"], seed, torch.float64).with_leaves()
+    names = list(leaves)
+
+    def layer(*tensors: Tensor) -> Tensor:
+        for name, tensor in zip(names, tensors, strict=True):
+            setattr(problem, name, tensor)
+        return moe_ours(problem, "eager")
+
+    assert torch.autograd.gradcheck(layer, tuple(leaves.values()), fast_mode=True)
