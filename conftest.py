@@ -1,7 +1,8 @@
-"""`pytest --benchmark` times the benchmarks and runs nothing else; plain `pytest` runs them once each, verified and untimed.
+"""`pytest --benchmark` times the benchmarks and runs nothing else; plain `pytest` runs them once each, verified and
+untimed.
 
-pytest-benchmark has no option of that name, and may not be installed: then the benchmarks are verified, and the summary says that nothing
-was timed. Its own options (--benchmark-only, --benchmark-json ...) keep their meaning.
+pytest-benchmark has no option of that name, and may not be installed: then the benchmarks are verified, and the
+summary says that nothing was timed. Its own options (--benchmark-only, --benchmark-json ...) keep their meaning.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Translate --benchmark for pytest-benchmark, which reads its options after this; stand in for it when it is missing."""
+    """Translate --benchmark for pytest-benchmark, which reads its options later; stand in for it when it is missing."""
     if not config.pluginmanager.hasplugin("benchmark"):
         config.addinivalue_line("markers", "benchmark: settings of a benchmark (pytest-benchmark)")
         config.pluginmanager.register(NotInstalled(config), "benchmark-not-installed")
@@ -32,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class NotInstalled:
-    """What is left of pytest-benchmark without it: the `benchmark` fixture, calling once, and the selection of benchmarks."""
+    """What is left without pytest-benchmark: a `benchmark` fixture that calls once, and the selection."""
 
     def __init__(self, config: pytest.Config):
         self.only = config.option.run_benchmarks
@@ -74,13 +75,16 @@ def pytest_benchmark_update_json(config, benchmarks, output_json: dict) -> None:
             entry["stats"]["data"] = [samples[i * len(samples) // MAX_SAMPLES] for i in range(MAX_SAMPLES)]
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """Print what pytest-benchmark's table cannot: rates, share of the ceiling, error. Only of benchmarks that tell."""
     benchmarks = getattr(getattr(config, "_benchmarksession", None), "benchmarks", [])
     rows = [(b.name, b.stats.median * 1e6, b.extra_info) for b in benchmarks if "gflops" in b.extra_info and b.stats]
     if not rows:
         return
-    terminalreporter.section("rates and errors (median wall time; % of the register-only FMA loop; worst e_ours / e_torch)")
+    terminalreporter.section(
+        "rates and errors (median wall time; % of the register-only FMA loop; worst e_ours / e_torch)"
+    )
     terminalreporter.write_line(f"{'median us':>12} {'GFLOP/s':>9} {'GB/s':>7} {'% peak':>7} {'error':>9}  case")
     for name, median, info in rows:
         share = "-" if info.get("peak_pct") is None else f"{info['peak_pct']:.1f}"

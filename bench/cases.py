@@ -1,6 +1,6 @@
 """The one case list of tests, benchmarks and reports: level x backend x shape x routing x dtype x mode x threads.
 
-    experts-native-S2-uniform-T4096_H384_I1536_Is768_E8_K2-bf16-fwd-t1
+experts-native-S2-uniform-T4096_H384_I1536_Is768_E8_K2-bf16-fwd-t1
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ _ID = re.compile(
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time. T counts tokens of one call; `routing` is a preset, or "gate" where the model's own gate routes.
+    """One thing to time. T counts tokens of one call; `routing` is a preset, or "gate" where the model's own gate
+    routes.
 
-    level: a room, "layer" (dispatch + fused layer on given picks), "block" (adaLN, attention, gate, layer), "train_step"
-    (rectified-flow loss, backward, AdamW) or "sampling_step" (velocity with guidance, both halves in the batch).
+    level: a room, "layer" (dispatch + fused layer on given picks), "block" (adaLN, attention, gate, layer),
+        "train_step" (rectified-flow loss, backward, AdamW) or "sampling_step" (velocity with guidance, both halves in
+        the batch).
     """
 
     level: str
@@ -108,8 +110,8 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Compulsory traffic: forward reads inputs and writes outputs once; backward reads inputs and output gradients and
-        writes input gradients. Intermediates and saved activations are not in it."""
+        """Compulsory traffic: forward reads inputs and writes outputs once; backward reads inputs and output
+        gradients and writes input gradients. Intermediates and saved activations are not in it."""
         inputs, outputs = self._io_bytes(self.level)
         return {"fwd": inputs + outputs, "bwd": 2 * inputs + outputs, "fwdbwd": 3 * inputs + 2 * outputs}[self.mode]
 
@@ -178,7 +180,9 @@ def make_inputs(case: Case, seed: int = 0, dtype: torch.dtype | None = None) -> 
 
 def _without_near_ties(x: Tensor, gate_weight: Tensor) -> Tensor:
     logits = (x.double() @ gate_weight.double().T).sort(dim=-1).values
-    clear = logits.diff(dim=-1).amin(dim=-1) > LOGIT_MARGIN if logits.shape[1] > 1 else torch.ones(len(x), dtype=torch.bool)
+    clear = (
+        logits.diff(dim=-1).amin(dim=-1) > LOGIT_MARGIN if logits.shape[1] > 1 else torch.ones(len(x), dtype=torch.bool)
+    )
     keep = clear.nonzero().flatten()
     if not len(keep):
         return x
@@ -189,12 +193,19 @@ SIZES: dict[str, dict] = {  # models and tokens per call, presets of the layer l
     "tiny": {"models": {"digits": 64}, "routings": ("uniform", "empty_experts"), "threads": (1,)},
     "small": {"models": {"S/2-8E2A": 1024, "S/2-16E2A": 1024}, "routings": PRESETS, "threads": (1,)},
     "full": {
-        "models": {"S/2-8E2A": 4096, "S/2-16E2A": 4096, "B/2-8E2A": 4096, "L/2-8E2A": 2048, "XL/2-8E2A": 2048,
-                   "HiDream-I1": 1024, "DSMoE-S-E48": 4096},
+        "models": {
+            "S/2-8E2A": 4096,
+            "S/2-16E2A": 4096,
+            "B/2-8E2A": 4096,
+            "L/2-8E2A": 2048,
+            "XL/2-8E2A": 2048,
+            "HiDream-I1": 1024,
+            "DSMoE-S-E48": 4096,
+        },
         "routings": PRESETS,
         "threads": (1, 0),
     },
-}  # fmt: skip
+}
 
 
 def all_cases(size: str | None = None) -> tuple[Case, ...]:
@@ -235,12 +246,14 @@ def _model_cases(base: Case) -> Iterator[Case]:
     for dtype, mode, backend in product(("fp32", "bf16"), ("fwd", "fwdbwd"), (*BACKENDS, *PEERS)):
         yield replace(base, level="block", backend=backend, dtype=dtype, mode=mode)
     if base.shape.H <= MODEL_SHAPES["S/2-8E2A"].H:
-        for backend, (level, mode) in product((*BACKENDS, *PEERS), (("train_step", "fwdbwd"), ("sampling_step", "fwd"))):
+        for backend, (level, mode) in product(
+            (*BACKENDS, *PEERS), (("train_step", "fwdbwd"), ("sampling_step", "fwd"))
+        ):
             yield replace(base, level=level, backend=backend, mode=mode)
 
 
 def select(cases: tuple[Case, ...], expression: str = "", level: str = "", backend: str = "") -> tuple[Case, ...]:
-    """Filter by an expression over ids ("experts and not bf16"), a level or room, a backend; ValueError if none is left."""
+    """Filter by words of the id ("experts and not bf16"), a level or room, a backend; ValueError if none is left."""
     wanted = keyword_filter(expression)
     levels = LEVELS.get(level, (level,))
     chosen = tuple(
@@ -248,13 +261,20 @@ def select(cases: tuple[Case, ...], expression: str = "", level: str = "", backe
     )
     if not chosen:
         asked = {"-k": expression, "--level": level, "--backend": backend}
-        raise ValueError(f"no case selected by {', '.join(f'{k} {v!r}' for k, v in asked.items() if v)} of {len(cases)} cases")
+        raise ValueError(
+            f"no case selected by {', '.join(f'{k} {v!r}' for k, v in asked.items() if v)} of {len(cases)} cases"
+        )
     return chosen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", metavar="EXPR", default="", help="words of the id with and, or, not, ( )")
-    parser.add_argument("--level", default="", choices=list(dict.fromkeys([*LEVELS, *sum(LEVELS.values(), ())])), help="one level or room")
+    parser.add_argument(
+        "--level",
+        default="",
+        choices=list(dict.fromkeys([*LEVELS, *sum(LEVELS.values(), ())])),
+        help="one level or room",
+    )
     parser.add_argument("--backend", default="", choices=[*BACKENDS, *PEERS], help="one backend or peer")
     parser.add_argument("--size", choices=list(SIZES), help="default: MOE_BENCH_SIZE, or tiny")
 

@@ -20,7 +20,7 @@ FAIL_ON = {
 
 @dataclass
 class Report:
-    """What two row files say about each other. `broken` cases were right in base and are wrong in head: worse than slow."""
+    """What two row files say about each other. `broken`: right in base, wrong in head, which is worse than slow."""
 
     verdicts: list[stats.Verdict]
     new: list[str] = field(default_factory=list)
@@ -37,7 +37,11 @@ class Report:
         """One line: what is broken, slower, faster, and how many cases that rests on."""
         parts = [f"{len(self.broken)} BROKEN"] if self.broken else []
         parts += [f"{n} {name}" for name in ("SLOWER", "FASTER", "UNSURE", "SAME") if (n := self.counts[name])]
-        extra = [f"{len(x)} {name}" for name, x in (("new", self.new), ("removed", self.removed), ("left out", self.skipped)) if x]
+        extra = [
+            f"{len(x)} {name}"
+            for name, x in (("new", self.new), ("removed", self.removed), ("left out", self.skipped))
+            if x
+        ]
         return f"{', '.join(parts) or 'nothing comparable'} of {len(self.verdicts) + len(self.broken)} cases" + (
             f" ({', '.join(extra)})" if extra else ""
         )
@@ -47,7 +51,9 @@ class Report:
         if condition is None:
             return False
         seen = {v.verdict for v in self.verdicts}
-        bad = {"slower": {"SLOWER"}, "different": {"SLOWER", "FASTER"}, "any": {"SLOWER", "FASTER", "UNSURE"}}[condition]
+        bad = {"slower": {"SLOWER"}, "different": {"SLOWER", "FASTER"}, "any": {"SLOWER", "FASTER", "UNSURE"}}[
+            condition
+        ]
         changed_set = condition == "any" and bool(self.new or self.removed or self.skipped)
         return bool(self.broken or seen & bad or changed_set)
 
@@ -68,14 +74,23 @@ class Report:
         quiet = [v for v in self.verdicts if v not in loud]
         lines = [f"**{self.headline}**", ""]
         lines += [f"- BROKEN `{case}`: {what}" for case, what in self.broken.items()]
-        lines += _table(sorted(loud, key=lambda v: v.speedup.value)) + [""]
+        lines += [*_table(sorted(loud, key=lambda v: v.speedup.value)), ""]
         if quiet:
-            lines += [f"<details><summary>{len(quiet)} cases unchanged or unsure</summary>", "", *_table(quiet), "", "</details>"]
+            lines += [
+                f"<details><summary>{len(quiet)} cases unchanged or unsure</summary>",
+                "",
+                *_table(quiet),
+                "",
+                "</details>",
+            ]
         for title, cases in (("new", self.new), ("removed", self.removed)):
             lines += [f"- {title}: `{case}`" for case in cases]
         lines += [f"- left out: `{case}`: {why}" for case, why in self.skipped.items()]
-        lines += ["", f"speedup > 1: head is faster; median ratio with {stats.LEVEL:.0%} bootstrap interval; "
-                      f"changes below {stats.EFFECT:.0%} are SAME; Mann-Whitney p after Holm, {stats.ALPHA:g}."]  # fmt: skip
+        lines += [
+            "",
+            f"speedup > 1: head is faster; median ratio with {stats.LEVEL:.0%} bootstrap interval; "
+            f"changes below {stats.EFFECT:.0%} are SAME; Mann-Whitney p after Holm, {stats.ALPHA:g}.",
+        ]
         return "\n".join(line for i, line in enumerate(lines) if line or (i and lines[i - 1]))
 
 
@@ -95,13 +110,18 @@ def compare(base: list[dict], head: list[dict], expression: str = "") -> Report:
     Returns:
         a Report. Rows of another machine (CPU model, ISA level, GPU), without samples or taken on
             cores that others used are left out and named.
-    Raises: ValueError when the expression selects nothing, or no case is in both files, on the same machine, with samples.
+    Raises: ValueError when the expression selects nothing, or no case is in both files, on the same machine, with
+        samples.
     """
     wanted = store.keyword_filter(expression)
     sides = [{r["case"]: r for r in rows if r["kind"] == "time" and wanted(r["case"])} for rows in (base, head)]
     if not sides[0] and not sides[1]:
-        raise ValueError(f"-k {expression!r} selects none of the timed rows" if expression else "no rows of kind 'time'")
-    report = Report([], new=sorted(sides[1].keys() - sides[0].keys()), removed=sorted(sides[0].keys() - sides[1].keys()))
+        raise ValueError(
+            f"-k {expression!r} selects none of the timed rows" if expression else "no rows of kind 'time'"
+        )
+    report = Report(
+        [], new=sorted(sides[1].keys() - sides[0].keys()), removed=sorted(sides[0].keys() - sides[1].keys())
+    )
     pairs = {}
     for case in sides[0].keys() & sides[1].keys():
         a, b = sides[0][case], sides[1][case]

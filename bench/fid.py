@@ -100,7 +100,7 @@ def paired_difference(
 ) -> PairedDifference:
     """Compare two samplers that drew from the same noise, labels and weights.
 
-    dFD = FD(B) - FD(A); pairing cancels the 1/N bias, and SE = sd(delta) / sqrt(N), delta_i = phi_B(x_i^B) - phi_A(x_i^A).
+    dFD = FD(B) - FD(A); pairing cancels the 1/N bias; SE = sd(delta) / sqrt(N), delta_i = phi_B(x_i^B) - phi_A(x_i^A).
     The interval uses Student's t with 2 N / (kurtosis(delta) - 1) degrees of freedom: when only a few samples carry
     the difference (flipped routings), their sd is itself uncertain, and a normal interval covers 90 instead of 95 %.
     Args: features_a, features_b (N, D): row i of both comes from the same noise and label; reference: the data's

@@ -1,7 +1,7 @@
 """The one timer: verify, warm up, interleave, and say on which clock and how quietly the numbers were taken.
 
-On a CPU one thread is compared by the process's CPU time, which other load does not disturb; several threads by the wall time of the
-rounds in which they really had the cores. On a GPU by CUDA events.
+On a CPU one thread is compared by the process's CPU time, which other load does not disturb; several threads by the
+wall time of the rounds in which they really had the cores. On a GPU by CUDA events.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Samples:
     @property
     def cpu_share(self) -> float:
         """Median over rounds of cpu / (threads x wall): 1 when the machine was ours."""
-        return stats.summarise([c / (self.threads * w) for c, w in zip(self.cpu_s, self.wall_s)]).median
+        return stats.summarise([c / (self.threads * w) for c, w in zip(self.cpu_s, self.wall_s, strict=True)]).median
 
     def quiet_rounds(self) -> list[int]:
         """Return the rounds to judge by: those with enough CPU share on the wall clock, all on the others."""
@@ -142,10 +142,12 @@ def interleave(
     """Time contenders against each other: A B C, then C B A, and so on, so that what disturbs one disturbs all.
 
     Args:
-        contenders: name -> call without arguments. What it returns is verified before the first timed round and after the last.
-        min_rounds: rounds that are run whatever they cost. max_seconds: more are added until this is spent, up to MAX_ROUNDS.
-        verify: (name, result) -> None, or what is wrong with the result. A contender that is wrong, or raises, gets no number: its
-            Samples.wrong says why. The others go on.
+        contenders: name -> call without arguments. What it returns is verified before the first timed round and after
+            the last.
+        min_rounds: rounds that are run whatever they cost. max_seconds: more are added until this is spent, up to
+            MAX_ROUNDS.
+        verify: (name, result) -> None, or what is wrong with the result. A contender that is wrong, or raises, gets
+            no number: its Samples.wrong says why. The others go on.
         threads: torch's threads during the calls. device: "cpu" or "cuda".
         precision: stop early once the interval of every contender's ratio to the first is narrower than this.
     Returns:
@@ -159,13 +161,20 @@ def interleave(
         for name, fn in contenders.items():
             samples[name].wrong = _check(verify, name, fn)
             if not samples[name].wrong:
-                wall, _, _ = time_calls(fn, 1, device)
-                samples[name].calls = max(1, min(1000, math.ceil(MIN_CALL_S / max(wall, 1e-9))))
+                samples[name].calls = _calls_per_round(fn, device)
         racing = [name for name in contenders if not samples[name].wrong]
         results = _race({name: contenders[name] for name in racing}, samples, min_rounds, max_seconds, precision)
     for name, result in results.items():
         samples[name].wrong = _check(verify, name, lambda result=result: result)
     return samples
+
+
+def _calls_per_round(fn: Callable[[], Any], device: str) -> int:
+    """Choose how often to call fn in a round so that the clock's own cost does not show; it warms up fn, too."""
+    wall, _, _ = time_calls(fn, 1, device)
+    if wall < MIN_CALL_S:
+        wall, _, _ = time_calls(fn, 10, device)
+    return max(1, min(1000, math.ceil(MIN_CALL_S / max(wall, 1e-9))))
 
 
 def _race(
@@ -228,8 +237,10 @@ def ratio(a: Samples, b: Samples) -> stats.Ratio:
     for s in (a, b):
         s.summary()
     if a.n != b.n or (a.threads, a.clock) != (b.threads, b.clock):
-        raise ValueError(f"{a.name}, {b.name}: got {a.n} rounds on {a.threads} x {a.clock} and {b.n} on {b.threads} x {b.clock}, "
-                         "expected rounds of one interleaved race")  # fmt: skip
+        raise ValueError(
+            f"{a.name}, {b.name}: got {a.n} rounds on {a.threads} x {a.clock} and {b.n} on {b.threads} x {b.clock}, "
+            "expected rounds of one interleaved race"
+        )
     rounds = sorted(set(a.quiet_rounds()) & set(b.quiet_rounds()))
     if len(rounds) < min(MIN_QUIET, a.n):
         rounds = list(range(a.n))

@@ -1,10 +1,11 @@
 """The peers: what DiT-MoE users run today, rebuilt from the description of its algorithm, to be timed against.
 
-`AuthorsMoE` does what the original does, cost included: the training path walks all experts with boolean masks, the inference path
-argsorts, asks the CPU for the expert boundaries and scatters with a materialised index; `pretraining_tp=2` cuts each GEMM into slices.
-tests/test_peers.py pins its ATen calls, so that the baseline is neither better nor worse than theirs.
-`SortedLoopMoE` is the loop a careful user would write: tokens sorted by expert, one plain GEMM per expert and projection.
-Parameters carry DiT-MoE's state-dict keys, so that both stand in for the oracle's SparseMoeBlock.
+`AuthorsMoE` does what the original does, cost included: the training path walks all experts with boolean masks, the
+inference path argsorts, asks the CPU for the expert boundaries and scatters with a materialised index;
+`pretraining_tp=2` cuts each GEMM into slices. tests/test_peers.py pins its ATen calls, so that the baseline is
+neither better nor worse than theirs. `SortedLoopMoE` is the loop a careful user would write: tokens sorted by expert,
+one plain GEMM per expert and projection. Parameters carry DiT-MoE's state-dict keys, so that both stand in for the
+oracle's SparseMoeBlock.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class InjectAuxLoss(torch.autograd.Function):
 
 
 class PeerGate(nn.Module):
-    """Score tokens and pick: softmax over all experts, unsorted top-k, raw probabilities, batch-wise aux loss in training."""
+    """Softmax over all experts, unsorted top-k, raw probabilities; batch-wise aux loss in training."""
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, alpha: float):
         super().__init__()
@@ -50,7 +51,7 @@ class PeerGate(nn.Module):
 
 
 class PeerMLP(nn.Module):
-    """SwiGLU expert; with pretraining_tp > 1 the same product in slices, joined by cat and Python's sum, as in the original."""
+    """SwiGLU expert; with pretraining_tp > 1 in slices, joined by cat and Python's sum, as in the original."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, pretraining_tp: int = 1):
         super().__init__()
@@ -69,23 +70,36 @@ class PeerMLP(nn.Module):
         gate = torch.cat([F.linear(x, w) for w in gate_slices], dim=-1)
         up = torch.cat([F.linear(x, w) for w in up_slices], dim=-1)
         act = (F.silu(gate) * up).split(width, dim=-1)
-        return sum(F.linear(a, w) for a, w in zip(act, down_slices))
+        return sum(F.linear(a, w) for a, w in zip(act, down_slices, strict=True))
 
 
 class PeerMoE(nn.Module):
     """The parts both peers share: gate, per-expert Linear parameters, shared expert, injected aux loss.
 
-    forward(x) takes (B, L, H) and returns the same shape; on_given_picks(x, topk_weights, topk_ids) is the entry for forced routing.
+    forward(x) takes (B, L, H) and returns the same shape; on_given_picks(x, topk_weights, topk_ids) is the entry for
+    forced routing.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int,
-                 shared_intermediate_size: int = 0, alpha: float = 0.01, pretraining_tp: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        shared_intermediate_size: int = 0,
+        alpha: float = 0.01,
+        pretraining_tp: int = 1,
+    ):
         super().__init__()
         if pretraining_tp < 1 or intermediate_size % pretraining_tp or shared_intermediate_size % pretraining_tp:
-            raise ValueError(f"pretraining_tp must divide both expert widths, got {pretraining_tp} for "
-                             f"{intermediate_size} and {shared_intermediate_size}")  # fmt: skip
+            raise ValueError(
+                f"pretraining_tp must divide both expert widths, got {pretraining_tp} for "
+                f"{intermediate_size} and {shared_intermediate_size}"
+            )
         self.gate = PeerGate(hidden_size, num_experts, top_k, alpha)
-        self.experts = nn.ModuleList(PeerMLP(hidden_size, intermediate_size, pretraining_tp) for _ in range(num_experts))
+        self.experts = nn.ModuleList(
+            PeerMLP(hidden_size, intermediate_size, pretraining_tp) for _ in range(num_experts)
+        )
         self.num_experts_per_tok = top_k
         self.shared_experts = (
             PeerMLP(hidden_size, shared_intermediate_size, pretraining_tp) if shared_intermediate_size else None
@@ -99,8 +113,15 @@ class PeerMoE(nn.Module):
         shared_size = 0 if shared is None else shared.gate_proj.weight.shape[0]
         alpha = getattr(block, "alpha", getattr(block.gate, "alpha", 0.01))
         with torch.device("meta"):
-            peer = cls(hidden_size, block.experts[0].gate_proj.weight.shape[0], num_experts,
-                       block.num_experts_per_tok, shared_size, alpha, pretraining_tp)  # fmt: skip
+            peer = cls(
+                hidden_size,
+                block.experts[0].gate_proj.weight.shape[0],
+                num_experts,
+                block.num_experts_per_tok,
+                shared_size,
+                alpha,
+                pretraining_tp,
+            )
         for name, parameter in block.named_parameters():
             owner, _, leaf = name.rpartition(".")
             setattr(peer.get_submodule(owner), leaf, parameter)
@@ -114,7 +135,7 @@ class PeerMoE(nn.Module):
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
     def on_given_picks(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """Run the layer on flat tokens (T, H) and picks (T, K) of somebody else: routed sum + shared expert, no aux loss."""
+        """Run routed and shared experts on flat tokens (T, H) and picks (T, K) from elsewhere; no aux loss."""
         out = self.routed(x, topk_weights, topk_ids)
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
@@ -125,7 +146,8 @@ class PeerMoE(nn.Module):
 class AuthorsMoE(PeerMoE):
     """The original's algorithm: training path when .training, inference path (no gradient at all) otherwise.
 
-    As in the original, the training path writes fp32 rows into a buffer of x's dtype: it needs fp32 tokens (autocast is fine).
+    As in the original, the training path writes fp32 rows into a buffer of x's dtype: it needs fp32 tokens (autocast
+    is fine).
     """
 
     def routed(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
@@ -168,7 +190,7 @@ class SortedLoopMoE(PeerMoE):
         row_token = order // topk_ids.shape[1]
         counts = flat_ids.bincount(minlength=len(self.experts)).tolist()
         rows = x[row_token].split(counts)
-        y = torch.cat([expert(r) for expert, r in zip(self.experts, rows) if len(r)])
+        y = torch.cat([expert(r) for expert, r in zip(self.experts, rows, strict=True) if len(r)])
         weighted = y * topk_weights.reshape(-1)[order].unsqueeze(-1)
         return torch.zeros_like(x, dtype=weighted.dtype).index_add(0, row_token, weighted).to(x.dtype)
 
@@ -177,7 +199,8 @@ def install(model: nn.Module, pretraining_tp: int = 1, peer: type[PeerMoE] = Aut
     """Swap, in place, every DiT-MoE block of model for a peer that owns the same Parameter objects.
 
     Args:
-        model: any module tree; a block is recognised by gate.weight, experts[i].gate_proj, shared_experts and num_experts_per_tok.
+        model: any module tree; a block is recognised by gate.weight, experts[i].gate_proj, shared_experts and
+            num_experts_per_tok.
         pretraining_tp: 1, or the number of slices each GEMM is cut into.
         peer: AuthorsMoE or SortedLoopMoE.
     Returns:
@@ -186,10 +209,19 @@ def install(model: nn.Module, pretraining_tp: int = 1, peer: type[PeerMoE] = Aut
         ValueError: model itself is a block (it cannot be swapped in place), or it has none.
     """
     if is_moe_block(model):
-        raise ValueError(f"model is itself an MoE block ({type(model).__name__}): use {peer.__name__}.from_block(model)")
-    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children() if is_moe_block(child)]
+        raise ValueError(
+            f"model is itself an MoE block ({type(model).__name__}): use {peer.__name__}.from_block(model)"
+        )
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if is_moe_block(child)
+    ]
     if not found:
-        raise ValueError(f"model {type(model).__name__} has no DiT-MoE block (gate, experts, shared_experts, num_experts_per_tok)")
+        raise ValueError(
+            f"model {type(model).__name__} has no DiT-MoE block (gate, experts, shared_experts, num_experts_per_tok)"
+        )
     for parent, name, block in found:
         setattr(parent, name, peer.from_block(block, pretraining_tp))
     return len(found)

@@ -49,7 +49,7 @@ def grid(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def load_map(share: np.ndarray) -> np.ndarray:
-    """Paint relative loads (height, width), 1 being the fair share: blue below, orange above, clear at 1, full at 0 and 2.
+    """Paint relative loads (height, width), 1 being fair: blue below, orange above, clear at 1, full at 0 and 2.
 
     Returns: RGBA uint8 that reads on a light and on a dark page alike.
     """

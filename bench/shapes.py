@@ -30,14 +30,16 @@ class MoEShape:
     num_heads: int = 0
     tokens_per_image: int = IMAGE_TOKENS
     activation: str = "swiglu"
+    qk_norm: bool = False
 
     def __str__(self) -> str:
         return f"H{self.H}_I{self.I}_Is{self.Is}_E{self.E}_K{self.K}"
 
 
-def _dit_moe(size: str, H: int, depth: int, num_heads: int) -> list[MoEShape]:
+def _dit_moe(size: str, H: int, depth: int, num_heads: int, qk_norm: bool = False) -> list[MoEShape]:
     """DiT-MoE (arXiv 2407.11633): routed experts 4H wide, one shared expert 2H wide, top-2 of 8 or 16."""
-    return [MoEShape(f"{size}/2-{E}E2A", f"{size}2", H, 4 * H, 2 * H, E, 2, depth, num_heads) for E in (8, 16)]
+    around = {"depth": depth, "num_heads": num_heads, "qk_norm": qk_norm}
+    return [MoEShape(f"{size}/2-{E}E2A", f"{size}2", H, 4 * H, 2 * H, E, 2, **around) for E in (8, 16)]
 
 
 MODEL_SHAPES: dict[str, MoEShape] = {
@@ -46,8 +48,8 @@ MODEL_SHAPES: dict[str, MoEShape] = {
         *_dit_moe("S", 384, 12, 6),
         *_dit_moe("B", 768, 12, 12),
         *_dit_moe("L", 1024, 24, 16),
-        *_dit_moe("XL", 1152, 28, 16),
-        *_dit_moe("G", 1408, 40, 16),
+        *_dit_moe("XL", 1152, 28, 16, qk_norm=True),
+        *_dit_moe("G", 1408, 40, 16, qk_norm=True),
         MoEShape("HiDream-I1", "HiDreamI1", 2560, 6912, 3584, 4, 2, depth=48, tokens_per_image=4096),
         MoEShape("DSMoE-S-E48", "DSMoESE48", 384, 128, 128, 48, 5, depth=12),  # arXiv 2512.01252: many narrow experts
         MoEShape("digits", "digits", 96, 384, 192, 8, 2, depth=4, num_heads=4, tokens_per_image=16),  # the main job's
@@ -96,8 +98,8 @@ def empty_experts(T: int, E: int, K: int, generator: Generator) -> tuple[Tensor,
 def position_skewed(T: int, E: int, K: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Popularity follows the position in the image, the same in every image: DiT-MoE's shallow layers.
 
-    log popularity of expert e at (row, column) of a square image = 3 cos(2 pi (a_e row + b_e column + c_e)), a_e and b_e
-    at most one wave per image. Images have IMAGE_TOKENS tokens; fewer tokens are one smaller image.
+    log popularity of expert e at (row, column) of a square image = 3 cos(2 pi (a_e row + b_e column + c_e)), a_e and
+    b_e at most one wave per image. Images have IMAGE_TOKENS tokens; fewer tokens are one smaller image.
     """
     side = math.isqrt(min(T, IMAGE_TOKENS)) or 1
     token = torch.arange(T)
@@ -136,7 +138,7 @@ def routing_trace() -> Path:
 
 
 def save_routing(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, path: Path | None = None) -> Path:
-    """Record routing for the preset `real`: topk_ids (N, K) and topk_weights (N, K), tokens in the order of the images."""
+    """Record topk_ids (N, K) and topk_weights (N, K), tokens image by image, for the preset `real`."""
     path = path or routing_trace()
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(

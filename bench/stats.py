@@ -1,7 +1,8 @@
 """Statistics of times: summaries, the ratio of two medians with its interval, and verdicts that do not cry wolf.
 
-Times of one program on a shared machine are autocorrelated and heavy-tailed. So everything rests on medians and ranks, the bootstrap
-resamples blocks, and Mann-Whitney's variance is inflated by the autocorrelation time found in the ranks. Pure numpy.
+Times of one program on a shared machine are autocorrelated and heavy-tailed. So everything rests on medians and
+ranks, the bootstrap resamples blocks, and Mann-Whitney's variance is inflated by the autocorrelation time found in
+the ranks. Pure numpy.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ def ranks(x: np.ndarray) -> np.ndarray:
 def autocorrelation_time(values: Sequence[float]) -> float:
     """Estimate how many consecutive samples are worth one independent sample (>= 1, at most n/2).
 
-    tau = 1 + 2 sum_k rho_k over the ranks, summed in pairs while they stay positive (Geyer's initial positive sequence). Subtracting
-    the series' own mean lowers every rho_k by about tau/n, which in short series hides most of tau: that is added back, iterating.
+    tau = 1 + 2 sum_k rho_k over the ranks, summed in pairs while they stay positive (Geyer's initial positive
+    sequence). Subtracting the series' own mean lowers every rho_k by about tau/n, which in short series hides most of
+    tau: that is added back, iterating.
     """
     n = len(values)
     x = ranks(np.asarray(values, dtype=np.float64))
@@ -114,14 +116,22 @@ def block_indices(n: int, block: int, resamples: int, rng: np.random.Generator) 
     return ((starts + np.arange(block)) % n).reshape(resamples, -1)[:, :n]
 
 
-def ratio(base: Sequence[float], head: Sequence[float], *, paired: bool = False, level: float = LEVEL,
-          resamples: int = RESAMPLES, seed: int = 0) -> Ratio:  # fmt: skip
-    """Compare medians: median(base) / median(head), > 1 when head is faster, with a block-bootstrap percentile interval.
+def ratio(
+    base: Sequence[float],
+    head: Sequence[float],
+    *,
+    paired: bool = False,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Ratio:
+    """Compare medians: median(base) / median(head), > 1 when head is faster, with a block-bootstrap percentile
+    interval.
 
     Args:
         base, head: times in the order in which they were taken.
-        paired: base[i] and head[i] come from the same round (interleaved), so both are resampled by the same rounds and what disturbed
-            both cancels; needs equal lengths.
+        paired: base[i] and head[i] come from the same round (interleaved), so both are resampled by the same rounds
+            and what disturbed both cancels; needs equal lengths.
         level: coverage of the interval.
     Raises:
         ValueError: empty, non-positive or non-finite times; paired with different lengths.
@@ -134,7 +144,9 @@ def ratio(base: Sequence[float], head: Sequence[float], *, paired: bool = False,
     if paired:
         taus = [max(taus)] * 2
     rng = np.random.default_rng(seed)
-    picks = [block_indices(len(x), block_length(len(x), tau), resamples, rng) for x, tau in zip((a, b), taus)]
+    picks = [
+        block_indices(len(x), block_length(len(x), tau), resamples, rng) for x, tau in zip((a, b), taus, strict=True)
+    ]
     if paired:
         picks[1] = picks[0]
     resampled = np.median(a[picks[0]], axis=1) / np.median(b[picks[1]], axis=1)
@@ -144,9 +156,11 @@ def ratio(base: Sequence[float], head: Sequence[float], *, paired: bool = False,
 
 
 def mann_whitney(base: Sequence[float], head: Sequence[float]) -> float:
-    """Two-sided p of "neither tends to be larger", the normal approximation with ties and autocorrelation in its variance.
+    """Two-sided p of "neither tends to be larger", the normal approximation with ties and autocorrelation in its
+    variance.
 
-    z = (U - mn/2) / sqrt(var_ties * tau), tau the autocorrelation time of the two series' own ranks (1 when the samples are independent).
+    z = (U - mn/2) / sqrt(var_ties * tau), tau the autocorrelation time of the two series' own ranks (1 when the
+    samples are independent).
     """
     a, b = as_samples(base, "base"), as_samples(head, "head")
     m, n = len(a), len(b)
@@ -164,7 +178,7 @@ def mann_whitney(base: Sequence[float], head: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p values for the number of rows (Holm's step-down): reject those <= alpha and at most alpha of families err."""
+    """Adjust p values for their number (Holm's step-down): of families with no true effect at most alpha show one."""
     m = len(p_values)
     adjusted, running = [0.0] * m, 0.0
     for rank, i in enumerate(sorted(range(m), key=lambda i: p_values[i])):
@@ -189,11 +203,13 @@ def decide(speedup: Ratio, p: float, alpha: float = ALPHA, effect: float = EFFEC
     return "UNSURE"
 
 
-def verdicts(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, resamples: int = RESAMPLES) -> list[Verdict]:
+def verdicts(
+    pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, resamples: int = RESAMPLES
+) -> list[Verdict]:
     """Judge every case {case: (base times, head times)}, p values adjusted over all of them."""
     adjusted = holm([mann_whitney(base, head) for base, head in pairs.values()])
     out = []
-    for (case, (base, head)), p in zip(pairs.items(), adjusted):
+    for (case, (base, head)), p in zip(pairs.items(), adjusted, strict=True):
         speedup = ratio(base, head, resamples=resamples)
         out.append(Verdict(case, decide(speedup, p), speedup, p))
     return out

@@ -56,20 +56,24 @@ def append(path: str | Path, row: dict) -> None:
 def read(path: str | Path) -> list[dict]:
     """Read all rows of a file.
 
-    Raises: ValueError naming file, line, what came and what was expected: no such file, an empty file, a truncated or foreign line, another
-        schema version, a missing field.
+    Raises: ValueError naming file, line, what came and what was expected: no such file, an empty file, a truncated or
+        foreign line, another schema version, a missing field.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: expected a file of rows (JSON lines), got {'a directory' if path.is_dir() else 'none'}")
-    rows = [_parse(line, f"{path}:{n}") for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line]
+        raise ValueError(
+            f"{path}: expected a file of rows (JSON lines), got {'a directory' if path.is_dir() else 'none'}"
+        )
+    rows = [
+        _parse(line, f"{path}:{n}") for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line
+    ]
     if not rows:
         raise ValueError(f"{path}: expected rows (JSON lines), got an empty file")
     return rows
 
 
 def recover(path: str | Path) -> list[dict]:
-    """Read the rows of a run that was interrupted: [] without a file; a last line without its end is cut off the file."""
+    """Read the rows of an interrupted run; without a file there are none, and half a last line is cut off."""
     path = Path(path)
     if not path.exists():
         return []
@@ -88,10 +92,14 @@ def _parse(line: str, where: str) -> dict:
     if not isinstance(row, dict) or "schema" not in row:
         raise ValueError(f"{where}: expected a row with a schema version, got {line[:60]!r}")
     if row["schema"] != SCHEMA:
-        raise ValueError(f"{where}: got schema version {row['schema']!r}, expected {SCHEMA}; measure again with this version")
+        raise ValueError(
+            f"{where}: got schema version {row['schema']!r}, expected {SCHEMA}; measure again with this version"
+        )
     missing = [name for name in REQUIRED if name not in row]
     if missing:
-        raise ValueError(f"{where}: expected the field{'s' * (len(missing) > 1)} {', '.join(missing)}, got {sorted(row)}")
+        raise ValueError(
+            f"{where}: expected the field{'s' * (len(missing) > 1)} {', '.join(missing)}, got {sorted(row)}"
+        )
     return row
 
 
@@ -118,7 +126,9 @@ def commit() -> dict:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -126,7 +136,7 @@ def _git(*arguments: str) -> str | None:
 
 @cache
 def machine() -> dict:
-    """Describe the machine: cpu, isa (the level our kernels use), torch_isa, cores this process may use, memory, os, gpu, driver."""
+    """Describe the machine: the fields of results/README.md."""
     import torch
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -184,7 +194,8 @@ def openmp_runtimes() -> list[str]:
 
 
 def keyword_filter(expression: str) -> Callable[[str], bool]:
-    """Compile an expression like pytest's -k: words (part of the id, any case), and, or, not, parentheses; "" takes all.
+    """Compile an expression like pytest's -k: words (part of the id, any case), and, or, not, parentheses; "" takes
+    all.
 
     Raises: ValueError for what cannot be read.
     """
@@ -205,7 +216,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the machine, threads, OpenMP runtimes, versions, commit and backends; return 1 when two runtimes are mapped."""
+    """Print machine, threads, OpenMP runtimes, versions, commit, backends; return 1 when two runtimes are mapped."""
     import torch
 
     import moe_kernels

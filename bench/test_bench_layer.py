@@ -1,4 +1,4 @@
-"""pytest --benchmark: the fused layer on every routing preset, the transformer block, and whole training and sampling steps."""
+"""pytest --benchmark: the fused layer on routing presets, the transformer block, whole training and sampling steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pytest --benchmark: the four rooms, each on its own. -k filters by the words of the case id; MOE_BENCH_SIZE=tiny|small|full."""
+"""pytest --benchmark: the four rooms. -k filters by words of the case id; MOE_BENCH_SIZE=tiny|small|full."""
 
 from __future__ import annotations
 

@@ -48,28 +48,16 @@ def activation(name: str) -> int:
     return ACTIVATIONS[name]
 
 
-def plan(plan: object, num_tokens: int | None, num_experts: int | None, like: Tensor) -> RoutingPlan:
-    """Check that a plan is one, and that it was made for these tokens, experts and device."""
+def plan(plan: object, num_tokens: int | None, like: Tensor) -> RoutingPlan:
+    """Check that a plan is one, and that it was made for these tokens and this device."""
     if not isinstance(plan, RoutingPlan):
         raise TypeError(f"plan: got {type(plan).__name__}, expected a RoutingPlan")
     if num_tokens is not None and plan.num_tokens != num_tokens:
         raise ValueError(f"plan: got a plan for {plan.num_tokens} tokens, expected {num_tokens}")
-    if num_experts is not None and plan.num_experts != num_experts:
-        raise ValueError(f"plan: got a plan for {plan.num_experts} experts, expected {num_experts}")
     if plan.row_token.device != like.device:
         raise ValueError(f"plan: got device {plan.row_token.device}, expected {like.device}")
+    plan.check_layout()
     return plan
-
-
-def weights_dtype(name: str, weights: Sequence[Tensor], x: Tensor, dtype: torch.dtype) -> None:
-    """Check device and dtype of weights; under autocast they may have another dtype than x."""
-    for weight in weights:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"{name}: got {type(weight).__name__}, expected a tensor")
-        if weight.device != x.device:
-            raise ValueError(f"{name}: got device {weight.device}, expected {x.device} (the device of x)")
-        if weight.dtype != dtype:
-            raise TypeError(f"{name}: got {weight.dtype}, expected {dtype} (the dtype of x)")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -77,8 +65,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Say whether autocast is on for the device of x; False on devices that have none, as meta."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a layer works on x: that of x, or autocast's where it is on. float64 stays."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and autocast_enabled(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

@@ -69,16 +69,15 @@ class MoELayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights as DiT-MoE does: Xavier-uniform for every matrix of every expert, U(+-1/sqrt(H)) for the router."""
-        E, H = self.gate_weight.shape
+        """Draw weights as DiT-MoE does: Xavier-uniform for each expert matrix, U(+-1/sqrt(H)) for the router."""
+        H = self.gate_weight.shape[1]
         nn.init.uniform_(self.gate_weight, -(H**-0.5), H**-0.5)
-        for weight, I in ((self.gate_up_proj, self.down_proj.shape[2]), (self.down_proj, self.down_proj.shape[2])):
-            bound = (6 / (H + I)) ** 0.5
-            nn.init.uniform_(weight, -bound, bound)
-        for weight in (self.shared_gate_up_proj, self.shared_down_proj):
-            if weight is not None:
-                bound = (6 / (H + self.shared_down_proj.shape[1])) ** 0.5
-                nn.init.uniform_(weight, -bound, bound)
+        mlps = (self.gate_up_proj, self.down_proj), (self.shared_gate_up_proj, self.shared_down_proj)
+        for gate_up, down in mlps:
+            if down is not None:
+                bound = (6 / (H + down.shape[-1])) ** 0.5
+                nn.init.uniform_(gate_up, -bound, bound)
+                nn.init.uniform_(down, -bound, bound)
 
     def forward(self, x: Tensor, return_aux_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Apply the layer.
@@ -89,9 +88,9 @@ class MoELayer(nn.Module):
             x: (..., H) in the dtype of the parameters, or of any dtype under autocast.
             return_aux_loss: also return the auxiliary loss.
         Returns:
-            y (..., H), in autocast's dtype where it is on; with return_aux_loss (y, aux), aux a scalar: detached in mode
-            "injected" (its gradient is already in y, in training with gradients on), differentiable in mode "scaled"
-            (add it to the loss), zero for a router without auxiliary loss. See TokenChoice.
+            y (..., H), in autocast's dtype where it is on; with return_aux_loss (y, aux), aux a scalar: detached in
+            mode "injected" (its gradient is already in y, in training with gradients on), differentiable in mode
+            "scaled" (add it to the loss), zero for a router without auxiliary loss. See TokenChoice.
         Raises: TypeError, ValueError naming the argument.
         Cost: 6 T K H I + 6 T H Is + 2 T H E FLOPs (swiglu); no host syncs on a GPU but for the loop of `eager`.
         Source: reference.moe.SparseMoeBlock, reference.moe.ExpertChoiceMoE.

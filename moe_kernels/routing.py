@@ -35,9 +35,9 @@ class TokenChoice:
     reaches the parameters:
 
     "injected", as in the original: in training, with gradients on, the layer's output carries it, as an identity whose
-        backward gives the auxiliary loss gradient 1. The printed loss does not contain it, and **nothing scales it**: not
-        gradient accumulation, and not the loss scale of fp16 training. Under a loss scale of 65536 its share of the
-        unscaled gradient is 1/65536, so balancing is in effect off. That is a bug of the original recipe, kept for parity.
+        backward gives the auxiliary loss gradient 1. The printed loss does not contain it, and **nothing scales it**:
+        not gradient accumulation, and not the loss scale of fp16 training. Under a loss scale of 65536 its share of the
+        unscaled gradient is 1/65536, so balancing is in effect off: a bug of the original recipe, kept for parity.
     "scaled": nothing is injected. Take (y, aux) from `layer(x, return_aux_loss=True)` and add aux to the loss: whatever
         scales the loss scales it too. Use it with fp16. An aux that is not added has no effect.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-_EXPERT_KEY = re.compile(r"(?P<prefix>(?:.*\.)?)experts\.(?P<expert>\d+)\.(?P<kind>gate_proj|up_proj|down_proj)\.weight")
+_EXPERT_KEY = re.compile(r"(?P<prefix>(?:.*\.)?)experts\.(?P<expert>\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _STACKED = ("gate_weight", "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj")
 
 
@@ -20,7 +20,7 @@ def slab_problem(tensors: Sequence[Tensor]) -> str:
     start = first.data_ptr()
     for position, tensor in enumerate(tensors):
         if tensor.data_ptr() != start + position * step or not tensor.is_contiguous():
-            return f"tensor {position} does not follow tensor {position - 1} in memory" if position else "not contiguous"
+            return f"tensor {position} does not follow the one before it in memory" if position else "not contiguous"
     end = (first.storage_offset() + len(tensors) * first.numel()) * first.element_size()
     return "the tensors lie in separate allocations" if end > first.untyped_storage().nbytes() else ""
 
@@ -132,7 +132,8 @@ def save(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
     """Write a state dict as safetensors; views of a slab are written as tensors of their own."""
     from safetensors.torch import save_file
 
-    save_file({key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state_dict.items()}, path)
+    copies = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state_dict.items()}
+    save_file(copies, path)
 
 
 def load(path: str | Path) -> dict[str, Tensor]:

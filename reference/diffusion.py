@@ -182,7 +182,7 @@ class GaussianDiffusion:
 
     @staticmethod
     def _at(table: Tensor, i: Tensor, like: Tensor) -> Tensor:
-        return _per_sample(table.to(like.device)[i], like).to(like.dtype)
+        return _per_sample(table.to(like.device)[i], like)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,6 +38,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.section("e_ours / e_torch against the float64 oracle (bound 2), worst tensor")
         for line in error_rule.table_lines():
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Shapes are small: a second thread costs more than it gives, above all on a busy machine."""
+    with error_rule.threads(1):
+        yield
 
 
 @pytest.fixture

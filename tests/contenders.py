@@ -10,7 +10,8 @@ from torch import Tensor
 import moe_kernels
 import reference.moe
 from moe_kernels import RoutingPlan, dispatch, dispatch_expert_choice
-from tests.trap_cases import Problem, Trap, make_problem
+from tests.error_rule import judge
+from tests.trap_cases import PLAIN, TRAPS, Problem, Trap, make_problem
 
 BACKENDS = tuple(info.name for info in moe_kernels.backends() if info.available)
 DTYPES = {"eager": (torch.float32, torch.bfloat16, torch.float64)}
@@ -22,6 +23,12 @@ CONTENDERS = [
 ]
 each_contender = pytest.mark.parametrize(("backend", "dtype"), CONTENDERS)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def each_trap(*left_out: str) -> pytest.MarkDecorator:
+    """Every trap at scale 1, and the plain one at the other scales."""
+    cases = [(trap, 1.0) for trap in TRAPS if trap.name not in left_out] + [(PLAIN, scale) for scale in SCALES if scale != 1]
+    return pytest.mark.parametrize(("trap", "scale"), [pytest.param(*case, id=f"{case[0]}-{case[1]:g}") for case in cases])
 
 
 def plan_of(problem: Problem, backend: str) -> RoutingPlan:
@@ -77,7 +84,10 @@ def moe_oracle(problem: Problem) -> Tensor:
 
 
 def moe_ours(problem: Problem, backend: str) -> Tensor:
-    p, weights = problem, (problem.gate_up_proj, problem.down_proj, problem.shared_gate_up_proj, problem.shared_down_proj)
+    p, weights = (
+        problem,
+        (problem.gate_up_proj, problem.down_proj, problem.shared_gate_up_proj, problem.shared_down_proj),
+    )
     return moe_kernels.moe_mlp(p.x, plan_of(p, backend), *weights, activation=p.trap.activation, backend=backend)
 
 
@@ -99,10 +109,10 @@ def moe_compute(trap: Trap, dtype: torch.dtype, scale: float = 1.0):
     return compute
 
 
-def try_trap(trap: Trap, backend: str, run) -> None:
-    """Run; where the trap allows a refusal, a clear one naming the backend counts as an answer."""
+def judge_trap(op: str, make_compute, trap: Trap, scale: float, backend: str, dtype: torch.dtype, seed: int) -> None:
+    """Judge; where the trap allows a refusal, a clear one naming the backend counts as an answer."""
     try:
-        run()
+        judge(op, make_compute(trap, dtype, scale), backend, dtype, seed, scale)
     except (ValueError, RuntimeError) as refusal:
         if not trap.may_refuse or backend not in str(refusal):
             raise

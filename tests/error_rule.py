@@ -6,7 +6,8 @@ hides one wrong row in thousands, or the garbage gradient of an expert that got 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,24 +36,42 @@ def judge(op: str, compute: Compute, backend: str, dtype: torch.dtype, seed: int
     small where a tensor has few elements, so a breach is confirmed against the largest of REDRAWS draws.
     """
     rival = "loop" if backend == "eager" else "eager"
-    oracle, ours, theirs = compute(seed, "oracle"), compute(seed, backend), compute(seed, rival)
+    oracle, theirs = compute(seed, "oracle"), compute(seed, rival)
+    with threads(2):
+        ours = compute(seed, backend)
     assert ours.keys() == oracle.keys()
     redraws: list[tuple[Tensors, Tensors]] = []
+    floor = 1e-12 if dtype == torch.float64 else 0.0  # the oracle itself rounds in float64
     for name, exact in oracle.items():
         where = f"{op} {name} [{backend}, {dtype}, scale {scale}, seed {seed}]"
         got = ours[name]
         assert got.shape == exact.shape, f"{where}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+        if not exact.is_floating_point():
+            assert torch.equal(got.long(), exact.long()), where
+            continue
         assert got.dtype == theirs[name].dtype, f"{where}: dtype {got.dtype}, expected {theirs[name].dtype}"
         assert not got[exact == 0].count_nonzero(), f"{where}: not exactly zero where the oracle is"
         for kind, error in (("", whole_error), (" slices", slice_error)):
-            e_ours, e_torch = error(got, exact), max(error(theirs[name], exact), oracle_rounding(dtype))
-            if not e_ours <= 2 * e_torch + 1e-30 and e_ours == e_ours:
-                redraws = redraws or [(compute(seed + i, rival), compute(seed + i, "oracle")) for i in range(1, REDRAWS)]
+            e_ours, e_torch = error(got, exact), max(error(theirs[name], exact), floor)
+            while e_ours > 2 * e_torch + 1e-30 and len(redraws) < REDRAWS:
+                again = seed + len(redraws) + 1
+                redraws.append((compute(again, rival), compute(again, "oracle")))
                 e_torch = max(e_torch, *(error(t[name], o[name]) for t, o in redraws))
             assert e_ours <= 2 * e_torch + 1e-30, f"{where}{kind}: e_ours {e_ours:.3g}, e_torch {e_torch:.3g}"
             verdict = Verdict(e_ours / (e_torch + 1e-30), e_ours, e_torch, name + kind)
             key = (op, backend, str(dtype).removeprefix("torch."), scale)
             TABLE[key] = max(TABLE.get(key, verdict), verdict)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Ours is tested with two threads; the rest of a test is faster with the one that conftest.py sets."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def whole_error(got: Tensor, exact: Tensor) -> float:
@@ -73,11 +92,6 @@ def slice_error(got: Tensor, exact: Tensor) -> float:
         norms = norms.maximum(norms.square().mean().sqrt())
     errors = (got - exact).norm(dim=1)
     return torch.where(errors == 0, 0.0, errors / norms).max().item()
-
-
-def oracle_rounding(dtype: torch.dtype) -> float:
-    """In float64 the oracle itself rounds; below that its rounding is far away."""
-    return 64 * torch.finfo(dtype).eps if dtype == torch.float64 else 0.0
 
 
 def _relative(difference: Tensor, exact: Tensor) -> Tensor:

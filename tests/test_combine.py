@@ -16,7 +16,9 @@ def combine_compute(trap, dtype, scale=1.0):
         problem = make_problem(trap, seed, dtype)
         g = torch.Generator().manual_seed(seed)
         shapes = {"y_rows": len(problem.rows()), "shared": trap.T}
-        tensors = {n: (torch.randn(rows, trap.H, generator=g) * scale * trap.magnitude).to(dtype) for n, rows in shapes.items()}
+        tensors = {
+            n: (torch.randn(rows, trap.H, generator=g) * scale * trap.magnitude).to(dtype) for n, rows in shapes.items()
+        }
         tensors = {name: LAYOUTS[trap.layout](t) for name, t in tensors.items() if name == "y_rows" or trap.Is}
         if how == "oracle":
             problem, tensors = problem.double(), {name: t.double() for name, t in tensors.items()}
@@ -34,16 +36,10 @@ def combine_compute(trap, dtype, scale=1.0):
     return compute
 
 
+@each_trap()
 @each_contender
-@pytest.mark.parametrize("trap", TRAPS, ids=str)
-def test_trap(trap, backend, dtype, seed):
-    try_trap(trap, backend, lambda: judge("combine", combine_compute(trap, dtype), backend, dtype, seed))
-
-
-@each_contender
-@pytest.mark.parametrize("scale", SCALES)
-def test_scale(scale, backend, dtype, seed):
-    judge("combine", combine_compute(PLAIN, dtype, scale), backend, dtype, seed, scale)
+def test_trap(trap, scale, backend, dtype, seed):
+    judge_trap("combine", combine_compute, trap, scale, backend, dtype, seed)
 
 
 @each_backend
@@ -56,15 +52,3 @@ def test_rows_are_summed_in_ascending_order(backend):
     value = torch.tensor([2.0**24, 1.0, -(2.0**24)]).repeat_interleave(trap.T)  # rows of experts 0, 1, 2
     y_rows = value[:, None].expand(-1, trap.H)
     assert not combine(y_rows, plan, backend=backend).any()
-
-
-@each_backend
-def test_tokens_without_rows_get_the_shared_output(backend, seed):
-    problem = make_problem(BY_NAME["expert_choice"], seed, torch.float32)
-    plan = plan_of(problem, backend)
-    lonely = plan.token_row_offsets.diff() == 0
-    assert lonely.any()
-    y_rows = torch.randn(plan.num_rows, problem.trap.H)
-    shared = torch.randn(problem.trap.T, problem.trap.H)
-    assert torch.equal(combine(y_rows, plan, shared, backend=backend)[lonely], shared[lonely])
-    assert not combine(y_rows, plan, backend=backend)[lonely].count_nonzero()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.contenders import BACKENDS, CONTENDERS, moe_compute
+from tests.error_rule import threads
 from tests.test_combine import combine_compute
 from tests.test_experts import experts_compute
 from tests.test_gating import gating_compute
@@ -26,16 +27,11 @@ ROOMS = {
 }
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def assert_same_bits(got, expected):
     for name, tensor in expected.items():
-        assert torch.equal(got[name], tensor), f"{name}: {(got[name] != tensor).sum()} of {tensor.numel()} elements differ"
+        assert torch.equal(got[name], tensor), (
+            f"{name}: {(got[name] != tensor).sum()} of {tensor.numel()} elements differ"
+        )
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CONTENDERS)
@@ -43,19 +39,19 @@ def assert_same_bits(got, expected):
 @pytest.mark.parametrize("room", ROOMS)
 def test_same_bits_twice(room, trap, backend, dtype, seed):
     compute = ROOMS[room](trap, dtype)
-    first = compute(seed, backend)
-    for _ in range(3):
-        assert_same_bits(compute(seed, backend), first)
+    with threads(2):
+        first = compute(seed, backend)
+        for _ in range(3):
+            assert_same_bits(compute(seed, backend), first)
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="native is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("trap", TRAPS.values(), ids=str)
 @pytest.mark.parametrize("room", ROOMS)
-def test_same_bits_at_any_thread_count(room, trap, dtype, seed, threads):
+def test_same_bits_at_any_thread_count(room, trap, dtype, seed):
     compute = ROOMS[room](trap, dtype)
-    threads(1)
     alone = compute(seed, "native")
     for count in (2, 3):
-        threads(count)
-        assert_same_bits(compute(seed, "native"), alone)
+        with threads(count):
+            assert_same_bits(compute(seed, "native"), alone)

@@ -42,31 +42,6 @@ def test_trap(trap, backend, seed):
 
 
 @each_backend
-@pytest.mark.parametrize(("tokens_per_group", "capacity"), [(6, 2), (12, 1), (1, 1), (3, 3), (24, 10)])
-def test_expert_choice_by_group_with_ties(tokens_per_group, capacity, backend, seed):
-    """Affinities of three levels tie often: the lower token index wins, inside its own group only."""
-    T, E = 24, 5
-    g = torch.Generator().manual_seed(seed)
-    affinities = torch.randint(0, 3, (T, E), generator=g).float() / 4
-    rows = []
-    for start in range(0, T, tokens_per_group):
-        group = range(start, start + tokens_per_group)
-        for e in range(E):
-            best = sorted(group, key=lambda t: (-affinities[t, e].item(), t))[:capacity]
-            rows += [(e, t, t * E + e) for t in best]
-    plan = dispatch_expert_choice(affinities, capacity, tokens_per_group, backend=backend)
-    assert_plan(plan, sorted(rows), affinities, T, E)
-
-
-@each_backend
-def test_float64_weights_stay_float64(backend, seed):
-    if backend != "eager":
-        pytest.skip("float64 is for eager")
-    problem = make_problem(BY_NAME["plain"], seed, torch.float64)
-    assert plan_of(problem, backend).row_weight.dtype == torch.float64
-
-
-@each_backend
 def test_many_tokens_equal_a_stable_sort(backend, seed):
     """Longer than any block of a histogram."""
     g = torch.Generator().manual_seed(seed)

@@ -28,7 +28,10 @@ BAD = float("nan")
 CALLS = {
     "gating": (gating, {"x": X, "gate_weight": GATE, "top_k": K}),
     "dispatch": (dispatch, {"topk_ids": IDS, "topk_weights": WEIGHTS, "num_experts": E}),
-    "dispatch_expert_choice": (dispatch_expert_choice, {"affinities": AFFINITIES, "capacity": 2, "tokens_per_group": T}),
+    "dispatch_expert_choice": (
+        dispatch_expert_choice,
+        {"affinities": AFFINITIES, "capacity": 2, "tokens_per_group": T},
+    ),
     "experts": (experts, {"x": X, "plan": PLAN, "gate_up_proj": GATE_UP, "down_proj": DOWN, "activation": "swiglu"}),
     "combine": (combine, {"y_rows": Y_ROWS, "plan": PLAN, "shared": X}),
     "moe_mlp": (
@@ -106,7 +109,11 @@ BAD_INPUTS = [  # op, argument, value, what the message must show
 @pytest.mark.parametrize(("op", "argument", "value", "shown"), BAD_INPUTS)
 def test_bad_input(op, argument, value, shown, backend):
     function, arguments = CALLS[op]
-    related = {"x": "x|gate_weight|plan|gate_up_proj|H", "gate_weight": "gate_weight|num_experts", "topk_ids": "topk_ids|topk_weights"}
+    related = {
+        "x": "x|gate_weight|plan|gate_up_proj|H",
+        "gate_weight": "gate_weight|num_experts",
+        "topk_ids": "topk_ids|topk_weights",
+    }
     with pytest.raises((ValueError, TypeError)) as raised:
         function(**arguments | {argument: value}, backend=backend)
     message = str(raised.value)

@@ -25,7 +25,9 @@ def experts_compute(trap, dtype, scale=1.0):
         else:
             weights = (problem.gate_up_proj, problem.down_proj)
             y_rows = experts(problem.x, plan_of(problem, how), *weights, activation=trap.activation, backend=how)
-        dy_rows = torch.randn(y_rows.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+        dy_rows = torch.randn(y_rows.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+            dtype
+        )
         if trap.layout == "expanded_dout":
             dy_rows = torch.ones((), dtype=dtype).expand(y_rows.shape)
         return gradients(y_rows, {name: leaves[name] for name in LEAVES}, dy_rows)
@@ -33,31 +35,7 @@ def experts_compute(trap, dtype, scale=1.0):
     return compute
 
 
+@each_trap("no_shared")
 @each_contender
-@pytest.mark.parametrize("trap", [t for t in TRAPS if t.name != "no_shared"], ids=str)
-def test_trap(trap, backend, dtype, seed):
-    try_trap(trap, backend, lambda: judge("experts", experts_compute(trap, dtype), backend, dtype, seed))
-
-
-@each_contender
-@pytest.mark.parametrize("scale", SCALES)
-def test_scale(scale, backend, dtype, seed):
-    judge("experts", experts_compute(PLAIN, dtype, scale), backend, dtype, seed, scale)
-
-
-@each_backend
-def test_experts_without_rows_get_exact_zero_gradients(backend, seed):
-    trap = BY_NAME["empty_experts"]
-    got = experts_compute(trap, torch.float32)(seed, backend)
-    assert not got["dgate_up_proj"][::3].count_nonzero() and not got["ddown_proj"][::3].count_nonzero()
-    assert got["dgate_up_proj"][1::3].flatten(1).any(1).all()
-
-
-@each_backend
-def test_weights_do_not_see_the_routing_weights(backend, seed):
-    problem = make_problem(PLAIN, seed, torch.float32)
-    plan = plan_of(problem, backend)
-    problem.routing = problem.routing * 3
-    scaled = plan_of(problem, backend)
-    weights = (problem.gate_up_proj, problem.down_proj)
-    assert torch.equal(experts(problem.x, plan, *weights, backend=backend), experts(problem.x, scaled, *weights, backend=backend))
+def test_trap(trap, scale, backend, dtype, seed):
+    judge_trap("experts", experts_compute, trap, scale, backend, dtype, seed)

@@ -145,7 +145,7 @@ def test_moments_survive_the_file_and_foreign_files_are_named(tmp_path):
     again = load_moments(tmp_path / "a.npz")
     assert np.array_equal(again.mean, value.mean) and np.array_equal(again.cov, value.cov) and again.count == 20
     np.savez(tmp_path / "b.npz", mu=np.zeros(3))
-    with pytest.raises(ValueError, match="b.npz.*sigma"):
+    with pytest.raises(ValueError, match=r"b\.npz.*sigma"):
         load_moments(tmp_path / "b.npz")
 
 

@@ -70,7 +70,12 @@ def test_rooms_import_only_downwards(room):
 
 
 def test_reference_needs_torch_only():
-    assert not [f"{relative(p)}: {m}" for p in python_files("reference") for m in imports(p) if m.split(".")[0] not in REFERENCE_MAY]
+    assert not [
+        f"{relative(p)}: {m}"
+        for p in python_files("reference")
+        for m in imports(p)
+        if m.split(".")[0] not in REFERENCE_MAY
+    ]
 
 
 def test_statistics_know_no_torch():
@@ -80,7 +85,9 @@ def test_statistics_know_no_torch():
         path = queue.pop()
         seen.add(path)
         names = imports(path)
-        assert not {name for name in names if name.partition(".")[0] in ("torch", "moe_kernels", "reference")}, path.name
+        assert not {name for name in names if name.partition(".")[0] in ("torch", "moe_kernels", "reference")}, (
+            path.name
+        )
         files = {ROOT / (n.replace(".", "/") + ".py") for name in names for n in (name, name.rpartition(".")[0]) if n}
         queue += [file for file in files if file.exists() and file not in seen]
 
@@ -121,7 +128,9 @@ def test_import_is_light():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     modules, runtimes = done.stdout.splitlines()
     assert "moe_kernels" in modules
-    assert not [m for m in ("bench", "reference", "tests", "triton", "pandas", "sklearn", "scipy") if f"'{m}'" in modules]
+    assert not [
+        m for m in ("bench", "reference", "tests", "triton", "pandas", "sklearn", "scipy") if f"'{m}'" in modules
+    ]
     assert int(runtimes) <= 1, "two OpenMP pools fight for the same cores"
 
 
@@ -148,7 +157,7 @@ def test_public_functions_say_what_house_md_asks(name):
     text = inspect.getdoc(function) or ""
     parameters = inspect.signature(function).parameters
     missing = [p for p in parameters if not re.search(rf"\b{p}\b", text)]
-    assert re.match(r"[A-Z][a-z]+ ", text) and not missing, f"arguments not explained: {missing}"
+    assert re.match(r"[A-Z][a-z]+\b", text) and not missing, f"arguments not explained: {missing}"
     if any("Tensor" in str(p.annotation) for p in parameters.values()):
         assert re.search(r"\((T|E|R)(, ?\w+)*,?\)", text), "no shapes"
         order = [text.find(word) for word in ("Args", "Returns", "Raises", "Cost", "Source")]

@@ -15,23 +15,20 @@ from tests.trap_cases import BY_NAME, PLAIN, TRAPS, Problem, make_problem
 WEIGHTS = ("gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj")
 
 
+@each_trap()
 @each_contender
-@pytest.mark.parametrize("trap", TRAPS, ids=str)
-def test_trap(trap, backend, dtype, seed):
-    try_trap(trap, backend, lambda: judge("moe_mlp", moe_compute(trap, dtype), backend, dtype, seed))
-
-
-@each_contender
-@pytest.mark.parametrize("scale", SCALES)
-def test_scale(scale, backend, dtype, seed):
-    judge("moe_mlp", moe_compute(PLAIN, dtype, scale), backend, dtype, seed, scale)
+def test_trap(trap, scale, backend, dtype, seed):
+    judge_trap("moe_mlp", moe_compute, trap, scale, backend, dtype, seed)
 
 
 def views(problem: Problem) -> dict[str, list[Tensor]]:
     """The weights as per-expert leaves that lie one after another in the slabs: [gate_0, up_0, gate_1, ...], [down_0, ...]."""
     halves = {"gate_up_proj": problem.trap.I, "shared_gate_up_proj": problem.trap.Is}
     slabs = {name: getattr(problem, name).detach() for name in WEIGHTS}
-    parts = {n: s.reshape(-1, halves[n], s.shape[-1]) if n in halves else s.reshape(-1, *s.shape[-2:]) for n, s in slabs.items()}
+    parts = {
+        n: s.reshape(-1, halves[n], s.shape[-1]) if n in halves else s.reshape(-1, *s.shape[-2:])
+        for n, s in slabs.items()
+    }
     return {name: [part.requires_grad_() for part in stack.unbind()] for name, stack in parts.items()}
 
 
@@ -45,7 +42,9 @@ def test_weights_as_views_of_a_slab_equal_stacked_weights(backend, dtype, seed):
     assert torch.equal(out, stacked["out"])
     for name, parts in lists.items():
         assert torch.equal(torch.cat([p.grad for p in parts]), stacked[f"d{name}"].flatten(0, -2)), name
-        assert len({p.grad.untyped_storage().data_ptr() for p in parts}) == 1, f"gradients of {name} are not views of one slab"
+        assert len({p.grad.untyped_storage().data_ptr() for p in parts}) == 1, (
+            f"gradients of {name} are not views of one slab"
+        )
 
 
 @each_backend
@@ -82,7 +81,9 @@ def test_nothing_is_saved_without_grad(backend, seed):
 
 
 @each_backend
-@pytest.mark.parametrize("wanted", [("x",), ("routing",), ("down_proj",), ("shared_gate_up_proj",), ("x", "gate_up_proj")])
+@pytest.mark.parametrize(
+    "wanted", [("x",), ("routing",), ("down_proj",), ("shared_gate_up_proj",), ("x", "gate_up_proj")]
+)
 def test_gradients_of_some_inputs_only(wanted, backend, seed):
     problem, leaves = make_problem(PLAIN, seed, torch.float32).with_leaves()
     everything = gradients(moe_ours(problem, backend), leaves, problem.dout)

@@ -87,9 +87,9 @@ def test_ddpm_to_one_point_arrives_there(steps):
 
 
 def test_ddpm_samples_have_the_mean_and_variance_of_the_data():
-    noise = torch.randn(40000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    sample = ddpm(with_variance(gaussian_eps(STD), 0.0), noise, 200, torch.Generator().manual_seed(1))
-    assert sample.mean().item() == pytest.approx(MEAN, abs=5 * STD / 200)
+    noise = torch.randn(20000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sample = ddpm(with_variance(gaussian_eps(STD), 0.0), noise, 150, torch.Generator().manual_seed(1))
+    assert sample.mean().item() == pytest.approx(MEAN, abs=5 * STD / 20000**0.5)
     assert sample.std().item() == pytest.approx(STD, rel=0.03)
 
 

@@ -1,4 +1,4 @@
-"""The statistics do not cry wolf and do find what is there: simulated on autocorrelated, heavy-tailed noise, never on Gaussian."""
+"""The statistics do not cry wolf and find what is there: simulated on autocorrelated, heavy-tailed noise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench import stats
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, ...], phi: float, sd: float = 0.02) -> np.ndarray:
-    """Times around 1: a log-normal AR(1) drift (last axis is time), 5 % of the rounds hit by a Pareto-sized disturbance."""
+    """Times around 1: log-normal AR(1) drift along the last axis, 5 % of the rounds hit by a Pareto disturbance."""
     e = rng.standard_normal(shape)
     drift = np.empty(shape)
     drift[..., 0] = e[..., 0]

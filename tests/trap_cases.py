@@ -18,7 +18,7 @@ class Trap:
     reason: str
     T: int = 37
     H: int = 32
-    I: int = 24  # noqa: E741
+    I: int = 24
     Is: int = 16
     E: int = 5
     K: int = 2
@@ -49,7 +49,9 @@ TRAPS = (
     Trap("wide", "longer than one block of every loop", T=21, H=296, I=264, Is=136),
     Trap("all_experts", "K = E: every token in every expert", E=4, K=4),
     Trap("single_expert", "E = K = 1: softmax over one, exactly 1", E=1, K=1),
-    Trap("many_narrow_experts", "DSMoE: E = 48, K = 5, experts narrower than a vector", T=20, H=16, I=8, Is=8, E=48, K=5),
+    Trap(
+        "many_narrow_experts", "DSMoE, E = 48, K = 5: experts narrower than a vector", T=20, H=16, I=8, Is=8, E=48, K=5
+    ),
     Trap("no_shared", "no shared expert: absent tensors", Is=0),
     Trap("gelu", "two-matrix experts", activation="gelu"),
     Trap("expert_choice", "tokens without any row", picks="expert_choice", activation="gelu", Is=0),
@@ -96,9 +98,11 @@ class Problem:
     def rows(self) -> list[tuple[int, int, int]]:
         """Return (expert, token, index into routing.flatten()) of every routed row, in the order of a plan."""
         if self.topk_ids is not None:
-            rows = [(e, t, t * self.trap.K + k) for t, ids in enumerate(self.topk_ids.tolist()) for k, e in enumerate(ids)]
+            T, K = self.topk_ids.shape
+            rows = [(e, i // K, i) for i, e in enumerate(self.topk_ids.flatten().tolist())]
         else:
-            rows = [(e, t, t * self.trap.E + e) for t, e in self.expert_choice_picks().nonzero().tolist()]
+            T, E = self.routing.shape
+            rows = [(e, t, t * E + e) for t, e in self.expert_choice_picks().nonzero().tolist()]
         return sorted(rows)
 
     def expert_choice_picks(self) -> Tensor:
@@ -136,7 +140,7 @@ def make_problem(trap: Trap, seed: int, dtype: torch.dtype, scale: float = 1.0) 
 
 
 def draw_logits(trap: Trap, generator: torch.Generator) -> Tensor:
-    """Draw (T, E) router logits whose neighbours in the sorted order differ by a margin: no near ties by construction."""
+    """Draw (T, E) router logits whose neighbours in the sorted order differ by a margin: no near ties."""
     logits = torch.argsort(torch.rand(trap.T, trap.E, generator=generator), dim=-1).float()
     logits = logits * 3 * LOGIT_MARGIN + torch.rand(logits.shape, generator=generator) * LOGIT_MARGIN
     if trap.picks == "empty_experts":

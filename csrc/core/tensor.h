@@ -21,17 +21,18 @@ struct Tensor {
     MOE_CHECK(dtype == want, name, ": dtype tag ", int(dtype), ", expected ", int(want));
     MOE_CHECK(sizes.size() == want_sizes.size() && strides.size() == sizes.size(), name, ": ", sizes.size(),
               " dimensions, expected ", want_sizes.size());
-    int64_t elements = 1;
-    for (int d = int(sizes.size()) - 1; d >= 0; --d) {
+    int64_t total = 1, expected_stride = 1;
+    for (size_t d = 0; d < sizes.size(); ++d) {
       MOE_CHECK(sizes[d] >= 0 && (want_sizes[d] < 0 || sizes[d] == want_sizes[d]), name, ": size ", sizes[d],
                 " in dimension ", d, ", expected ", want_sizes[d]);
-      MOE_CHECK(sizes[d] <= 1 || elements == 0 || strides[d] == elements, name, ": stride ", strides[d],
-                " in dimension ", d, ", expected ", elements, " (contiguous)");
-      elements *= sizes[d];
+      total *= sizes[d];
     }
-    MOE_CHECK(elements * dtype_bytes(dtype) <= nbytes, name, ": buffer of ", nbytes, " bytes, expected at least ",
-              elements * dtype_bytes(dtype));
-    MOE_CHECK(elements == 0 || data != nullptr, name, ": null pointer");
+    for (size_t d = sizes.size(); d-- > 0; expected_stride *= sizes[d])
+      MOE_CHECK(total == 0 || sizes[d] == 1 || strides[d] == expected_stride, name, ": stride ", strides[d],
+                " in dimension ", d, ", expected ", expected_stride, " (contiguous)");
+    MOE_CHECK(total * dtype_bytes(dtype) <= nbytes, name, ": buffer of ", nbytes, " bytes, expected at least ",
+              total * dtype_bytes(dtype));
+    MOE_CHECK(total == 0 || data != nullptr, name, ": null pointer");
   }
 
   bool present() const { return !sizes.empty(); }

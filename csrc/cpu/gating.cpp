@@ -16,14 +16,14 @@ constexpr int64_t kTokenGrain = 32;
 
 bool softmax(float* row, int64_t E) {
   const float largest = *std::max_element(row, row + E);
-  float total = 0;
+  double total = 0;  // a sequential fp32 sum over E = 48 doubles the error of torch's softmax
   bool finite = true;
   for (int64_t e = 0; e < E; ++e) {
     finite = finite && std::isfinite(row[e]);
     row[e] = std::exp(row[e] - largest);
     total += row[e];
   }
-  for (int64_t e = 0; e < E; ++e) row[e] /= total;
+  for (int64_t e = 0; e < E; ++e) row[e] = float(row[e] / total);
   return finite;
 }
 
@@ -73,9 +73,9 @@ void gating_bwd(const GatingSizes& s, const float* dtopk_weights, const float* d
       else
         std::fill(g, g + s.E, 0.f);
       for (int64_t k = 0; k < s.K; ++k) g[topk_ids[t * s.K + k]] += dtopk_weights[t * s.K + k];
-      float mean = 0;
-      for (int64_t e = 0; e < s.E; ++e) mean += p[e] * g[e];
-      for (int64_t e = 0; e < s.E; ++e) g[e] = p[e] * (g[e] - mean);
+      double mean = 0;
+      for (int64_t e = 0; e < s.E; ++e) mean += double(p[e]) * g[e];
+      for (int64_t e = 0; e < s.E; ++e) g[e] = float(p[e] * (g[e] - mean));
     }
     kernels().logits_dx[int(s.dtype)](dlogits, weight, dx, s.H, s.E, begin, end);
   });

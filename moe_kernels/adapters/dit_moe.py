@@ -22,8 +22,8 @@ def replace_moe(model: nn.Module, backend: str = "auto") -> int:
     A block is a module with `gate.weight` (E, H), `experts`, an nn.ModuleList of modules with bias-free nn.Linear
     gate_proj, up_proj and down_proj, optionally `shared_experts` of the same kind, and `num_experts_per_tok` or
     `gate.top_k`. Its class is not imported. The module objects, their hooks, their state_dict() keys and values, their
-    named_parameters() and the Parameter objects stay, so an optimizer or EMA made before goes on working; what changes is
-    the block's class, hence its forward, and the storage: parameters become views of one slab for each kind of matrix.
+    named_parameters() and the Parameter objects stay, so an optimizer or EMA made before goes on working. What changes
+    is the block's class, hence its forward, and the storage: parameters become views of one slab per kind of matrix.
     Train and eval take the same path, and both give gradients (the original gives none in eval).
 
     Args:
@@ -40,8 +40,8 @@ def replace_moe(model: nn.Module, backend: str = "auto") -> int:
     blocks = {path: module for path, module in model.named_modules() if _looks_like_a_block(module)}
     if not blocks:
         raise ValueError(
-            f"model: found no DiT-MoE block in {type(model).__name__}, expected modules with gate.weight and experts, a "
-            "ModuleList of modules with gate_proj, up_proj and down_proj"
+            f"model: found no DiT-MoE block in {type(model).__name__}, expected modules with gate.weight and experts, "
+            "a ModuleList of modules with gate_proj, up_proj and down_proj"
         )
     configs = [_check_block(path or type(block).__name__, block, backend) for path, block in blocks.items()]
     for block, config in zip(blocks.values(), configs, strict=True):
@@ -63,8 +63,9 @@ class DiTMoEBlock(nn.Module):
     """A DiT-MoE block after `replace_moe`: the submodules and parameters of the original, this project's forward.
 
     At each forward outside torch.compile the data pointers are compared, and parameters that something re-allocated
-    (deepcopy, .to(), load_state_dict(assign=True), unpickling) get a new slab. A compiled forward cannot do that: its op
-    raises with the reason, and `rehome` or another `replace_moe` mends it.
+    (deepcopy, .to(), load_state_dict(assign=True), unpickling) get a new slab. A compiled forward cannot do that: its
+    op raises with the reason, and `rehome` or another `replace_moe` mends it. torch.save writes a slab once; plain
+    pickle writes it again for each of its parameters.
     """
 
     moe_config: BlockConfig

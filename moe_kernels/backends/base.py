@@ -38,9 +38,10 @@ class Case:
 class Backend(ABC):
     """One way to compute the rooms.
 
-    Tensors come in contiguous, checked for shape, dtype and device, and outside autograd and autocast. Results are fresh
-    tensors, never views of the arguments. `plan` has int32 indices. Low-precision matrix products accumulate in float32,
-    and so do the activation, the softmax and the combination. Nothing but the loop of `eager` waits for the device.
+    Tensors come in contiguous, checked for shape, dtype and device, and outside autograd and autocast. Results are
+    fresh tensors, never views of the arguments. `plan` has int32 indices; its contents are not checked. Low-precision
+    matrix products accumulate in float32, and so do the activation, the softmax and the combination. Nothing but the
+    loop of `eager` waits for the device.
     """
 
     name: str
@@ -116,7 +117,7 @@ class Backend(ABC):
     def moe_mlp(
         self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return out (T,H), gate_up (R,2I), shared_gate_up (T,2Is); the last two are (0,) unless `save` (and shared)."""
+        """Return out (T,H), gate_up (R,2I), shared_gate_up (T,2Is); the last two are (0,) where not saved or absent."""
 
     @abstractmethod
     def moe_mlp_bwd(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,7 +26,7 @@ class EagerBackend(Backend):
         logits = x.to(acc) @ gate_weight.to(acc).T
         if logits.device.type == "cpu" and not logits.isfinite().all():
             row = int((~logits.isfinite()).any(1).nonzero()[0])
-            raise ValueError(f"x, gate_weight: got router logits that are not finite (token {row}), expected finite ones")
+            raise ValueError(f"x, gate_weight: got non-finite router logits (token {row}), expected finite ones")
         probs = logits.softmax(-1)
         topk_weights, topk_ids = probs.sort(dim=-1, descending=True, stable=True)
         return topk_weights[:, :top_k].contiguous(), topk_ids[:, :top_k].int().contiguous(), probs
@@ -166,12 +168,15 @@ class EagerBackend(Backend):
 
 def _spans(plan: RoutingPlan) -> list[tuple[int, int]]:
     offsets = plan.expert_offsets.tolist()
-    return list(zip(offsets[:-1], offsets[1:], strict=True))
+    if offsets[0] != 0 or offsets[-1] != plan.num_rows or offsets != sorted(offsets):
+        raise ValueError(f"plan.expert_offsets: got {offsets}, expected ascending offsets from 0 to {plan.num_rows}")
+    return list(pairwise(offsets))
 
 
 def _offsets(ascending: Tensor, end: int) -> Tensor:
     """Return for 0..end how many of the sorted values lie below: an exclusive prefix sum, (end + 1,) int32."""
-    return torch.searchsorted(ascending, torch.arange(end + 1, dtype=ascending.dtype, device=ascending.device), out_int32=True)
+    bounds = torch.arange(end + 1, dtype=ascending.dtype, device=ascending.device)
+    return torch.searchsorted(ascending, bounds, out_int32=True)
 
 
 def _sum_rows(rows: Tensor, plan: RoutingPlan, row_weight: Tensor | None = None) -> Tensor:

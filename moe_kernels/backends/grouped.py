@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import ACTIVATIONS
 from ..plan import RoutingPlan
 from .base import Case
 from .eager import EagerBackend
@@ -25,8 +24,7 @@ class GroupedBackend(EagerBackend):
             return None
         if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"grouped_mm does not take {case.dtype}"
-        gate_up_width = ACTIVATIONS[case.activation] * case.intermediate_size
-        widths = {"hidden_size": case.hidden_size, "intermediate_size": case.intermediate_size, "gate_up": gate_up_width}
+        widths = {"hidden_size": case.hidden_size, "intermediate_size": case.intermediate_size}
         for name, width in widths.items():
             if width * case.dtype.itemsize % 16:
                 return f"grouped_mm needs rows of a multiple of 16 bytes; {name} = {width} in {case.dtype} is not"

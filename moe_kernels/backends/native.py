@@ -62,7 +62,7 @@ class NativeBackend(Backend):
             _view(x), _view(weight), _view(probs), _view(topk_weights), _view(topk_ids), torch.get_num_threads()
         )
         if bad >= 0:
-            raise ValueError(f"x, gate_weight: router logits of token {bad} are not finite")
+            raise ValueError(f"x, gate_weight: got router logits that are not finite (token {bad}), expected finite ones")
         return topk_weights, topk_ids, probs
 
     def gating_bwd(self, dtopk_weights, dprobs, x, gate_weight, topk_ids, probs) -> tuple[Tensor, Tensor]:

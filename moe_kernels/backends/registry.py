@@ -16,7 +16,7 @@ CLASSES = {"native": "NativeBackend", "grouped": "GroupedBackend", "eager": "Eag
 
 
 class BackendInfo(NamedTuple):
-    """One line of `backends()`: `reason` says why it is not available; `verified` names the hardware it was checked on."""
+    """One line of `backends()`: `reason` says why it is not available, `verified` on what hardware it was checked."""
 
     name: str
     available: bool

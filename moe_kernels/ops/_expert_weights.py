@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import _checks, weights
@@ -15,7 +14,7 @@ Weights = Tensor | Sequence[Tensor]
 
 
 def stacked_shape(name: str, tensors: Sequence[Tensor], lead: tuple[int, ...], parts: int) -> tuple[int, ...]:
-    """Return the stacked shape of one weight argument: lead + (rows, columns), lead = (E,) or () for the shared expert."""
+    """Return the stacked shape of a weight argument: lead + (rows, columns); lead is (E,), for the shared expert ()."""
     first = tensors[0]
     if len(tensors) == 1 and first.dim() == len(lead) + 2:
         return tuple(first.shape)
@@ -42,7 +41,8 @@ def check(
     shape = stacked_shape(prefix + "gate_up_proj", gate_up, lead, parts)
     rows = shape[-2]
     if rows % parts or rows == 0:
-        raise ValueError(f"{prefix}gate_up_proj: got {rows} rows, expected a positive multiple of {parts} ({activation})")
+        expected = f"a positive multiple of {parts} ({activation})"
+        raise ValueError(f"{prefix}gate_up_proj: got {rows} rows, expected {expected}")
     _checks.shape(f"{prefix}gate_up_proj", shape, (*lead, rows, H), f"{meaning}{parts if parts > 1 else ''}I,H")
     down_shape = stacked_shape(prefix + "down_proj", down, lead, 1)
     _checks.shape(f"{prefix}down_proj", down_shape, (*lead, H, rows // parts), f"{meaning}H,I")
@@ -53,7 +53,7 @@ def _as_list(name: str, value: Weights, x: Tensor) -> list[Tensor]:
     tensors = [value] if isinstance(value, Tensor) else list(value)
     if not tensors:
         raise ValueError(f"{name}: got an empty sequence, expected weights")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _checks.autocast_enabled(x)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")

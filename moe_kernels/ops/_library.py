@@ -18,7 +18,7 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Register one functional op and return it. Without `backward` it is itself a backward: differentiating it raises."""
+    """Register a functional op and return it. Without `backward` it is a backward itself; differentiating it raises."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema[: schema.index("(")]
     qualified = f"moe_kernels::{name}"

@@ -42,7 +42,7 @@ def experts(
     """
     _checks.tensor("x", x, "T,H")
     x = x.to(_checks.compute_dtype(x))
-    _checks.plan(plan, x.shape[0], None, x)
+    _checks.plan(plan, x.shape[0], x)
     gate_up, down = check(x, plan, gate_up_proj, down_proj, activation)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *gate_up, *down))
     return _experts(x, plan.tensors(), gate_up, down, activation, save, backend)[0]

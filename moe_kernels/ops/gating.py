@@ -24,8 +24,8 @@ def gating(x: Tensor, gate_weight: Tensor, top_k: int, backend: str = "auto") ->
         top_k: picks per token, 0 (affinities only) to E.
         backend: "auto" or a name out of `backends()`.
     Returns:
-        topk_weights (T, K) float32 in descending order, topk_ids (T, K) int32, probs (T, E) float32; float64 for float64
-        x. Everything is computed from upcast x and gate_weight, under autocast too. The lower expert wins a tie.
+        topk_weights (T, K) float32 in descending order, topk_ids (T, K) int32, probs (T, E) float32; float64 for
+        float64 x. All is computed from upcast x and gate_weight, under autocast too. The lower expert wins a tie.
     Raises:
         TypeError, ValueError naming the argument; ValueError for router logits that are not finite (CPU only: it would
         make a GPU wait).

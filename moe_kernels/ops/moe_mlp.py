@@ -48,7 +48,7 @@ def moe_mlp(
     """
     _checks.tensor("x", x, "T,H")
     x = x.to(_checks.compute_dtype(x))
-    _checks.plan(plan, x.shape[0], None, x)
+    _checks.plan(plan, x.shape[0], x)
     gate_up, down = check(x, plan, gate_up_proj, down_proj, activation)
     if (shared_gate_up_proj is None) != (shared_down_proj is None):
         missing = "shared_down_proj" if shared_down_proj is None else "shared_gate_up_proj"
@@ -67,13 +67,13 @@ def _backend(x: Tensor, w: MoEWeights, activation: str, backend: str) -> Backend
     return choose(backend, Case("moe_mlp", x.dtype, x.device.type, E, H, I, Is, activation))
 
 
-def _kernel(x, plan, gate_up, down, shared_gate_up, shared_down, activation: str, save_for_backward: bool, backend: str):
+def _kernel(x, plan, gate_up, down, shared_gate_up, shared_down, activation, save_for_backward, backend):
     plan = contiguous_plan(plan)
     w = stack(x, plan.num_experts, gate_up, down, shared_gate_up, shared_down)
     return _backend(x, w, activation, backend).moe_mlp(x.contiguous(), plan, w, activation, save_for_backward)
 
 
-def _fake(x, plan, gate_up, down, shared_gate_up, shared_down, activation: str, save_for_backward: bool, backend: str):
+def _fake(x, plan, gate_up, down, shared_gate_up, shared_down, activation, save_for_backward, backend):
     T, H = x.shape
     R, E = plan[2].shape[0], plan[0].shape[0]
     routed = (R, gate_up_width(gate_up, E)) if save_for_backward else (0,)

@@ -1,0 +1,332 @@
+"""The main job: a DiT-MoE on real images, trained, sampled, checked and timed, oracle and backends side by side.
+
+Every stage writes rows; an interrupted run keeps them, and the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import moe_kernels
+from bench import digits, fid, load, parity, pictures, progress, report, shapes, stages, store, training
+
+ROOT = Path(__file__).parent.parent
+THRESHOLDS = {"classifier": 0.97, "guided": 0.95, "plain": 0.85}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything: recipe changes, the parity case and its dtypes, classifier epochs."""
+
+    parity: parity.Case
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    epochs: int = 40
+    recipe: dict = field(default_factory=dict)
+
+
+SIZES = {
+    "tiny": Size(
+        parity.Case(samples=60, steps=4, margin=0.02, probe_tokens=192), epochs=6,
+        recipe=dict(hidden_size=32, depth=2, num_heads=2, steps=60, batch=32, warmup=5),
+    ),
+    "default": Size(parity.Case()),
+    "full": Size(parity.Case(samples=2000, steps=25, margin=0.0005)),
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size", choices=list(SIZES), default="default", help="tiny: a minute; default: some; full: more"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="npz with labels and images (uint8) or latents (float); default: digits"
+    )
+    parser.add_argument("--ckpt", type=Path, help="DiT-MoE checkpoint to sample instead of training one")
+    parser.add_argument("--backends", help="comma-separated; default: all that are available")
+    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder of rows and report (default: report)")
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget earlier rows and checkpoints: train and measure anew"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the main job; returns 1 when a backend is DIFFERENT or a negative control is not, 130 when interrupted."""
+    start = time.monotonic()
+    job = Job(args)
+    try:
+        with terminable():
+            job.run()
+    except KeyboardInterrupt:
+        progress.say(f"interrupted: {len(job.ledger.rows)} rows kept in {job.ledger.path}; the same command goes on")
+        return 130
+    page = report.write(args.out)
+    progress.say(f"\n{report.headline(job.ledger.rows)}\n{page} ({time.monotonic() - start:.0f} s)")
+    return job.exit_code()
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM interrupt like Ctrl-C, so that `timeout` and job schedulers lose nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def choose_backends(names: str | None) -> list[str]:
+    """Return the asked for backends, by default all available ones; ValueError names what is unknown or cannot run."""
+    infos = {info.name: info for info in moe_kernels.backends()}
+    asked = [name for name in infos if infos[name].available] if names is None else names.split(",")
+    for name in asked:
+        if name not in infos:
+            raise ValueError(f"--backends: got {name!r}, expected some of {', '.join(infos)}")
+        if not infos[name].available:
+            raise ValueError(f"--backends: {name} is not available: {infos[name].reason}")
+    return asked
+
+
+def scaled(count: int, factor: float, least: int) -> int:
+    """Shrink a count for images of more tokens than the digits, but not below `least` or the count itself."""
+    return max(min(count, least), int(count * min(1.0, factor)))
+
+
+def source_digest() -> str:
+    """Hash the code that rows depend on: the oracle, the product with its extension, the instrument less its report."""
+    files = [p for room in ("reference", "moe_kernels", "bench") for p in sorted((ROOT / room).rglob("*"))]
+    code = [p for p in files if p.suffix in (".py", ".so") and p.stem not in ("report", "pictures")]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in code)).hexdigest()[:12]
+
+
+class Ledger:
+    """The rows of a run, stage by stage. Rows of another source, model, data or size are dropped at the start."""
+
+    def __init__(self, path: Path, key: dict):
+        self.path, self.key = path, key
+        try:
+            found = store.recover(path)
+        except ValueError as error:
+            progress.say(f"starting anew: {error}")
+            found = []
+        self.rows = [row for row in found if all(row.get(name) == value for name, value in key.items())]
+        if len(self.rows) < len(found):
+            progress.say(f"{path}: {len(found) - len(self.rows)} rows of another source, model or size dropped")
+        self._rewrite()
+
+    def complete(self, stage: str) -> list[dict]:
+        """Return the stage's rows; [] when it has not finished."""
+        rows = [row for row in self.rows if row["stage"] == stage]
+        return rows if rows and len(rows) == rows[0]["stage_rows"] else []
+
+    def stage(self, name: str, produce: Callable[[], Iterable[dict]]) -> list[dict]:
+        """Return the stage's rows, kept from before or produced now; a stage counts once all its rows are written."""
+        rows = self.complete(name)
+        if rows:
+            return rows
+        progress.say(name)
+        start = time.monotonic()
+        rows = list(produce())
+        seconds = round(time.monotonic() - start, 1)
+        self.rows = [row for row in self.rows if row["stage"] != name]
+        self._rewrite()
+        for row in rows:
+            row |= {**self.key, "stage": name, "stage_rows": len(rows), "stage_s": seconds}
+            store.append(self.path, row)
+            self.rows.append(row)
+        return rows
+
+    def _rewrite(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        spare = self.path.with_suffix(".tmp")
+        spare.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in self.rows), encoding="utf-8")
+        os.replace(spare, self.path)
+
+
+class Job:
+    """One run: data, classifier, model and ladder are made when a stage first needs them."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.size, self.folder = args, SIZES[args.size], args.out
+        self.threads = args.threads or len(os.sched_getaffinity(0))
+        if self.threads < 1:
+            raise ValueError(f"--threads: got {args.threads}, expected at least 1")
+        torch.set_num_threads(self.threads)
+        self.backends = choose_backends(args.backends)
+        self.data = digits.load_npz(args.data) if args.data else digits.load_digits()
+        tokens = (self.data.shape[1] // 2) ** 2
+        self.case = dataclasses.replace(self.size.parity, samples=scaled(self.size.parity.samples, 16 / tokens, 100))
+        changes = self.size.recipe
+        batch = scaled(changes.get("batch", training.Recipe.batch), 16 / tokens, 8)
+        self.recipe = training.Recipe.of(self.data, **{**changes, "batch": batch})
+        self.foreign = training.load_foreign(args.ckpt, self.data) if args.ckpt else None
+        identity = f"{self.foreign.identity}-{self.data.digest()}" if self.foreign else self.recipe.hash
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if args.fresh:
+            for name in ("rows.jsonl", "pictures.npz", "training.pt", "model.safetensors"):
+                (self.folder / name).unlink(missing_ok=True)
+        key = {
+            "commit": store.commit()["commit"], "source": source_digest(), "identity": identity, "size": args.size,
+            "threads": self.threads,
+        }  # fmt: skip
+        self.ledger = Ledger(self.folder / "rows.jsonl", key)
+        if not self.ledger.rows:
+            (self.folder / "pictures.npz").unlink(missing_ok=True)
+
+    @cached_property
+    def classifier(self) -> tuple[digits.Classifier, float]:
+        return digits.train_classifier(self.data, self.size.epochs)
+
+    @cached_property
+    def trained(self) -> training.Trained:
+        """Take the given checkpoint, one of this recipe (this folder's, then the committed one), or train."""
+        if self.foreign:
+            return self.foreign
+        own, state = self.folder / "model.safetensors", self.folder / "training.pt"
+        found = training.load_checkpoint(self.recipe, own)
+        if not found and not self.args.fresh and not state.exists():
+            found = training.load_checkpoint(self.recipe, training.ASSET)
+        if found:
+            progress.say(
+                f"  recipe {self.recipe.hash} unchanged: {found.origin} is used, not trained again (--fresh does)"
+            )
+            return found
+        found = training.train(self.recipe, self.data, state)
+        training.save_checkpoint(own, found, {})
+        state.unlink()
+        return found
+
+    @cached_property
+    def ladder(self) -> parity.Ladder:
+        trained = self.trained
+        return parity.Ladder(trained.model, self.classifier[0], self.data.images, self.case, trained.time_scale)
+
+    def run(self) -> None:
+        infos = [info._asdict() for info in moe_kernels.backends()]
+        self.ledger.stage(
+            "start", lambda: [store.row("run", data=self.data.name, backends=infos, case=vars(self.case))]
+        )
+        self.ledger.stage("training", self._training)
+        self.ledger.stage("figures", self._figures)
+        for dtype in self.size.dtypes:
+            self._parity(dtype)
+        races = stages.plan(self.args.size, self.backends, self.threads, self.case.steps)
+        for race, facts in progress.track(races, "timing", len(races)):
+            self.ledger.stage(f"time {race.name}", lambda race=race, facts=facts: stages.run(race, facts))
+
+    def exit_code(self) -> int:
+        wrong = [r for r in self.ledger.rows if r["kind"] == "parity" and r["verdict"] == fid.DIFFERENT]
+        blind = [r for r in self.ledger.rows if r["kind"] == "control" and r["verdict"] != fid.DIFFERENT]
+        for row in wrong:
+            progress.say(f"{row['backend']} {row['dtype']} is DIFFERENT: failed {', '.join(row['failed'])}")
+        for row in blind:
+            progress.say(f"the ladder is blind: {row['control']} ({row['dtype']}) came out {row['verdict']}")
+        return int(bool(wrong or blind))
+
+    def _training(self) -> list[dict]:
+        trained = self.trained
+        parameters = sum(p.numel() for p in trained.model.parameters())
+        config = trained.model.config
+        text = (
+            f"DiT-MoE of {config.depth} blocks, width {config.hidden_size}, {config.num_experts} experts, "
+            f"top-{config.top_k} ({parameters / 1e6:.1f} M parameters), on {len(self.data.train):,} images of "
+            f"{self.data.name!r}: "
+        )
+        if trained.losses:
+            text += f"{len(trained.losses)} steps of rectified flow with the oracle in {trained.seconds:.0f} s, "
+        text += f"{trained.origin}."
+        recipe = dataclasses.asdict(trained.recipe) if trained.recipe else None
+        losses = store.thin([round(x, 4) for x in trained.losses], 600)
+        fields = dict(origin=trained.origin, recipe=recipe, steps=len(trained.losses), seconds=trained.seconds)
+        return [store.row("training", text=text, losses=losses, **fields)]
+
+    def _figures(self) -> list[dict]:
+        """Judge the oracle's samples with and without guidance, look for copies, count where the gates send tokens."""
+        trained, case, ladder = self.trained, self.case, self.ladder
+        model, accuracy = self.classifier
+        inner = (case.steps // 4, case.steps // 2, 3 * case.steps // 4)
+        with load.count_load(trained.model, case.steps, guided=True, trace_steps=inner) as counted:
+            guided = self._sample(case.guidance)
+        plain = self._sample(1.0)
+        copies = digits.nearest_neighbours(plain, self.data)
+        if self.args.size != "tiny":
+            ids, weights = (torch.cat(parts) for parts in zip(*counted.trace, strict=True))
+            shapes.save_routing(ids, weights, trained.model.config.num_experts)
+        self._picture("real images", self.data.held, self.data.held_labels)
+        self._picture("oracle, no guidance", plain, ladder.labels)
+        self._keep(counts=counted.counts.numpy())
+        fd = {
+            name: fid.frechet_distance(fid.moments(digits.features(model, images)), ladder.moments)
+            for name, images in (("fd_guided", guided), ("fd_plain", plain), ("fd_held", self.data.held))
+        }
+        came = {
+            "classifier": accuracy,
+            "guided": digits.recognised(model, guided, ladder.labels),
+            "plain": digits.recognised(model, plain, ladder.labels),
+        }
+        if trained.origin == "trained":
+            training.save_checkpoint(self.folder / "model.safetensors", trained, {**came, **fd})
+        thresholds = {name: (value, THRESHOLDS[name]) for name, value in came.items()}
+        shown = dict(guidance=case.guidance, steps=case.steps, copies=vars(copies), no_copies=copies.none)
+        return [store.row("figures", thresholds=thresholds, **shown, **fd), store.row("load", layers=counted.summary())]
+
+    def _parity(self, dtype: str) -> None:
+        """Climb the ladder with every backend, and with the sabotaged models, which must fall."""
+        baseline: list[parity.Baseline] = []
+
+        def climb(kind: str, name: str, build: Callable[[parity.Baseline], torch.nn.Module]) -> list[dict]:
+            if not baseline:
+                baseline.append(self.ladder.baseline(parity.DTYPES[dtype]))
+                self._picture(f"oracle {dtype}", baseline[0].samples, self.ladder.labels)
+            record, samples = self.ladder.climb(build(baseline[0]), baseline[0])
+            if kind == "parity":
+                self._picture(f"{name} {dtype}", samples, self.ladder.labels)
+            label = {"backend": name} if kind == "parity" else {"control": name}
+            progress.say(f"  {name} {dtype}: {record['verdict']}")
+            return [store.row(kind, **label, dtype=dtype, **record)]
+
+        builders = {
+            ("parity", name): lambda base, name=name: parity.replaced(base.model, name) for name in self.backends
+        }
+        for name, sabotage in parity.SABOTAGES.items():
+            builders["control", name] = lambda base, sabotage=sabotage: sabotage(parity.replaced(base.model, "eager"))
+        for (kind, name), build in builders.items():
+            stage = f"{kind}: {name}, {dtype}"
+            self.ledger.stage(stage, lambda kind=kind, name=name, build=build: climb(kind, name, build))
+
+    def _picture(self, name: str, images: Tensor, labels: Tensor) -> None:
+        """Keep a sheet of five images in each of up to ten classes, or of the first fifty."""
+        picks = [torch.nonzero(labels == label).flatten()[:5] for label in range(min(10, self.data.num_classes))]
+        whole = all(len(pick) == 5 for pick in picks)
+        order = torch.stack(picks, 1).flatten() if whole else torch.arange(min(50, len(images)))
+        self._keep(**{name: pictures.grid(images[order].float().numpy(), len(picks))})
+
+    def _keep(self, **arrays: np.ndarray) -> None:
+        path = self.folder / "pictures.npz"
+        np.savez_compressed(path.with_suffix(".tmp.npz"), **{**report.load_pictures(path), **arrays})
+        os.replace(path.with_suffix(".tmp.npz"), path)
+
+    def _sample(self, guidance: float) -> Tensor:
+        ladder, trained = self.ladder, self.trained
+        return training.sample(
+            trained.model, ladder.noise, ladder.labels, self.case.steps, guidance, time_scale=trained.time_scale
+        )

@@ -1,0 +1,83 @@
+"""What the main job times: rooms, layer, block, training and sampling steps, every backend against the peers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from bench import workloads
+from bench.cases import PEERS, ROOMS, Case
+from bench.shapes import MODEL_SHAPES
+
+DIGITS = MODEL_SHAPES["digits"]
+S2 = MODEL_SHAPES["S/2-8E2A"]
+S2_SHALLOW = replace(S2, name="S/2 width in 2 blocks", model="S2x2", depth=2)
+
+
+@dataclass(frozen=True)
+class Race:
+    """Cases that differ in nothing but the backend, and how long to time them."""
+
+    name: str
+    cases: tuple[Case, ...]
+    min_rounds: int
+    max_seconds: float
+
+
+def plan(size: str, backends: Sequence[str], threads: int, sampling_steps: int) -> list[tuple[Race, dict]]:
+    """Return the races of a size with what the report says about each.
+
+    tiny: the digits' shape, few rounds, one dtype; default: S/2 width, T=1024, steps through two blocks; full: S/2
+    width, T=4096, steps through all twelve.
+    """
+    if size == "tiny":
+        return list(_races(DIGITS, DIGITS, 128, ("fp32",), backends, threads, 3, 0.2, sampling_steps))
+    deep, T = (S2, 4096) if size == "full" else (S2_SHALLOW, 1024)
+    seconds = 10.0 if size == "full" else 4.0
+    races = _races(S2, deep, T, ("fp32", "bf16"), backends, threads, 7, seconds, sampling_steps)
+    steps = _step_races(DIGITS, 2048, backends, threads, 7, seconds, sampling_steps)
+    return [*steps, *races]
+
+
+def _races(shape, deep, T, dtypes, backends, threads, rounds, seconds, sampling_steps) -> Iterator[tuple[Race, dict]]:
+    base = Case("layer", "native", shape, "position_skewed", T, "fp32", "fwd", threads)
+    for dtype in dtypes:
+        for room in ROOMS:
+            yield _race(replace(base, level=room, dtype=dtype), backends, rounds, seconds / 3)
+        for mode in ("fwd", "fwdbwd"):
+            yield _race(replace(base, dtype=dtype, mode=mode), (*backends, *PEERS), rounds, seconds)
+        yield _race(replace(base, level="block", routing="gate", dtype=dtype), (*backends, *PEERS), rounds, seconds)
+    yield from _step_races(deep, min(T, 1024), backends, threads, min(rounds, 5), seconds, sampling_steps)
+
+
+def _step_races(shape, T, backends, threads, rounds, seconds, sampling_steps) -> Iterator[tuple[Race, dict]]:
+    for level, mode in (("train_step", "fwdbwd"), ("sampling_step", "fwd")):
+        case = Case(level, "native", shape, "gate", T, "fp32", mode, threads)
+        yield _race(case, (*backends, *PEERS), rounds, seconds, sampling_steps)
+
+
+def _race(case: Case, contenders: Sequence[str], rounds: int, seconds: float, steps: int = 0) -> tuple[Race, dict]:
+    shape, name = case.shape, replace(case, backend="any").id
+    images = case.T // shape.tokens_per_image
+    threads = f"{case.threads} thread{'s' * (case.threads > 1)}"
+    what = f"{shape.name}, T={case.T}, {case.routing.replace('_', '-')} routing, {threads}"
+    facts = {
+        "race": name, "level": case.level, "mode": case.mode, "dtype": case.dtype, "T": case.T, "threads": case.threads,
+        "model": shape.name, "routing": case.routing, "what": what, "rate_unit": "", "per_call": 0.0,
+    }  # fmt: skip
+    if case.level == "train_step":
+        facts |= {"what": f"{what}, {images} images a step", "rate_unit": "steps/s", "per_call": 1.0}
+    elif case.level == "sampling_step":
+        facts |= {
+            "what": f"{what}, {images // 2} images with guidance", "rate_unit": f"images/s at {steps} steps",
+            "per_call": images / 2 / steps,
+        }  # fmt: skip
+    return Race(name, tuple(replace(case, backend=c) for c in contenders), rounds, seconds), facts
+
+
+def run(race: Race, facts: dict) -> Iterator[dict]:
+    """Time one race; yields its rows of kind "time" with the report's facts and the rate of steps or images."""
+    for row in workloads.race(race.cases, race.min_rounds, race.max_seconds):
+        backend = row["case"].split("-")[1]
+        rate = 0.0 if row["wrong"] else facts["per_call"] / row["figures"]["time_us_median"] * 1e6
+        yield {**row, **facts, "backend": backend, "rate": rate}

@@ -1,0 +1,100 @@
+// The register tile every GEMM is made of:  (mr <= MOE_MR rows) x (panel of 2W columns), K in 32-bit items (a float, or
+// two bf16). B is packed into panels [k][2W], A is read by broadcast, the accumulators stay in registers.
+#pragma once
+#include "kernels.h"
+#include "simd.h"
+
+namespace moe {
+namespace MOE_LEVEL {
+namespace {
+
+constexpr int MR = MOE_MR;
+constexpr int NR = 2 * W;
+constexpr int64_t kRegisterItems = 256;
+constexpr int64_t kFeatureTiles = (kGradFeatures + MR - 1) / MR;
+
+struct Float32 {
+  using Store = float;
+  using Elem = float;  // of the compute buffers
+  static constexpr int kPair = 1;
+};
+struct Widened {
+  using Store = bf16;
+  using Elem = float;
+  static constexpr int kPair = 1;
+};
+struct Pairs {
+  using Store = bf16;
+  using Elem = bf16;
+  static constexpr int kPair = 2;
+};
+
+template <class C>
+inline void multiply_add(vf& acc, const uint32_t* a, vf b) {
+#if MOE_BF16_PAIRS
+  if constexpr (C::kPair == 2) {
+    acc = (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(*a)), (__m512bh)b);
+    return;
+  }
+#endif
+  float value;
+  std::memcpy(&value, a, 4);
+  acc += value * b;
+}
+
+// tile[r][0..2W) = sum over k of A(r, k) B(k, :). A(r, k) = a[r * lda + k], or a[k * rows + r] when kPacked.
+// Registers are emptied into the tile every kRegisterItems: rounding errors then grow like those of a blocked sum.
+template <class C, bool kPacked, int rows>
+void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, float* tile) {
+  constexpr int kBases = kPacked ? 1 : (rows + 2) / 3;
+  const uint32_t* base[kBases];
+#pragma GCC unroll 8
+  for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * lda;
+  for (int64_t begin = 0; begin < items; begin += kRegisterItems) {
+    vf acc[rows][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) acc[r][0] = acc[r][1] = vf{};
+    const int64_t end = min64(items, begin + kRegisterItems);
+    for (int64_t k = begin; k < end; ++k) {
+      const vf b0 = loadu<vf>(b), b1 = loadu<vf>(b + W);
+      __builtin_prefetch(b + 8 * NR);
+      __builtin_prefetch(b + 8 * NR + W);
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+        const uint32_t* item = kPacked ? base[0] + r : base[r / 3] + (r % 3) * lda;
+        multiply_add<C>(acc[r][0], item, b0);
+        multiply_add<C>(acc[r][1], item, b1);
+      }
+      b += NR;
+#pragma GCC unroll 8
+      for (int g = 0; g < kBases; ++g) base[g] += kPacked ? rows : 1;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      float* out = tile + r * NR;
+      storeu(out, begin ? loadu<vf>(out) + acc[r][0] : acc[r][0]);
+      storeu(out + W, begin ? loadu<vf>(out + W) + acc[r][1] : acc[r][1]);
+    }
+  }
+}
+
+using Micro = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*);
+
+template <class C, bool kPacked, int rows = MR>
+inline Micro micro_for(int count) {
+  if constexpr (rows == 0)
+    return nullptr;
+  else
+    return count == rows ? &micro<C, kPacked, rows> : micro_for<C, kPacked, rows - 1>(count);
+}
+
+// Rows cut into tiles of nearly equal height: at most two heights occur, none much shorter than MR.
+struct Tiles {
+  int64_t rows, count;
+  explicit Tiles(int64_t r) : rows(r), count((r + MR - 1) / MR) {}
+  int64_t begin(int64_t i) const { return rows * i / count; }
+};
+
+}  // namespace
+}  // namespace MOE_LEVEL
+}  // namespace moe
