@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from bench.shapes import MODEL_SHAPES, ROUTING_PRESETS, MoEShape, routing_trace
+from bench.shapes import MODEL_SHAPES, ROUTING_PRESETS, MoEShape, recorded_routing
 from bench.store import keyword_filter
 
 ROOMS = ("gating", "dispatch", "experts", "combine")
@@ -232,7 +232,7 @@ def _room_cases(base: Case) -> Iterator[Case]:
 
 
 def _layer_cases(base: Case, routings: tuple[str, ...]) -> Iterator[Case]:
-    if routing_trace().exists() and base.shape.E == 8:
+    if recorded_routing() == (base.shape.E, base.shape.K):
         routings = (*routings, "real")
     for routing, dtype, mode, backend in product(routings, ("fp32", "bf16"), ("fwd", "fwdbwd"), (*BACKENDS, *PEERS)):
         yield replace(base, backend=backend, routing=routing, dtype=dtype, mode=mode)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import stats, store
+from bench.cases import PEERS
 
 MACHINE_KEYS = ("cpu", "isa", "gpu")  # times from machines that differ in these say nothing about the code
 FAIL_ON = {
@@ -16,6 +17,10 @@ FAIL_ON = {
     "different": "a case is SLOWER or FASTER",
     "any": "a case is not SAME, or was added, removed or left out",
 }
+LEGEND = (
+    f"speedup > 1: head is faster. Median ratio with {stats.LEVEL:.0%} bootstrap interval, Mann-Whitney p after Holm; "
+    f"a change counts at p <= {stats.ALPHA:g}, beyond {stats.EFFECT:.0%}, and unless the peers of its race moved too."
+)
 
 
 @dataclass
@@ -76,21 +81,11 @@ class Report:
         lines += [f"- BROKEN `{case}`: {what}" for case, what in self.broken.items()]
         lines += [*_table(sorted(loud, key=lambda v: v.speedup.value)), ""]
         if quiet:
-            lines += [
-                f"<details><summary>{len(quiet)} cases unchanged or unsure</summary>",
-                "",
-                *_table(quiet),
-                "",
-                "</details>",
-            ]
+            fold = f"<details><summary>{len(quiet)} cases unchanged or unsure</summary>"
+            lines += [fold, "", *_table(quiet), "", "</details>"]
         for title, cases in (("new", self.new), ("removed", self.removed)):
             lines += [f"- {title}: `{case}`" for case in cases]
-        lines += [f"- left out: `{case}`: {why}" for case, why in self.skipped.items()]
-        lines += [
-            "",
-            f"speedup > 1: head is faster; median ratio with {stats.LEVEL:.0%} bootstrap interval; "
-            f"changes below {stats.EFFECT:.0%} are SAME; Mann-Whitney p after Holm, {stats.ALPHA:g}.",
-        ]
+        lines += [*(f"- left out: `{case}`: {why}" for case, why in self.skipped.items()), "", LEGEND]
         return "\n".join(line for i, line in enumerate(lines) if line or (i and lines[i - 1]))
 
 
@@ -134,8 +129,15 @@ def compare(base: list[dict], head: list[dict], expression: str = "") -> Report:
     if not pairs and not report.broken:
         why = next(iter(report.skipped.values()), f"{len(sides[0])} cases in base, {len(sides[1])} others in head")
         raise ValueError(f"no comparable case: {why}")
-    report.verdicts = stats.verdicts(dict(sorted(pairs.items())))
+    report.verdicts = stats.verdicts(dict(sorted(pairs.items())), _controls(pairs))
     return report
+
+
+def _controls(cases: Collection[str]) -> dict[str, list[str]]:
+    """Return for every case the peers of its race: cases that differ in the backend alone, and that is a peer."""
+    races = {case: (case.split("-")[0], *case.split("-")[2:]) for case in cases}
+    peers = [case for case in cases if case.split("-")[1:2] in [[peer] for peer in PEERS]]
+    return {case: [p for p in peers if races[p] == race and p != case] for case, race in races.items()}
 
 
 def _incomparable(a: Mapping, b: Mapping) -> str | None:

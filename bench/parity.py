@@ -97,8 +97,7 @@ class Ladder:
 
     def climb(self, model: nn.Module, baseline: Baseline) -> tuple[dict, Tensor]:
         """Run the five rungs; returns a flat record (each rung's figures, `failed`, `verdict`) and the samples."""
-        with torch.no_grad():
-            plans, layers = self.plans(model, baseline), self.layers(model, baseline)
+        plans, layers = self.plans(model, baseline), self.layers(model, baseline)
         samples, routing = self.draw(model)
         flips = (routing != baseline.routing).flatten(3)
         paired = fid.paired_difference(
@@ -120,6 +119,7 @@ class Ladder:
         }
         return record, samples
 
+    @torch.no_grad()
     def plans(self, model: nn.Module, baseline: Baseline) -> dict:
         """Rung 1: each probe's plan against the one built from the float64 router's picks."""
         same, worst = True, 0.0
@@ -133,6 +133,7 @@ class Ladder:
         passed = same and worst <= 2
         return {"plans": PASS if passed else FAIL, "plans_equal": same, "weights_ratio": worst, "ties": baseline.ties}
 
+    @torch.no_grad()
     def layers(self, model: nn.Module, baseline: Baseline) -> dict:
         """Rung 2: e_ours / e_torch of layer outputs, and of each expert's rows on a plan that reaches all experts."""
         outputs, slices, error = 0.0, 0.0, 0.0

@@ -40,7 +40,7 @@ def grid(images: np.ndarray, columns: int) -> np.ndarray:
         low, high = (f(images, axis=(0, 2, 3), keepdims=True) for f in (np.min, np.max))
         images = 2 * (images - low) / (high - low + 1e-12) - 1
     values = np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
-    values = np.repeat(255 - values, 3, axis=1) if C == 1 else values[:, [0, 1, C - 1]]
+    values = np.repeat(255 - values, 3, axis=1) if C == 1 else values[:, [0, 1, min(C, 3) - 1]]
     sheet = np.zeros((-(-N // columns) * (height + 1) - 1, columns * (width + 1) - 1, 4), np.uint8)
     for i, image in enumerate(values):
         top, left = i // columns * (height + 1), i % columns * (width + 1)

@@ -48,7 +48,7 @@ def write(folder: Path) -> Path:
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["figure"] = figure
+    environment.filters.update(figure=figure, signed=signed)
     view = view_of(rows, load_pictures(folder / "pictures.npz"))
     (folder / "index.html").write_text(environment.get_template("report.html.j2").render(view), encoding="utf-8")
     (folder / "report.md").write_text(markdown(view), encoding="utf-8")
@@ -260,7 +260,7 @@ def parity_cells(row: dict) -> tuple:
         row.get("backend") or f"control: {row['control']}", row["dtype"], row["verdict"], row["plans"],
         figure(max(row["outputs_ratio"], row["experts_ratio"])), f"{row['flipped_samples']:.1%}",
         f"{row['psnr_db']:.1f}",
-        f"{row['dfd']:+.5f} [{row['low']:+.5f}, {row['high']:+.5f}]", f"{row['fd_b']:.4f}",
+        f"{signed(row['dfd'])} [{signed(row['low'])}, {signed(row['high'])}]", f"{row['fd_b']:.4f}",
     )  # fmt: skip
 
 
@@ -280,10 +280,15 @@ def ratio(value: dict) -> str:
 
 def figure(value: float) -> str:
     """Format a number to three significant digits without exponents where they can be avoided."""
-    if value == 0 or 1e-4 <= abs(value) < 1e5:
-        digits = 3 if value == 0 else max(0, 2 - int(np.floor(np.log10(abs(value)))))
-        return f"{value:.{min(digits, 6)}f}"
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 1e5:
+        return f"{value:.{max(0, 2 - int(np.floor(np.log10(abs(value)))))}f}"
     return f"{value:.1e}"
+
+
+def signed(value: float) -> str:
+    return "0" if abs(value) < 5e-7 else f"{value:+.1e}" if abs(value) < 1e-3 else f"{value:+.4f}"
 
 
 def rank(backend: str) -> int:

@@ -274,6 +274,8 @@ class Job:
         self._picture("real images", self.data.held, self.data.held_labels)
         self._picture("oracle, no guidance", plain, ladder.labels)
         self._keep(counts=counted.counts.numpy())
+        fid.save_moments(self.folder / "moments_data.npz", ladder.moments)
+        fid.save_moments(self.folder / "moments_oracle.npz", fid.moments(digits.features(model, guided)))
         fd = {
             name: fid.frechet_distance(fid.moments(digits.features(model, images)), ladder.moments)
             for name, images in (("fd_guided", guided), ("fd_plain", plain), ("fd_held", self.data.held))

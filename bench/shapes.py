@@ -111,17 +111,13 @@ def position_skewed(T: int, E: int, K: int, generator: Generator) -> tuple[Tenso
 def real(T: int, E: int, K: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Picks recorded from a trained model (`save_routing`), cut or repeated to T tokens, from a drawn start.
 
-    Raises: ValueError, FileNotFoundError where there is no such record for E experts and K picks.
+    Raises: ValueError where there is no such record for E experts and K picks.
     """
-    path = routing_trace()
-    with np.load(path) as trace:
-        missing = {"topk_ids", "topk_weights", "num_experts"} - set(trace.files)
-        if missing:
-            raise ValueError(f"{path}: got keys {trace.files}, expected {sorted(missing)} too")
-        topk_ids, topk_weights = trace["topk_ids"], trace["topk_weights"]
-        got = int(trace["num_experts"]), topk_ids.shape[1]
+    got = recorded_routing()
     if got != (E, K):
-        raise ValueError(f"{path}: got routing over {got[0]} experts with {got[1]} picks, expected {E} and {K}")
+        raise ValueError(f"{routing_trace()}: got routing over (experts, picks) = {got}, expected {(E, K)}")
+    with np.load(routing_trace()) as trace:
+        topk_ids, topk_weights = trace["topk_ids"], trace["topk_weights"]
     start = int(torch.randint(len(topk_ids), (1,), generator=generator))
     rows = (start + np.arange(T)) % len(topk_ids)
     return torch.from_numpy(topk_ids[rows]).int(), torch.from_numpy(topk_weights[rows]).float()
@@ -135,6 +131,18 @@ ROUTING_PRESETS: dict[str, Preset] = {
 def routing_trace() -> Path:
     """Return where the record of a trained model's routing lies: MOE_BENCH_ROUTING, or .cache/routing.npz."""
     return Path(os.environ.get("MOE_BENCH_ROUTING", Path(__file__).parent.parent / ".cache" / "routing.npz"))
+
+
+def recorded_routing() -> tuple[int, int] | None:
+    """Return (E, K) of the record, None without one; ValueError names the keys that are missing."""
+    path = routing_trace()
+    if not path.exists():
+        return None
+    with np.load(path) as trace:
+        missing = {"topk_ids", "topk_weights", "num_experts"} - set(trace.files)
+        if missing:
+            raise ValueError(f"{path}: got keys {trace.files}, expected {sorted(missing)} too")
+        return int(trace["num_experts"]), trace["topk_ids"].shape[1]
 
 
 def save_routing(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, path: Path | None = None) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -41,6 +41,13 @@ class Ratio:
     high: float
     n: int
     effective: float
+
+    def relative_to(self, other: Ratio) -> Ratio:
+        """Return self / other; the distances to the ends of the two intervals add in quadrature, on the log scale."""
+        value = self.value / other.value
+        below = math.hypot(math.log(self.value / self.low), math.log(other.high / other.value))
+        above = math.hypot(math.log(self.high / self.value), math.log(other.value / other.low))
+        return replace(self, value=value, low=value * math.exp(-below), high=value * math.exp(above))
 
     def __str__(self) -> str:
         return f"{self.value:.3f}x [{self.low:.3f}, {self.high:.3f}]"
@@ -105,17 +112,6 @@ def autocorrelation_time(values: Sequence[float]) -> float:
     return tau
 
 
-def block_length(n: int, tau: float) -> int:
-    """Choose blocks of two autocorrelation times; single samples when they are as good as independent."""
-    return min(n, math.ceil(2 * tau)) if tau > 1.5 else 1
-
-
-def block_indices(n: int, block: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw (resamples, n) indices in circular blocks of consecutive samples."""
-    starts = rng.integers(0, n, (resamples, math.ceil(n / block), 1))
-    return ((starts + np.arange(block)) % n).reshape(resamples, -1)[:, :n]
-
-
 def ratio(
     base: Sequence[float],
     head: Sequence[float],
@@ -125,34 +121,37 @@ def ratio(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Ratio:
-    """Compare medians: median(base) / median(head), > 1 when head is faster, with a block-bootstrap percentile
-    interval.
+    """Compare medians: median(base) / median(head), > 1 when head is faster, with a bootstrap interval.
+
+    Deviations of the resampled log medians are widened by sqrt(tau), tau the autocorrelation time. (Resampling blocks
+    instead gives intervals of width 0 when a short series holds one or two blocks.)
 
     Args:
         base, head: times in the order in which they were taken.
-        paired: base[i] and head[i] come from the same round (interleaved), so both are resampled by the same rounds
-            and what disturbed both cancels; needs equal lengths.
+        paired: base[i] and head[i] come from the same round (interleaved), so both are resampled by the same rounds and
+            what disturbed both cancels; needs equal lengths.
         level: coverage of the interval.
     Raises:
         ValueError: empty, non-positive or non-finite times; paired with different lengths.
     Cost: O(resamples x n); no torch.
     """
-    a, b = as_samples(base, "base"), as_samples(head, "head")
+    a, b = (np.log(as_samples(x, name)) for x, name in ((base, "base"), (head, "head")))
     if paired and len(a) != len(b):
         raise ValueError(f"paired samples must have equal length, got {len(a)} and {len(b)}")
-    taus = [autocorrelation_time(x) for x in (a, b)]
-    if paired:
-        taus = [max(taus)] * 2
+    taus = [autocorrelation_time(a - b)] * 2 if paired else [autocorrelation_time(x) for x in (a, b)]
     rng = np.random.default_rng(seed)
-    picks = [
-        block_indices(len(x), block_length(len(x), tau), resamples, rng) for x, tau in zip((a, b), taus, strict=True)
-    ]
+    rounds = [rng.integers(0, len(x), (resamples, len(x))) for x in (a, b)]
     if paired:
-        picks[1] = picks[0]
-    resampled = np.median(a[picks[0]], axis=1) / np.median(b[picks[1]], axis=1)
-    low, high = np.quantile(resampled, ((1 - level) / 2, (1 + level) / 2))
-    effective = min(len(a) / taus[0], len(b) / taus[1])
-    return Ratio(float(np.median(a) / np.median(b)), float(low), float(high), min(len(a), len(b)), effective)
+        rounds[1] = rounds[0]
+    deviations = [
+        math.sqrt(tau) * (np.median(x[picks], axis=1) - np.median(x))
+        for x, picks, tau in zip((a, b), rounds, taus, strict=True)
+    ]
+    value = float(np.median(a) - np.median(b))
+    low, high = np.quantile(deviations[0] - deviations[1], ((1 - level) / 2, (1 + level) / 2))
+    effective = min(len(x) / tau for x, tau in zip((a, b), taus, strict=True))
+    low, high = (math.exp(value + d) for d in (min(low, 0.0), max(high, 0.0)))
+    return Ratio(math.exp(value), low, high, min(len(a), len(b)), effective)
 
 
 def mann_whitney(base: Sequence[float], head: Sequence[float]) -> float:
@@ -204,12 +203,24 @@ def decide(speedup: Ratio, p: float, alpha: float = ALPHA, effect: float = EFFEC
 
 
 def verdicts(
-    pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, resamples: int = RESAMPLES
+    pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    controls: Mapping[str, Sequence[str]] | None = None,
+    *,
+    resamples: int = RESAMPLES,
 ) -> list[Verdict]:
-    """Judge every case {case: (base times, head times)}, p values adjusted over all of them."""
+    """Judge every case {case: (base times, head times)}, p values adjusted over all of them.
+
+    Args:
+        controls: case -> other cases of `pairs`, raced with it, whose code did not change: how they moved is how the
+            machine moved between base and head. FASTER and SLOWER must hold relative to each of them, or are UNSURE.
+    """
     adjusted = holm([mann_whitney(base, head) for base, head in pairs.values()])
+    speedups = {case: ratio(base, head, resamples=resamples) for case, (base, head) in pairs.items()}
     out = []
-    for (case, (base, head)), p in zip(pairs.items(), adjusted, strict=True):
-        speedup = ratio(base, head, resamples=resamples)
-        out.append(Verdict(case, decide(speedup, p), speedup, p))
+    for (case, speedup), p in zip(speedups.items(), adjusted, strict=True):
+        verdict = decide(speedup, p)
+        drifts = [speedup.relative_to(speedups[control]) for control in (controls or {}).get(case, ())]
+        if verdict in ("FASTER", "SLOWER") and any(decide(relative, p) != verdict for relative in drifts):
+            verdict = "UNSURE"
+        out.append(Verdict(case, verdict, speedup, p))
     return out

@@ -14,7 +14,9 @@ INTEGERS = (torch.int32, torch.int64)
 ACTIVATIONS = {"swiglu": 2, "gelu": 1}  # rows of gate_up_proj per unit of the intermediate size
 
 
-def tensor(name: str, value: object, dims: str, dtypes: Sequence[torch.dtype] = FLOATS, like: Tensor | None = None):
+def tensor(
+    name: str, value: object, dims: str, dtypes: Sequence[torch.dtype] = FLOATS, like: Tensor | None = None
+) -> None:
     """Check that `value` is a tensor with the dimensions written as in "T,H" and, given `like`, on its device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor ({dims})")
@@ -24,7 +26,6 @@ def tensor(name: str, value: object, dims: str, dtypes: Sequence[torch.dtype] = 
         raise TypeError(f"{name}: got {value.dtype}, expected one of {', '.join(map(str, dtypes))}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: got device {value.device}, expected {like.device}")
-    return value
 
 
 def shape(name: str, got: Sequence[int], expected: Sequence[int], meaning: str) -> None:

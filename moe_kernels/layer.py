@@ -151,7 +151,7 @@ def describe_backend(backend: str, weight: Tensor, E: int, H: int, I: int, Is: i
     case = Case("moe_mlp", weight.dtype, weight.device.type, E, H, I, Is, activation)
     try:
         chosen = registry.choose(backend, case).name
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return f"{backend} ({error})"
     return chosen if chosen == backend else f"{backend} -> {chosen}"
 

@@ -54,15 +54,18 @@ def rehome(parameters: Sequence[nn.Parameter]) -> bool:
     """Make parameters consecutive views of one slab, keeping the Parameter objects; return whether anything moved.
 
     Copies the weights once where they are not such views already; parameters on the meta device are left alone.
-    Raises: ValueError, TypeError for parameters that differ in shape, dtype or device, or are not plain tensors.
+    Raises: ValueError, TypeError for weights that differ in shape, dtype or device, or are not plain parameters.
     """
     if not slab_problem(parameters):
         return False
     first = parameters[0]
     for parameter in parameters:
-        if type(parameter.data) is not Tensor:
-            got = type(parameter.data).__name__
-            raise TypeError(f"weights: got a {got}, expected plain tensors (sharded parameters cannot share a slab)")
+        if not isinstance(parameter, nn.Parameter) or type(parameter.data) is not Tensor:
+            got = type(parameter).__name__
+            raise TypeError(
+                f"weights: got a {got} on its own storage, expected a plain nn.Parameter (FSDP, or "
+                "functional_call with other tensors, cannot keep the weights of a block in one slab)"
+            )
         got, expected = ((p.shape, p.dtype, p.device) for p in (parameter, first))
         if got != expected:
             raise ValueError(f"weights: got {got} beside {expected}, expected one shape, dtype and device")

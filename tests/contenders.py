@@ -27,8 +27,12 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 def each_trap(*left_out: str) -> pytest.MarkDecorator:
     """Every trap at scale 1, and the plain one at the other scales."""
-    cases = [(trap, 1.0) for trap in TRAPS if trap.name not in left_out] + [(PLAIN, scale) for scale in SCALES if scale != 1]
-    return pytest.mark.parametrize(("trap", "scale"), [pytest.param(*case, id=f"{case[0]}-{case[1]:g}") for case in cases])
+    cases = [(trap, 1.0) for trap in TRAPS if trap.name not in left_out] + [
+        (PLAIN, scale) for scale in SCALES if scale != 1
+    ]
+    return pytest.mark.parametrize(
+        ("trap", "scale"), [pytest.param(*case, id=f"{case[0]}-{case[1]:g}") for case in cases]
+    )
 
 
 def plan_of(problem: Problem, backend: str) -> RoutingPlan:

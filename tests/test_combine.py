@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from moe_kernels import combine
-from tests.contenders import SCALES, combine_loop, each_backend, each_contender, gradients, plan_of, try_trap
-from tests.error_rule import judge
-from tests.trap_cases import BY_NAME, LAYOUTS, PLAIN, TRAPS, Trap, make_problem
+from tests.contenders import combine_loop, each_backend, each_contender, each_trap, gradients, judge_trap, plan_of
+from tests.trap_cases import LAYOUTS, Trap, make_problem
 
 
 def combine_compute(trap, dtype, scale=1.0):

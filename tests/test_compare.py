@@ -113,6 +113,19 @@ def test_files_that_cannot_be_read_are_errors(files, tmp_path, capsys):
         assert head.rsplit("/", 1)[1] in capsys.readouterr().err
 
 
+def test_a_machine_that_slowed_down_is_not_a_slower_kernel():
+    """The peers of the same race moved as much: their code did not change, so the machine did."""
+    ids = [f"layer-{who}-S2-fwd" for who in ("native", "authors_tp1", "sorted_loop")]
+    base = [timed(case) for case in ids]
+    report = compare.compare(base, [timed(case, 1.2) for case in ids])
+    assert report.counts["UNSURE"] == 3 and not report.fails("different")
+    report = compare.compare(base, [timed(ids[0], 1.2), timed(ids[1]), timed(ids[2])])
+    assert {v.case: v.verdict for v in report.verdicts} == dict(zip(ids, ("SLOWER", "SAME", "SAME"), strict=True))
+    other = [timed("layer-authors_tp1-S2-fwdbwd")]  # another race says nothing about this one
+    report = compare.compare([base[0], *other], [timed(ids[0], 1.2), timed("layer-authors_tp1-S2-fwdbwd", 1.2)])
+    assert report.counts["SLOWER"] == 2
+
+
 def test_the_last_measurement_of_a_case_counts():
     report = compare.compare([timed("a")], [timed("a", 1.5), timed("a")])
     assert [v.verdict for v in report.verdicts] == ["SAME"]

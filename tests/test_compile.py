@@ -13,6 +13,7 @@ import torch.multiprocessing
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import ExpertChoice, MoELayer, TokenChoice, combine, experts, gating, replace_moe
@@ -92,10 +93,8 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def leaf(value):
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone().requires_grad_(value.is_floating_point())
-    return [leaf(v) for v in value] if isinstance(value, (list, tuple)) else value
+def leaf(tensor, requires_grad):
+    return tensor.detach().clone().requires_grad_(requires_grad and tensor.is_floating_point())
 
 
 @pytest.mark.unpoisoned
@@ -104,7 +103,7 @@ def test_opcheck_on_every_op(backend):
     with Recorder() as recorder:
         for module in (make_layer(backend), make_layer(backend, ExpertChoice())):
             forward_backward(module, torch.randn(2, 6, 32))
-        problem, leaves = make_problem(PLAIN, 0, torch.float32).with_leaves()
+        problem, _ = make_problem(PLAIN, 0, torch.float32).with_leaves()
         plan = plan_of(problem, backend)
         rows = experts(problem.x, plan, problem.gate_up_proj, problem.down_proj, backend=backend)
         combine(rows, plan, problem.x, backend=backend).sum().backward()
@@ -112,11 +111,8 @@ def test_opcheck_on_every_op(backend):
     assert {func.name() for func in recorder.calls} == names
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for func, args in recorder.calls.items():
-        differentiable = not func.name().endswith("_bwd")
-        prepared = (
-            leaf(args) if differentiable else torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)
-        )
-        torch.library.opcheck(func, tuple(prepared), test_utils=tests)
+        leaves = tree_map_only(torch.Tensor, lambda t: leaf(t, not func.name().endswith("_bwd")), args)  # noqa: B023
+        torch.library.opcheck(func, leaves, test_utils=tests)
 
 
 @each_backend
@@ -218,7 +214,7 @@ def test_several_transforms_are_refused_by_name(backend):
     layer, x = make_layer(backend), torch.randn(3, 5, 32)
     with pytest.raises(RuntimeError, match="moe_kernels: vmap"):
         torch.func.vmap(layer)(x)
-    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)forward|jvp"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)forward|jvp"):
         torch.func.jvp(layer, (x[0],), (x[0],))
 
 

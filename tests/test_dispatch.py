@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_kernels import dispatch, dispatch_expert_choice
+from moe_kernels import dispatch
 from tests.contenders import each_backend, plan_of
-from tests.trap_cases import BY_NAME, TRAPS, make_problem
+from tests.trap_cases import TRAPS, make_problem
 
 
 def assert_plan(plan, rows, source, num_tokens, num_experts):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import moe_kernels
-from moe_kernels import MoELayer, RoutingPlan, combine, dispatch, dispatch_expert_choice, experts, gating, moe_mlp
-from moe_kernels.weights import load, stack_dit_moe, unstack_dit_moe
+from moe_kernels import MoELayer, combine, dispatch, dispatch_expert_choice, experts, gating, moe_mlp
+from moe_kernels.backends import registry
+from moe_kernels.weights import load, save, stack_dit_moe, unstack_dit_moe
 from tests.contenders import BACKENDS, each_backend, moe_ours, plan_of
 from tests.trap_cases import PLAIN, make_problem
 
@@ -23,7 +24,6 @@ SHARED_GATE_UP, SHARED_DOWN = torch.ones(2 * I, H), torch.ones(H, I)
 PLAN = dispatch(IDS, WEIGHTS, E, backend="eager")
 AFFINITIES = torch.rand(T, E)
 Y_ROWS = torch.ones(T * K, H)
-BAD = float("nan")
 
 CALLS = {
     "gating": (gating, {"x": X, "gate_weight": GATE, "top_k": K}),
@@ -52,7 +52,7 @@ BAD_INPUTS = [  # op, argument, value, what the message must show
     ("gating", "x", X.int(), "int32"),
     ("gating", "x", [[1.0]], "list"),
     ("gating", "x", X.to("meta"), "meta"),
-    ("gating", "x", X * BAD, "finite"),
+    ("gating", "x", X * float("nan"), "finite"),
     ("gating", "x", X * float("inf"), "finite"),
     ("gating", "x", X[:, :0], "0"),
     ("gating", "gate_weight", GATE[:0], "0"),
@@ -70,7 +70,7 @@ BAD_INPUTS = [  # op, argument, value, what the message must show
     ("dispatch", "num_experts", 0, "0"),
     ("dispatch", "num_experts", 4.0, "float"),
     ("dispatch_expert_choice", "affinities", AFFINITIES[0], r"\(4,\)"),
-    ("dispatch_expert_choice", "affinities", AFFINITIES * BAD, "finite"),
+    ("dispatch_expert_choice", "affinities", AFFINITIES * float("nan"), "finite"),
     ("dispatch_expert_choice", "capacity", 0, "0"),
     ("dispatch_expert_choice", "capacity", T + 1, str(T + 1)),
     ("dispatch_expert_choice", "tokens_per_group", 4, "4"),
@@ -103,21 +103,17 @@ BAD_INPUTS = [  # op, argument, value, what the message must show
     ("moe_mlp", "shared_down_proj", None, "None"),
     ("moe_mlp", "shared_down_proj", SHARED_DOWN.T, r"\(8, 16\)"),
 ]
+RELATED = {"x": "x|gate_weight|plan|gate_up_proj|H", "gate_weight": "gate_weight|num_experts", "topk_ids": r"topk_\w+"}
 
 
 @each_backend
 @pytest.mark.parametrize(("op", "argument", "value", "shown"), BAD_INPUTS)
 def test_bad_input(op, argument, value, shown, backend):
     function, arguments = CALLS[op]
-    related = {
-        "x": "x|gate_weight|plan|gate_up_proj|H",
-        "gate_weight": "gate_weight|num_experts",
-        "topk_ids": "topk_ids|topk_weights",
-    }
     with pytest.raises((ValueError, TypeError)) as raised:
         function(**arguments | {argument: value}, backend=backend)
     message = str(raised.value)
-    assert re.search(rf"\b({related.get(argument, argument)})\b", message) and re.search(shown, message), message
+    assert re.search(rf"\b({RELATED.get(argument, argument)})\b", message) and re.search(shown, message), message
     assert "expected" in message, message
 
 
@@ -152,7 +148,7 @@ def test_native_never_reads_out_of_bounds_whatever_the_plan(field, value, where)
 @pytest.mark.parametrize("op", CALLS)
 def test_backend_that_is_not_there(op, monkeypatch):
     function, arguments = CALLS[op]
-    with pytest.raises(ValueError, match="backend: got 'warp', expected .*'auto'.*'eager'"):
+    with pytest.raises(ValueError, match=r"backend: got 'warp', expected .*'auto'.*'eager'"):
         function(**arguments, backend="warp")
     monkeypatch.setenv("MOE_KERNELS_BACKEND", "warp")
     with pytest.raises(ValueError, match="warp"):
@@ -160,9 +156,8 @@ def test_backend_that_is_not_there(op, monkeypatch):
 
 
 def test_unavailable_backend_raises_its_reason(monkeypatch):
-    registry = pytest.importorskip("moe_kernels.backends.registry")
     monkeypatch.setattr(registry, "_load", lambda name: (None, "no such luck"))
-    with pytest.raises(RuntimeError, match="native.*no such luck"):
+    with pytest.raises(RuntimeError, match=r"native.*no such luck"):
         registry.get("native")
 
 
@@ -197,48 +192,35 @@ def test_auto_finds_a_backend_for_every_dtype(dtype, seed):
 
 
 @each_backend
-@pytest.mark.parametrize("op", ["moe_mlp", "experts", "combine", "gating", "dispatch"])
+@pytest.mark.parametrize("op", ["moe_mlp", "experts", "combine", "gating"])
 def test_double_backward(op, backend, seed):
     problem, leaves = make_problem(PLAIN, seed, torch.float32).with_leaves()
-    x, gate_up, down = problem.x, problem.gate_up_proj, problem.down_proj
-    if op == "gating":
-        out, leaf = gating(x, x[:5] * 0.1, 2, backend=backend)[2], x
-    elif op == "dispatch":
-        pytest.skip("linear: its backward is a scatter that autograd may differentiate")
-    else:
-        plan = plan_of(problem, backend)
-        out = {
-            "moe_mlp": lambda: moe_ours(problem, backend),
-            "experts": lambda: experts(x, plan, gate_up, down, backend=backend),
-            "combine": lambda: combine(x[plan.row_token.long()], plan, backend=backend),
-        }[op]()
-        leaf = x
-    (dx,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    x, gate_up, down, plan = leaves["x"], leaves["gate_up_proj"], leaves["down_proj"], plan_of(problem, backend)
+    call = {
+        "moe_mlp": lambda: moe_ours(problem, backend),
+        "experts": lambda: experts(x, plan, gate_up, down, backend=backend),
+        "combine": lambda: combine(x[plan.row_token.long()], plan, backend=backend),
+        "gating": lambda: gating(x, gate_up[0], 2, backend=backend)[2],
+    }[op]
+    (dx,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="moe_kernels: double backward is not supported"):
         dx.sum().backward()
 
 
-@pytest.mark.parametrize(
-    ("bad", "shown"),
-    [
-        ({"hidden_size": 0}, "hidden_size"),
-        ({"intermediate_size": -1}, "intermediate_size"),
-        ({"num_experts": 0}, "num_experts"),
-        ({"top_k": 5}, "top_k.*5.*4"),
-        ({"top_k": 0}, "top_k"),
-        ({"shared_intermediate_size": -1}, "shared_intermediate_size"),
-        ({"activation": "relu"}, "activation.*relu"),
-        ({"backend": "warp"}, "backend.*warp"),
-    ],
-)
-def test_layer_arguments(bad, shown):
-    with pytest.raises((ValueError, TypeError), match=shown):
-        MoELayer(**{"hidden_size": H, "intermediate_size": I, "num_experts": E, "top_k": K} | bad)
+BAD_LAYERS = {"hidden_size": 0, "intermediate_size": -1, "num_experts": 0, "top_k": 5, "shared_intermediate_size": -1}
+BAD_LAYERS |= {"activation": "relu", "backend": "warp"}
+
+
+@pytest.mark.parametrize(("argument", "value"), [*BAD_LAYERS.items(), ("top_k", 0)])
+def test_layer_arguments(argument, value):
+    arguments = {"hidden_size": H, "intermediate_size": I, "num_experts": E, "top_k": K} | {argument: value}
+    with pytest.raises((ValueError, TypeError), match=rf"{argument}: got '?{value}.*expected"):
+        MoELayer(**arguments)
 
 
 @pytest.mark.parametrize("x", [torch.ones(3, H + 1), torch.ones(3, H).int(), torch.ones(3, H).double(), "x"])
 def test_layer_input(x):
-    with pytest.raises((ValueError, TypeError), match="x: got|gate_up_proj: got|gate_weight: got"):
+    with pytest.raises((ValueError, TypeError), match=r"(x|gate_up_proj|gate_weight): got"):
         MoELayer(H, I, E, K)(x)
 
 
@@ -260,14 +242,9 @@ def test_conversions_refuse_foreign_layouts(tmp_path):
         unstack_dit_moe(split)
     with pytest.raises(ValueError, match=r"experts\.1\.up_proj\.weight"):
         stack_dit_moe({key: value for key, value in split.items() if key != "experts.1.up_proj.weight"})
-    moe_kernels.weights.save(state, tmp_path / "layer.safetensors")
+    save(state, tmp_path / "layer.safetensors")
     whole = (tmp_path / "layer.safetensors").read_bytes()
     for name, content in {"truncated": whole[:-5], "empty": b"", "foreign": json.dumps({}).encode()}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
             load(tmp_path / name)
-
-
-def test_plan_from_other_things():
-    with pytest.raises((ValueError, TypeError), match="expected 7"):
-        RoutingPlan.from_tensors([])

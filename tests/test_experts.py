@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import reference.moe
 from moe_kernels import experts
-from tests.contenders import SCALES, each_backend, each_contender, experts_loop, gradients, plan_of, try_trap
-from tests.error_rule import judge
-from tests.trap_cases import BY_NAME, PLAIN, TRAPS, make_problem
+from tests.contenders import each_contender, each_trap, experts_loop, gradients, judge_trap, plan_of
+from tests.trap_cases import make_problem
 
 LEAVES = ("x", "gate_up_proj", "down_proj")
 

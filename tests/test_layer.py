@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import reference.moe
-from moe_kernels import ExpertChoice, MoELayer, TokenChoice, moe_mlp
+from moe_kernels import ExpertChoice, MoELayer, TokenChoice, dispatch
 from moe_kernels.weights import stack_dit_moe, unstack_dit_moe
-from tests.contenders import SCALES, each_backend, each_contender, moe_loop
+from tests.contenders import each_backend, each_contender, moe_loop
 from tests.error_rule import judge
 from tests.test_gating import gating_loop
 from tests.trap_cases import Problem, Trap, draw_router
@@ -28,10 +28,8 @@ def draw_layer(seed, dtype, scale=1.0, router=None, backend="eager", trap=TRAP):
 
 
 def oracle_block(layer: MoELayer) -> reference.moe.SparseMoeBlock:
-    E, H, I = layer.down_proj.shape
-    block = reference.moe.SparseMoeBlock(
-        H, I, E, TRAP.K, layer.shared_down_proj.shape[1], alpha=layer.router.aux_loss_alpha
-    )
+    (E, H, I), Is = layer.down_proj.shape, layer.shared_down_proj.shape[1]
+    block = reference.moe.SparseMoeBlock(H, I, E, TRAP.K, Is, alpha=layer.router.aux_loss_alpha)
     block.double().load_state_dict(unstack_dit_moe(layer.state_dict()))
     return block.train(layer.training)
 
@@ -40,40 +38,31 @@ def layer_compute(dtype, scale=1.0, training=True):
     def compute(seed, how):
         layer, x, dout = draw_layer(seed, dtype, scale, backend="eager" if how in ("oracle", "loop") else how)
         layer.train(training)
+        module = oracle_block(layer) if how == "oracle" else layer
         x = (x.double() if how == "oracle" else x).requires_grad_()
-        if how == "oracle":
-            block = oracle_block(layer)
-            out = block(x)
-            out.backward(dout.double())
-            grads = stack_dit_moe({name: p.grad for name, p in block.named_parameters()})
-        else:
-            out, extra = (layer(x), None) if how != "loop" else loop(layer, x)
-            torch.autograd.backward([out] if extra is None else [out, extra], [dout] if extra is None else [dout, None])
-            grads = {name: p.grad for name, p in layer.named_parameters()}
-        return {"out": out.detach(), "dx": x.grad} | {f"d{name}": grads[name] for name in PARAMETERS}
+        outputs = loop(layer, x) if how == "loop" else [module(x)]
+        torch.autograd.backward(outputs, [dout.to(x.dtype), None][: len(outputs)])
+        grads = {name: p.grad for name, p in module.named_parameters()}
+        grads = stack_dit_moe(grads) if how == "oracle" else grads
+        return {"out": outputs[0].detach(), "dx": x.grad} | {f"d{name}": grads[name] for name in PARAMETERS}
 
     def loop(layer, x):
         tokens = x.flatten(0, 1)
         weights, ids, probs = gating_loop(tokens, layer.gate_weight, TRAP.K)
         fraction = torch.bincount(ids.flatten(), minlength=TRAP.E) / ids.numel()
-        aux = layer.router.aux_loss_alpha * TRAP.E * (fraction * probs.mean(0)).sum() if training else None
+        aux = layer.router.aux_loss_alpha * TRAP.E * (fraction * probs.mean(0)).sum()
         slabs = [getattr(layer, name) for name in PARAMETERS[1:]]
-        return moe_loop(Problem(TRAP, tokens, weights, ids, *slabs, dout=x)).view(x.shape), aux
+        out = moe_loop(Problem(TRAP, tokens, weights, ids, *slabs, dout=x)).view(x.shape)
+        return [out, aux] if training else [out]
 
     return compute
 
 
 @each_contender
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_equals_the_oracle(training, backend, dtype, seed):
+@pytest.mark.parametrize(("scale", "training"), [(1e-3, True), (1.0, True), (30.0, True), (1.0, False)])
+def test_equals_the_oracle(scale, training, backend, dtype, seed):
     """Eval mode gives gradients too: the original's silently has none."""
-    judge("layer", layer_compute(dtype, training=training), backend, dtype, seed)
-
-
-@each_contender
-@pytest.mark.parametrize("scale", SCALES)
-def test_scale(scale, backend, dtype, seed):
-    judge("layer", layer_compute(dtype, scale), backend, dtype, seed, scale)
+    judge("layer", layer_compute(dtype, scale, training), backend, dtype, seed, scale)
 
 
 @each_backend
@@ -107,8 +96,7 @@ def test_shapes_in_are_shapes_out(shape, backend):
     assert y.shape == x.shape and y.dtype == x.dtype
     y.sum().backward()
     assert x.grad.shape == x.shape and all(p.grad.isfinite().all() for p in layer.parameters())
-    flat = layer(x.reshape(-1, 32)).view(shape)
-    assert torch.equal(flat, y)
+    assert torch.equal(layer(x.reshape(-1, 32)).view(shape), y)
 
 
 def gate_gradient_of_aux(layer, x, loss_scale, add_aux):
@@ -131,9 +119,7 @@ def test_aux_loss_injected_is_not_scaled_with_the_loss_and_scaled_is(backend, se
     assert torch.equal(gate_gradient_of_aux(inject, x, 1.0, add_aux=True), once), "added on top of the injected one"
     assert torch.equal(gate_gradient_of_aux(scaled, x, 2.0**16, add_aux=True), once * 2.0**16)
     assert not gate_gradient_of_aux(scaled, x, 1.0, add_aux=False).any()
-    assert not gate_gradient_of_aux(inject.eval(), x, 1.0, add_aux=False).any(), (
-        "the original trains without it in eval"
-    )
+    assert not gate_gradient_of_aux(inject.eval(), x, 1.0, add_aux=False).any(), "injected in eval mode"
 
 
 @each_backend
@@ -166,17 +152,12 @@ def test_parameters():
 
 
 def test_a_router_of_ones_own():
-    """What README promises: any object with route(x, gate_weight, backend, ...) will do."""
-
-    class FirstExperts:
+    class FirstExpert:
         def route(self, x, gate_weight, backend, **_):
-            from moe_kernels import dispatch
-
             ids = torch.zeros(x.shape[0], 1, dtype=torch.int32)
             return dispatch(ids, torch.ones(x.shape[0], 1), gate_weight.shape[0], backend=backend), None
 
-    layer = MoELayer(32, 24, 5, 2, router=FirstExperts())
-    x = torch.randn(4, 32)
-    plan, _ = FirstExperts().route(x, layer.gate_weight, "auto")
-    assert torch.equal(layer(x), moe_mlp(x, plan, layer.gate_up_proj, layer.down_proj))
+    layer, x = MoELayer(32, 24, 5, 2, router=FirstExpert()), torch.randn(4, 32)
+    expected = reference.moe.expert_mlp(x, layer.gate_up_proj[0], layer.down_proj[0], "swiglu")
+    torch.testing.assert_close(layer(x), expected)
     assert layer(x, return_aux_loss=True)[1].item() == 0

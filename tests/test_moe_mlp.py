@@ -8,9 +8,17 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from moe_kernels import moe_mlp
-from tests.contenders import SCALES, each_backend, each_contender, gradients, moe_compute, moe_ours, plan_of, try_trap
-from tests.error_rule import judge
-from tests.trap_cases import BY_NAME, PLAIN, TRAPS, Problem, make_problem
+from tests.contenders import (
+    each_backend,
+    each_contender,
+    each_trap,
+    gradients,
+    judge_trap,
+    moe_compute,
+    moe_ours,
+    plan_of,
+)
+from tests.trap_cases import BY_NAME, PLAIN, Problem, make_problem
 
 WEIGHTS = ("gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj")
 
@@ -22,7 +30,7 @@ def test_trap(trap, scale, backend, dtype, seed):
 
 
 def views(problem: Problem) -> dict[str, list[Tensor]]:
-    """The weights as per-expert leaves that lie one after another in the slabs: [gate_0, up_0, gate_1, ...], [down_0, ...]."""
+    """The weights as leaves that are views of the slabs: [gate_0, up_0, gate_1, ...], [down_0, ...]."""
     halves = {"gate_up_proj": problem.trap.I, "shared_gate_up_proj": problem.trap.Is}
     slabs = {name: getattr(problem, name).detach() for name in WEIGHTS}
     parts = {
@@ -51,14 +59,14 @@ def test_weights_as_views_of_a_slab_equal_stacked_weights(backend, dtype, seed):
 def test_separate_weights_are_refused(backend, seed):
     problem = make_problem(PLAIN, seed, torch.float32)
     lists = {name: [part.detach().clone() for part in parts] for name, parts in views(problem).items()}
-    with pytest.raises(RuntimeError, match="gate_up_proj: .*one slab"):
+    with pytest.raises(RuntimeError, match=r"gate_up_proj: .*one slab"):
         moe_mlp(problem.x, plan_of(problem, backend), *lists.values(), backend=backend)
 
 
 @each_backend
 @pytest.mark.parametrize("trap", ["plain", "no_shared", "gelu", "expert_choice"])
 def test_saved_for_backward_is_exactly_what_is_listed(trap, backend, seed):
-    problem, leaves = make_problem(BY_NAME[trap], seed, torch.float32).with_leaves()
+    problem, _ = make_problem(BY_NAME[trap], seed, torch.float32).with_leaves()
     plan, saved = plan_of(problem, backend), {}
     weights = [getattr(problem, name) for name in WEIGHTS]
     with saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t.detach()), lambda t: t):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -49,10 +49,10 @@ def step(model, batch, optimizer=None):
 
 
 def assert_slabs(model, of=lambda parameter: parameter):
-    """Check that the matrices of one kind lie one after another in one storage (`of` them: they, or their gradients)."""
+    """Check that the matrices of one kind, or what `of` makes of them, lie one after another in one storage."""
     for block in (m for m in model.modules() if hasattr(m, "experts")):
         experts = [[[e.gate_proj, e.up_proj] for e in mlps] for mlps in (block.experts, [block.shared_experts])]
-        groups = [sum(pairs, []) for pairs in experts] + [[e.down_proj for e in block.experts]]
+        groups = [list(chain(*pairs)) for pairs in experts] + [[e.down_proj for e in block.experts]]
         for tensors in ([of(linear.weight) for linear in group] for group in groups):
             assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
             steps = {b.data_ptr() - a.data_ptr() for a, b in pairwise(tensors)}
@@ -61,7 +61,7 @@ def assert_slabs(model, of=lambda parameter: parameter):
 
 @cache
 def without_near_ties(seed: int) -> int:
-    """Return the first seed from here whose float64 training never comes near a tie, where float32 may route otherwise."""
+    """Return the first seed from here whose training never comes near a tie, where float32 may route otherwise."""
     model, gaps = make_model(seed).double(), []
 
     def record(gate, args, output):
@@ -218,7 +218,7 @@ def test_a_block_that_is_not_one_is_refused_and_nothing_is_changed(spoiler):
 
 
 def test_nothing_to_replace_and_no_such_backend():
-    with pytest.raises(ValueError, match="model: .*expected"):
+    with pytest.raises(ValueError, match=r"model: .*expected"):
         replace_moe(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="backend: got 'warp'"):
+    with pytest.raises(ValueError, match=r"backend: got 'warp'"):
         replace_moe(Block(), backend="warp")

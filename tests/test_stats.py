@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
 from bench import stats
+from bench.measure import QUIET_SHARE
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, ...], phi: float, sd: float = 0.02) -> np.ndarray:
@@ -54,6 +57,51 @@ def test_a_planted_5_percent_is_found_in_19_of_20_and_never_called_the_other_way
         found.append(stats.verdicts(pairs, resamples=100)[7].verdict)
     assert found.count(want) >= 19
     assert set(found) <= {want, "UNSURE"}
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, list[np.ndarray]]:
+    """Times of one small GEMM on a shared two-core machine at load 6, cut into stretches of 200 rounds.
+
+    Of the wall clock only the rounds count in which the thread had its core, as measure.Samples has it.
+    """
+    with np.load(Path(__file__).parent / "data" / "busy_machine.npz") as file:
+        cpu, wall = file["cpu"], file["wall"]
+    wall = wall[cpu >= QUIET_SHARE * wall]
+    return {clock: np.split(x[: len(x) // 200 * 200], len(x) // 200) for clock, x in (("cpu", cpu), ("wall", wall))}
+
+
+def recorded_pair(rng, stretches, factor=1.0) -> tuple[dict, dict]:
+    """Base and head taken at different times: even rounds are the case, odd rounds the peer interleaved with it."""
+    pairs, controls = {}, {}
+    for i in range(25):
+        base, head = (stretches[j] for j in rng.choice(len(stretches), 2, replace=False))
+        pairs[f"row{i}"], pairs[f"peer{i}"] = (base[::2], factor * head[::2]), (base[1::2], head[1::2])
+        controls[f"row{i}"] = [f"peer{i}"]
+    return pairs, controls
+
+
+@pytest.mark.parametrize("clock", ["cpu", "wall"])
+def test_on_recorded_noise_the_same_code_raises_no_alarm_thanks_to_the_peers(recorded, clock):
+    rng = np.random.default_rng(7)
+    alarms = with_peers = 0
+    for _ in range(20):
+        pairs, controls = recorded_pair(rng, recorded[clock])
+        rows = [v for v in stats.verdicts(pairs, controls, resamples=100) if v.case in controls]
+        with_peers += any(v.verdict in ("FASTER", "SLOWER") for v in rows)
+        alarms += any(v.verdict in ("FASTER", "SLOWER") for v in stats.verdicts(pairs, resamples=100))
+    assert with_peers <= 1
+    assert alarms >= 15, "without the peers the machine's own drift looks like a change"
+
+
+@pytest.mark.parametrize("clock", ["cpu", "wall"])
+def test_on_recorded_noise_a_planted_10_percent_is_mostly_found_and_never_called_faster(recorded, clock):
+    rng = np.random.default_rng(8)
+    found: list[str] = []
+    for _ in range(4):
+        pairs, controls = recorded_pair(rng, recorded[clock], 1.1)
+        found += [v.verdict for v in stats.verdicts(pairs, controls, resamples=100) if v.case in controls]
+    assert found.count("SLOWER") >= 0.4 * len(found) and "FASTER" not in found
 
 
 def test_a_tiny_but_certain_change_is_same_not_slower():

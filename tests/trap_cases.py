@@ -98,10 +98,10 @@ class Problem:
     def rows(self) -> list[tuple[int, int, int]]:
         """Return (expert, token, index into routing.flatten()) of every routed row, in the order of a plan."""
         if self.topk_ids is not None:
-            T, K = self.topk_ids.shape
+            K = self.trap.K
             rows = [(e, i // K, i) for i, e in enumerate(self.topk_ids.flatten().tolist())]
         else:
-            T, E = self.routing.shape
+            E = self.trap.E
             rows = [(e, t, t * E + e) for t, e in self.expert_choice_picks().nonzero().tolist()]
         return sorted(rows)
 

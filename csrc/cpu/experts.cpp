@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kWaveBytes = int64_t(48) << 20;  // activations in flight: a few MB per core past L3 costs nothing
 constexpr int64_t kSlackBytes = 256;               // kernels read whole vectors past the last element
-constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTasksPerThread = 16;             // the last one to finish costs at most 1/16
 
 Compute compute_of(Dtype dtype) {
   if (dtype == Dtype::kFloat32) return Compute::kFloat32;
@@ -82,8 +82,8 @@ class Engine {
         g.act = carve(free, g.rows * g.ld_i);
       }
       gather(wave, x, &Group::x);
-      columns(wave, table_.up[int(compute_)], true, &Group::I, &Group::H);
-      columns(wave, table_.down[int(compute_)], false, &Group::H, nullptr);
+      columns(wave, table_.up[int(compute_)], sizes_.halves() == 2 ? panel_ / 2 : panel_, &Group::I);
+      columns(wave, table_.down[int(compute_)], panel_, &Group::H);
     });
   }
 
@@ -106,7 +106,7 @@ class Engine {
       gather(wave, x, &Group::x);
       if (by_row) gather(in_row_order(wave, plan), dout, &Group::dout);
       else gather(wave, dout, &Group::dout);
-      columns(wave, table_.dact[int(compute_)], false, &Group::I, &Group::H);
+      columns(wave, table_.dact[int(compute_)], panel_, &Group::I);
       for (const Group& g : wave)
         if (g.drow_weight_parts) sum_parts(g, drow_weight + (g.row_token - plan.row_token));
       gradients(wave);
@@ -210,23 +210,22 @@ class Engine {
     });
   }
 
-  // One kernel over the column panels of every group; blocks as wide as L2 allows, and enough of them for all threads.
-  void columns(const std::vector<Group>& wave, void (*kernel)(const Group&, int64_t, int64_t, void*), bool up,
-               int64_t Group::* width, int64_t Group::* whole_k) const {
+  // One kernel over the column panels of every group, cut into tasks of about equal work whatever the routing.
+  void columns(const std::vector<Group>& wave, void (*kernel)(const Group&, int64_t, int64_t, void*), int64_t panel,
+               int64_t Group::* width) const {
     struct Task {
       const Group* group;
       int64_t begin, end;
     };
     std::vector<Task> tasks;
-    const int64_t wanted = ceil_div(kTasksPerThread * sizes_.threads, std::max<int64_t>(1, int64_t(wave.size())));
+    double work = 0;
+    for (const Group& g : wave) work += double(g.rows) * double(g.I);
     for (const Group& g : wave) {
       if (g.rows == 0) continue;
-      const int64_t panel = up && g.halves() == 2 ? panel_ / 2 : panel_;
+      const double share = double(g.rows) * double(g.I) / work;
       const int64_t panels = ceil_div(g.*width, panel);
-      const int64_t items = whole_k ? ceil_div(g.*whole_k * dtype_bytes(elem_), 4) : kChunkItems;
-      const int64_t cached = std::max<int64_t>(1, kPanelBytes / (items * panel_ * 4));
-      const int64_t blocks = std::min(panels, std::max(ceil_div(panels, cached), wanted));
-      for (int64_t b = 0; b < blocks; ++b) tasks.push_back({&g, panels * b / blocks, panels * (b + 1) / blocks});
+      const int64_t cuts = std::clamp<int64_t>(int64_t(share * double(kTasksPerThread * sizes_.threads) + 0.5), 1, panels);
+      for (int64_t c = 0; c < cuts; ++c) tasks.push_back({&g, panels * c / cuts, panels * (c + 1) / cuts});
     }
     parallel_tasks(sizes_.threads, int64_t(tasks.size()), [&](int64_t i, int thread) {
       kernel(*tasks[i].group, tasks[i].begin, tasks[i].end, scratch_ + thread * scratch_stride());

@@ -11,10 +11,36 @@ inline const uint32_t* items_at(const void* base, int64_t elements) {
   return reinterpret_cast<const uint32_t*>(static_cast<const typename C::Elem*>(base) + elements);
 }
 
+// The weights that the next block of panels will pack, in up to two contiguous pieces: brought into L2 while this block
+// multiplies, since packing straight from memory costs a quarter of the time at 64 rows per expert.
+class Ahead {
+ public:
+  Ahead() = default;
+  // Spread `pieces` pieces of `bytes` bytes over `calls` micro-kernel calls of `items` steps.
+  Ahead(const void* first, const void* second, int64_t bytes, int64_t calls, int64_t items)
+      : first_(static_cast<const char*>(first)), second_(static_cast<const char*>(second)), bytes_(bytes) {
+    const int64_t steps = calls * items, total = second ? 2 * bytes : bytes;
+    step_ = first && steps > 0 ? min64(64, (total + steps - 1) / steps) : 0;
+    stride_ = step_ * items;
+  }
+  const char* next(const void* idle) {
+    const int64_t at = offset_;
+    offset_ += stride_;
+    if (step_ == 0) return static_cast<const char*>(idle);
+    return at < bytes_ || !second_ ? first_ + at : second_ + (at - bytes_);
+  }
+  int64_t step() const { return step_; }
+
+ private:
+  const char *first_ = nullptr, *second_ = nullptr;
+  int64_t bytes_ = 0, step_ = 0, stride_ = 0, offset_ = 0;
+};
+
 // One chunk of K for all rows of a group: for each tile and panel, multiply, then finish(row, rows, panel, tile).
+// Panel p is packed at packed + p * panel_items * NR.
 template <class C, class Finish>
-inline void rows_by_panels(const uint32_t* a, int64_t lda_items, int64_t rows, const uint32_t* packed, int64_t items,
-                           int64_t panels, const Finish& finish) {
+inline void rows_by_panels(const uint32_t* a, int64_t lda_items, int64_t rows, const uint32_t* packed,
+                           int64_t panel_items, int64_t items, int64_t panels, Ahead& ahead, const Finish& finish) {
   alignas(64) float tile[MR * NR];
   const Tiles tiles(rows);
   for (int64_t i = 0; i < tiles.count; ++i) {
@@ -22,10 +48,18 @@ inline void rows_by_panels(const uint32_t* a, int64_t lda_items, int64_t rows, c
     const int count = int(tiles.begin(i + 1) - row);
     const Micro kernel = micro_for<C, false>(count);
     for (int64_t p = 0; p < panels; ++p) {
-      kernel(a + row * lda_items, lda_items, packed + p * items * NR, items, tile);
+      kernel(a + row * lda_items, lda_items, packed + p * panel_items * NR, items, tile, ahead.next(tile),
+             ahead.step());
       finish(row, count, p, tile);
     }
   }
+}
+
+// Panels per block so that a packed block and the next one's weights share L2.
+template <class C>
+inline int64_t block_panels(int64_t k) {
+  const int64_t panels = kPanelBytes / 2 / (NR * 4 * ((k + C::kPair - 1) / C::kPair));
+  return panels > 0 ? panels : 1;
 }
 
 template <class C>
@@ -48,40 +82,47 @@ template <class C>
 void up(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
   using Store = typename C::Store;
   const bool glu = g.activation == Activation::kSwiGLU;
-  const int64_t items = (g.H + C::kPair - 1) / C::kPair, step = glu ? W : NR;
+  const int64_t items = (g.H + C::kPair - 1) / C::kPair, step = glu ? W : NR, width = block_panels<C>(g.H);
   const Store* weight = static_cast<const Store*>(g.gate_up_proj);
   uint32_t* packed = static_cast<uint32_t*>(scratch);
-  for (int64_t p = panel_begin; p < panel_end; ++p)
-    for (int v = 0; v < 2; ++v) {
-      const int64_t column = p * step + (glu ? 0 : v * W), row = glu ? v * g.I + column : column;
-      pack_transposed<C>(weight + row * g.H, g.H, g.H, g.I - column, packed + (p - panel_begin) * items * NR + v * W);
-    }
-  const auto finish = [&](int64_t row, int rows, int64_t p, const float* tile) {
-    const int64_t column = (panel_begin + p) * step, n = g.I - column;
-    typename C::Elem* act = static_cast<typename C::Elem*>(g.act) + row * g.ld_i + column;
-    Store* kept = g.gate_up ? static_cast<Store*>(g.gate_up) + row * g.halves() * g.I + column : nullptr;
-    for (int r = 0; r < rows; ++r, act += g.ld_i) {
-      const vf first = loadu<vf>(tile + r * NR), second = loadu<vf>(tile + r * NR + W);
-      if (glu) {
-        store(act, first * sigmoid(first) * second, W);
-      } else {
-        vf density;
-        store(act, first * normal_cdf(first, density), W);
-        store(act + W, second * normal_cdf(second, density), W);
+  for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
+    const int64_t end = min64(panel_end, begin + width), later = min64(panel_end, end + width);
+    for (int64_t p = begin; p < end; ++p)
+      for (int v = 0; v < 2; ++v) {
+        const int64_t column = p * step + (glu ? 0 : v * W), row = glu ? v * g.I + column : column;
+        pack_transposed<C>(weight + row * g.H, g.H, g.H, g.I - column, packed + (p - begin) * items * NR + v * W);
       }
-      if (!kept) continue;
-      store(kept + r * g.halves() * g.I, first, n);
-      store(kept + r * g.halves() * g.I + (glu ? g.I : W), second, glu ? n : n - W);
-    }
-  };
-  rows_by_panels<C>(items_at<C>(g.x, 0), g.ld_h / C::kPair, g.rows, packed, items, panel_end - panel_begin, finish);
+    const Store* following = end < panel_end ? weight + end * step * g.H : nullptr;
+    Ahead ahead(following, glu && following ? following + g.I * g.H : nullptr,
+                (later - end) * step * g.H * int64_t(sizeof(Store)), Tiles(g.rows).count * (end - begin), items);
+    const auto finish = [&](int64_t row, int rows, int64_t p, const float* tile) {
+      const int64_t column = (begin + p) * step, n = g.I - column;
+      typename C::Elem* act = static_cast<typename C::Elem*>(g.act) + row * g.ld_i + column;
+      Store* kept = g.gate_up ? static_cast<Store*>(g.gate_up) + row * g.halves() * g.I + column : nullptr;
+      for (int r = 0; r < rows; ++r, act += g.ld_i) {
+        const vf first = loadu<vf>(tile + r * NR), second = loadu<vf>(tile + r * NR + W);
+        if (glu) {
+          store(act, first * sigmoid(first) * second, W);
+        } else {
+          vf density;
+          store(act, first * normal_cdf(first, density), W);
+          store(act + W, second * normal_cdf(second, density), W);
+        }
+        if (!kept) continue;
+        store(kept + r * g.halves() * g.I, first, n);
+        store(kept + r * g.halves() * g.I + (glu ? g.I : W), second, glu ? n : n - W);
+      }
+    };
+    rows_by_panels<C>(items_at<C>(g.x, 0), g.ld_h / C::kPair, g.rows, packed, items, items, end - begin, ahead, finish);
+  }
 }
 
 // g.y (+)= A[:, k] B[k, :] for one chunk of k; the first chunk stores.
 template <class C>
-inline void accumulate_y(const Group& g, const uint32_t* a, int64_t lda_items, const uint32_t* packed, int64_t items,
-                         int64_t panel_begin, int64_t panel_end, bool first) {
-  rows_by_panels<C>(a, lda_items, g.rows, packed, items, panel_end - panel_begin,
+inline void accumulate_y(const Group& g, const uint32_t* a, int64_t lda_items, const uint32_t* packed,
+                         int64_t panel_items, int64_t items, int64_t panel_begin, int64_t panels, bool first,
+                         Ahead& ahead) {
+  rows_by_panels<C>(a, lda_items, g.rows, packed, panel_items, items, panels, ahead,
                     [&](int64_t row, int rows, int64_t p, const float* tile) {
                       const int64_t column = (panel_begin + p) * NR, n = g.H - column;
                       float* y = g.y + row * g.H + column;
@@ -96,15 +137,22 @@ inline void accumulate_y(const Group& g, const uint32_t* a, int64_t lda_items, c
 template <class C>
 void down(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
   using Store = typename C::Store;
-  uint32_t* packed = static_cast<uint32_t*>(scratch);
   constexpr int64_t kChunk = kChunkItems * C::kPair;
-  for (int64_t k = 0; k < g.I; k += kChunk) {
-    const int64_t valid = min64(kChunk, g.I - k), items = (valid + C::kPair - 1) / C::kPair;
-    for (int64_t p = panel_begin; p < panel_end; ++p)
+  const int64_t panel_items = (g.I + C::kPair - 1) / C::kPair, width = block_panels<C>(g.I);
+  const int64_t chunks = (g.I + kChunk - 1) / kChunk;
+  const Store* weight = static_cast<const Store*>(g.down_proj);
+  uint32_t* packed = static_cast<uint32_t*>(scratch);
+  for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
+    const int64_t end = min64(panel_end, begin + width), later = min64(g.H, (end + width) * NR);
+    for (int64_t p = begin; p < end; ++p)
       for (int64_t c = p * NR, v = 0; v < 2; ++v, c += W)
-        pack_transposed<C>(static_cast<const Store*>(g.down_proj) + c * g.I + k, g.I, valid, g.H - c,
-                           packed + (p - panel_begin) * items * NR + v * W);
-    accumulate_y<C>(g, items_at<C>(g.act, k), g.ld_i / C::kPair, packed, items, panel_begin, panel_end, k == 0);
+        pack_transposed<C>(weight + c * g.I, g.I, g.I, g.H - c, packed + (p - begin) * panel_items * NR + v * W);
+    Ahead ahead(end < panel_end ? weight + end * NR * g.I : nullptr, nullptr,
+                (later - end * NR) * g.I * int64_t(sizeof(Store)), Tiles(g.rows).count * (end - begin) * chunks,
+                panel_items / chunks);
+    for (int64_t k = 0; k < g.I; k += kChunk)
+      accumulate_y<C>(g, items_at<C>(g.act, k), g.ld_i / C::kPair, packed + k / C::kPair * NR, panel_items,
+                      (min64(kChunk, g.I - k) + C::kPair - 1) / C::kPair, begin, end - begin, k == 0, ahead);
   }
 }
 
@@ -113,6 +161,7 @@ void dx(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
   using Store = typename C::Store;
   uint32_t* packed = static_cast<uint32_t*>(scratch);
   constexpr int64_t kChunk = kChunkItems * C::kPair;
+  Ahead none;
   for (int64_t half = 0; half < g.halves(); ++half)
     for (int64_t k = 0; k < g.I; k += kChunk) {
       const int64_t valid = min64(kChunk, g.I - k), items = (valid + C::kPair - 1) / C::kPair;
@@ -121,7 +170,7 @@ void dx(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
         for (int64_t c = p * NR, v = 0; v < 2; ++v, c += W)
           pack_natural<C>(weight + c, g.H, valid, g.H - c, packed + (p - panel_begin) * items * NR + v * W);
       accumulate_y<C>(g, items_at<C>(g.dgate_up, half * g.ld_i + k), g.halves() * g.ld_i / C::kPair, packed, items,
-                      panel_begin, panel_end, half == 0 && k == 0);
+                      items, panel_begin, panel_end - panel_begin, half == 0 && k == 0, none);
     }
 }
 
@@ -144,35 +193,40 @@ void dact(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
   using Store = typename C::Store;
   using Elem = typename C::Elem;
   const bool glu = g.activation == Activation::kSwiGLU;
-  const int64_t items = (g.H + C::kPair - 1) / C::kPair, all_panels = (g.I + NR - 1) / NR;
+  const int64_t items = (g.H + C::kPair - 1) / C::kPair, width = block_panels<C>(g.H), all = (g.I + NR - 1) / NR;
   uint32_t* packed = static_cast<uint32_t*>(scratch);
-  for (int64_t p = panel_begin; p < panel_end; ++p)
-    for (int64_t c = p * NR, v = 0; v < 2; ++v, c += W)
-      pack_natural<C>(static_cast<const Store*>(g.down_proj) + c, g.I, g.H, g.I - c,
-                      packed + (p - panel_begin) * items * NR + v * W);
-  const auto finish = [&](int64_t row, int rows, int64_t p, const float* tile) {
-    const int64_t column = (panel_begin + p) * NR;
-    for (int r = 0; r < rows; ++r) {
-      const Store* kept = static_cast<const Store*>(g.gate_up) + (row + r) * g.halves() * g.I + column;
-      Elem* weighted = static_cast<Elem*>(g.act) + (row + r) * g.ld_i + column;
-      Elem* dgate_up = static_cast<Elem*>(g.dgate_up) + (row + r) * g.halves() * g.ld_i + column;
-      const float weight = g.row_weight ? g.row_weight[row + r] : 1.f;
-      vf product{};
-      for (int v = 0; v < NR; v += W) {
-        const int64_t n = g.I - column - v;
-        const vf gradient = loadu<vf>(tile + r * NR + v), gate = load(kept + v, n);
-        const ActGrad d = glu ? swiglu_grad(gate, load(kept + g.I + v, n)) : gelu_grad(gate);
-        product += gradient * d.act;
-        store(weighted + v, weight * d.act, W);
-        store(dgate_up + v, weight * gradient * d.dgate, W);
-        if (glu) store(dgate_up + g.ld_i + v, weight * gradient * d.dup, W);
+  Ahead none;
+  for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
+    const int64_t end = min64(panel_end, begin + width);
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t c = p * NR, v = 0; v < 2; ++v, c += W)
+        pack_natural<C>(static_cast<const Store*>(g.down_proj) + c, g.I, g.H, g.I - c,
+                        packed + (p - begin) * items * NR + v * W);
+    const auto finish = [&](int64_t row, int rows, int64_t p, const float* tile) {
+      const int64_t column = (begin + p) * NR;
+      for (int r = 0; r < rows; ++r) {
+        const Store* kept = static_cast<const Store*>(g.gate_up) + (row + r) * g.halves() * g.I + column;
+        Elem* weighted = static_cast<Elem*>(g.act) + (row + r) * g.ld_i + column;
+        Elem* dgate_up = static_cast<Elem*>(g.dgate_up) + (row + r) * g.halves() * g.ld_i + column;
+        const float weight = g.row_weight ? g.row_weight[row + r] : 1.f;
+        vf product{};
+        for (int v = 0; v < NR; v += W) {
+          const int64_t n = g.I - column - v;
+          const vf gradient = loadu<vf>(tile + r * NR + v), gate = load(kept + v, n);
+          const ActGrad d = glu ? swiglu_grad(gate, load(kept + g.I + v, n)) : gelu_grad(gate);
+          product += gradient * d.act;
+          store(weighted + v, weight * d.act, W);
+          store(dgate_up + v, weight * gradient * d.dgate, W);
+          if (glu) store(dgate_up + g.ld_i + v, weight * gradient * d.dup, W);
+        }
+        if (g.drow_weight_parts) g.drow_weight_parts[(row + r) * all + begin + p] = sum(product);
       }
-      if (g.drow_weight_parts) g.drow_weight_parts[(row + r) * all_panels + panel_begin + p] = sum(product);
-    }
-  };
-  rows_by_panels<C>(items_at<C>(g.dout, 0), g.ld_h / C::kPair, g.rows, packed, items, panel_end - panel_begin, finish);
+    };
+    rows_by_panels<C>(items_at<C>(g.dout, 0), g.ld_h / C::kPair, g.rows, packed, items, items, end - begin, none, finish);
+  }
 }
 
+// ---------------------------------------------------------------------------------------------- weight gradients
 // out[f, c] = sum over rows of a(row, f) b(row, c), for one block; a, b compute buffers, out storage.
 template <class C>
 void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::Elem* b, int64_t ldb, int64_t rows,
@@ -197,7 +251,7 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
       pack_features<C>(a + k * lda + feature, lda, valid, count, packed_a);
       const Micro kernel = micro_for<C, true>(count);
       for (int64_t p = 0; p < panels; ++p) {
-        kernel(packed_a, 0, packed_b + p * items * NR, items, tile);
+        kernel(packed_a, 0, packed_b + p * items * NR, items, tile, reinterpret_cast<const char*>(tile), 0);
         float* kept = sums + (i * kGradPanels + p) * MR * NR;
         for (int r = 0; r < count; ++r)
           for (int v = 0; v < NR; v += W) {

@@ -44,8 +44,10 @@ inline void multiply_add(vf& acc, const uint32_t* a, vf b) {
 
 // tile[r][0..2W) = sum over k of A(r, k) B(k, :). A(r, k) = a[r * lda + k], or a[k * rows + r] when kPacked.
 // Registers are emptied into the tile every kRegisterItems: rounding errors then grow like those of a blocked sum.
+// Meanwhile `ahead`, memory that a later call packs, is brought into L2, ahead_step bytes per k.
 template <class C, bool kPacked, int rows>
-void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, float* tile) {
+void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, float* tile, const char* ahead,
+           int64_t ahead_step) {
   constexpr int kBases = kPacked ? 1 : (rows + 2) / 3;
   const uint32_t* base[kBases];
 #pragma GCC unroll 8
@@ -59,6 +61,8 @@ void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, flo
       const vf b0 = loadu<vf>(b), b1 = loadu<vf>(b + W);
       __builtin_prefetch(b + 8 * NR);
       __builtin_prefetch(b + 8 * NR + W);
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += ahead_step;
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
         const uint32_t* item = kPacked ? base[0] + r : base[r / 3] + (r % 3) * lda;
@@ -78,7 +82,7 @@ void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, flo
   }
 }
 
-using Micro = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*);
+using Micro = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*, const char*, int64_t);
 
 template <class C, bool kPacked, int rows = MR>
 inline Micro micro_for(int count) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -74,14 +75,20 @@ class DiTMoEBlock(nn.Module):
         """Apply the block to (..., H); arguments and results as in MoELayer.forward."""
         kinds, config = self._weights(), self.moe_config
         if not torch.compiler.is_compiling():
-            _rehome(kinds)
+            self._mend(kinds)
         return moe_forward(
             x, self.gate.weight, kinds, config.router, "swiglu", config.backend, self.training, return_aux_loss
         )
 
     def rehome(self) -> bool:
         """Make the parameters views of one slab per kind of matrix where they are not; return whether any moved."""
-        return _rehome(self._weights())
+        return self._mend(self._weights())
+
+    def _mend(self, kinds: tuple[list[nn.Parameter] | None, ...]) -> bool:
+        broken = [kind for kind in kinds if kind is not None and weights.slab_problem(kind)]
+        if broken:
+            _refuse_fsdp(self)
+        return any([weights.rehome(kind) for kind in broken])
 
     def _weights(self) -> tuple[list[nn.Parameter] | None, ...]:
         gate_up, down = [], []
@@ -102,8 +109,19 @@ class DiTMoEBlock(nn.Module):
         return f"router={config.router}, backend={chosen}"
 
 
-def _rehome(kinds: tuple[list[nn.Parameter] | None, ...]) -> bool:
-    return any([weights.rehome(kind) for kind in kinds if kind is not None])
+def _refuse_fsdp(block: nn.Module) -> None:
+    """Raise where fully_shard manages the parameters: it would not notice that they moved, and train stale copies."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule) and any(child is block for child in module.modules()):
+            raise RuntimeError(
+                "replace_moe: FSDP shards the parameters of a replaced block, which have to be views of one slab; "
+                "expected whole parameters: use DDP, or give FSDP the block's parameters as ignored_params"
+            )
 
 
 def _looks_like_a_block(module: nn.Module) -> bool:

@@ -44,7 +44,7 @@ def check_name(name: object) -> None:
 
 def get(name: object) -> Backend:
     """Return the backend of that name. Raises: see `check_name`."""
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(map(repr, ('auto', *CLASSES)))}")
     backend, reason = _load(name)
     if backend is None or reason:
@@ -60,6 +60,8 @@ def choose(name: str, case: Case) -> Backend:
     """
     if name == "auto":
         name = os.environ.get(ENVIRONMENT, "auto")
+        if name not in ("auto", *CLASSES):
+            raise ValueError(f"{ENVIRONMENT}: got {name!r}, expected one of {', '.join(map(repr, ('auto', *CLASSES)))}")
     return _choose(name, case)
 
 

@@ -50,6 +50,8 @@ def check(
 
 
 def _as_list(name: str, value: Weights, x: Tensor) -> list[Tensor]:
+    if not hasattr(value, "__iter__"):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor or a sequence of tensors")
     tensors = [value] if isinstance(value, Tensor) else list(value)
     if not tensors:
         raise ValueError(f"{name}: got an empty sequence, expected weights")
@@ -95,8 +97,10 @@ def stack(
     )
 
 
-def unstack_gradient(gradient: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+def unstack_gradient(gradient: Tensor | None, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """Return the gradient of a weight argument as views of the stacked gradient, one for each of its tensors."""
+    if gradient is None or not tensors:
+        return [None] * len(tensors)
     if len(tensors) == 1:
         return [gradient.view(tensors[0].shape)]
     return list(gradient.view(len(tensors), *tensors[0].shape).unbind(0))

@@ -78,12 +78,14 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(x, output[1], *plan, *gate_up_proj, *down_proj)
 
 
-def _backward(ctx: Any, dy_rows: Tensor, dgate_up: None):
+def _backward(ctx: Any, dy_rows: Tensor | None, dgate_up: None):
     require_saved(ctx.saved)
     x, gate_up, *rest = ctx.saved_tensors
     plan, weights = rest[:7], rest[7:]
     lists = weights[: ctx.num_gate_up], weights[ctx.num_gate_up :]
-    dx, *gradients = _experts_bwd(dy_rows, x, plan, *lists, gate_up, ctx.activation, ctx.backend)
+    dx, *gradients = None, None, None
+    if dy_rows is not None:
+        dx, *gradients = _experts_bwd(dy_rows, x, plan, *lists, gate_up, ctx.activation, ctx.backend)
     return dx, [None] * 7, *map(unstack_gradient, gradients, lists), None, None, None
 
 

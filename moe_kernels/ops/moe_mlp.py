@@ -89,16 +89,18 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(x, *output[1:], *plan, *(tensor for tensors in weights for tensor in tensors))
 
 
-def _backward(ctx: Any, dout: Tensor, dgate_up: None, dshared_gate_up: None):
+def _backward(ctx: Any, dout: Tensor | None, dgate_up: None, dshared_gate_up: None):
     require_saved(ctx.saved)
     x, gate_up, shared_gate_up, *rest = ctx.saved_tensors
     plan, flat = rest[:7], iter(rest[7:])
     weights = [[next(flat) for _ in range(length)] for length in ctx.lengths]
-    dx, drow_weight, *gradients = _moe_mlp_bwd(
-        dout, x, plan, *weights, gate_up, shared_gate_up, ctx.activation, ctx.backend
-    )
+    dx, drow_weight, *gradients = [None] * 6
+    if dout is not None:
+        dx, drow_weight, *gradients = _moe_mlp_bwd(
+            dout, x, plan, *weights, gate_up, shared_gate_up, ctx.activation, ctx.backend
+        )
     dplan = [None, None, None, drow_weight, None, None, None]
-    dweights = [unstack_gradient(g, w) if w else [] for g, w in zip(gradients, weights, strict=True)]
+    dweights = [unstack_gradient(g, w) for g, w in zip(gradients, weights, strict=True)]
     return dx, dplan, *dweights, None, None, None
 
 
