@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import moe_kernels
-from bench import digits, fid, load, parity, pictures, progress, report, shapes, stages, store, training
+from bench import checkpoints, digits, fid, load, parity, pictures, progress, report, shapes, stages, store, training
 
 ROOT = Path(__file__).parent.parent
 THRESHOLDS = {"classifier": 0.97, "guided": 0.95, "plain": 0.85}
@@ -176,9 +176,9 @@ class Job:
         tokens = (self.data.shape[1] // 2) ** 2
         self.case = dataclasses.replace(self.size.parity, samples=scaled(self.size.parity.samples, 16 / tokens, 100))
         changes = self.size.recipe
-        batch = scaled(changes.get("batch", training.Recipe.batch), 16 / tokens, 8)
-        self.recipe = training.Recipe.of(self.data, **{**changes, "batch": batch})
-        self.foreign = training.load_foreign(args.ckpt, self.data) if args.ckpt else None
+        batch = scaled(changes.get("batch", checkpoints.Recipe.batch), 16 / tokens, 8)
+        self.recipe = checkpoints.Recipe.of(self.data, **{**changes, "batch": batch})
+        self.foreign = checkpoints.load_foreign(args.ckpt, self.data) if args.ckpt else None
         identity = f"{self.foreign.identity}-{self.data.digest()}" if self.foreign else self.recipe.hash
         self.folder.mkdir(parents=True, exist_ok=True)
         if args.fresh:
@@ -197,21 +197,21 @@ class Job:
         return digits.train_classifier(self.data, self.size.epochs)
 
     @cached_property
-    def trained(self) -> training.Trained:
+    def trained(self) -> checkpoints.Trained:
         """Take the given checkpoint, one of this recipe (this folder's, then the committed one), or train."""
         if self.foreign:
             return self.foreign
         own, state = self.folder / "model.safetensors", self.folder / "training.pt"
-        found = training.load_checkpoint(self.recipe, own)
+        found = checkpoints.load_checkpoint(self.recipe, own)
         if not found and not self.args.fresh and not state.exists():
-            found = training.load_checkpoint(self.recipe, training.ASSET)
+            found = checkpoints.load_checkpoint(self.recipe, checkpoints.ASSET)
         if found:
             progress.say(
                 f"  recipe {self.recipe.hash} unchanged: {found.origin} is used, not trained again (--fresh does)"
             )
             return found
         found = training.train(self.recipe, self.data, state)
-        training.save_checkpoint(own, found, {})
+        checkpoints.save_checkpoint(own, found, {})
         state.unlink()
         return found
 
@@ -286,7 +286,7 @@ class Job:
             "plain": digits.recognised(model, plain, ladder.labels),
         }
         if trained.origin == "trained":
-            training.save_checkpoint(self.folder / "model.safetensors", trained, {**came, **fd})
+            checkpoints.save_checkpoint(self.folder / "model.safetensors", trained, {**came, **fd})
         thresholds = {name: (value, THRESHOLDS[name]) for name, value in came.items()}
         shown = dict(guidance=case.guidance, steps=case.steps, copies=vars(copies), no_copies=copies.none)
         return [store.row("figures", thresholds=thresholds, **shown, **fd), store.row("load", layers=counted.summary())]

@@ -1,7 +1,7 @@
 """Statistics of times: summaries, the ratio of two medians with its interval, and verdicts that do not cry wolf.
 
 Times of one program on a shared machine are autocorrelated and heavy-tailed. So everything rests on medians and
-ranks, the bootstrap resamples blocks, and Mann-Whitney's variance is inflated by the autocorrelation time found in
+ranks, and both the bootstrap's interval and Mann-Whitney's variance are widened by the autocorrelation time found in
 the ranks. Pure numpy.
 """
 

@@ -112,7 +112,7 @@ def test_real_routing_is_replayed_and_checked(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"got routing over \(experts, picks\) = \(8, 2\), expected \(16, 2\)"):
         draw("real", E=16)
     np.savez(tmp_path / "routing.npz", topk_ids=ids.numpy())
-    with pytest.raises(ValueError, match="expected .*num_experts.* too"):
+    with pytest.raises(ValueError, match=r"expected .*num_experts.* too"):
         draw("real")
 
 

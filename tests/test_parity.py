@@ -9,10 +9,10 @@ import torch
 
 import moe_kernels
 from bench import parity
+from bench.checkpoints import Recipe
 from bench.digits import Dataset, load_digits, train_classifier
 from bench.load import count_load, mutual_information
 from bench.parity import DTYPES, SABOTAGES, Case, Ladder, replaced
-from bench.training import Recipe
 from reference.dit import DiTMoE
 from reference.moe import moe
 

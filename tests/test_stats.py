@@ -132,13 +132,22 @@ def test_autocorrelation_time_of_an_ar1_series(phi, tau):
     assert np.median([stats.autocorrelation_time(row) for row in x]) == pytest.approx(tau, rel=0.25)
 
 
-def test_bootstrap_interval_covers_the_true_ratio():
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("phi", [0.0, 0.5, 0.8])
+def test_interval_covers_the_true_ratio(phi, paired):
     rng = np.random.default_rng(3)
     covered = 0
-    for base, head in noise(rng, (300, 2, 80), phi=0.3):
-        interval = stats.ratio(base, head * 1.1, resamples=300)
+    for base, head in noise(rng, (300, 2, 80), phi=phi):
+        interval = stats.ratio(base, head * 1.1, paired=paired, resamples=300)
         covered += interval.low <= 1 / 1.1 <= interval.high
-    assert 0.88 <= covered / 300 <= 0.99
+    assert 0.92 <= covered / 300 <= 0.995
+
+
+def test_a_short_series_with_a_trend_has_no_interval_of_width_zero():
+    drift = np.linspace(1.0, 1.2, 15)
+    for paired in (False, True):
+        interval = stats.ratio(drift, drift[::-1] * 1.5, paired=paired)
+        assert interval.low < 0.97 * interval.value and 1.03 * interval.value < interval.high
 
 
 def test_pairing_cancels_what_disturbs_both():

@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from bench import training
+from bench.checkpoints import ASSET, Recipe, load_checkpoint, load_foreign, save_checkpoint
 from bench.digits import load_digits
-from bench.training import Recipe, Trainer, load_checkpoint, load_foreign, sample, save_checkpoint, train
+from bench.training import Trainer, sample, train
+from reference.dit import DiTMoE
 
 SMALL = dict(hidden_size=32, depth=1, num_heads=2, steps=6, batch=8, warmup=2)
 
@@ -95,7 +96,7 @@ def test_every_field_of_the_recipe_is_in_its_hash(trained):
 
 def test_committed_checkpoint_belongs_to_the_default_recipe(digits):
     assert load_checkpoint(Recipe.of(digits)) is not None, "recipe or data changed: train anew and commit the file"
-    assert training.ASSET.stat().st_size < 9e6
+    assert ASSET.stat().st_size < 9e6
 
 
 def test_foreign_checkpoint_is_read_by_its_shapes(digits, trained, tmp_path):
@@ -115,7 +116,7 @@ def test_bad_foreign_checkpoints_are_named(digits, trained, tmp_path):
     dense = tmp_path / "dense.pt"
     torch.save({"x_embedder.proj.weight": torch.zeros(32, 1, 2, 2)}, dense)
     other = tmp_path / "other.pt"
-    torch.save(training.DiTMoE(dataclasses.replace(trained.recipe.config, in_channels=4)).state_dict(), other)
+    torch.save(DiTMoE(dataclasses.replace(trained.recipe.config, in_channels=4)).state_dict(), other)
     for bad, match in ((path, "cut"), (dense, r"dense.*missing"), (other, "--data"), (tmp_path / "no.pt", "no")):
         with pytest.raises(ValueError, match=rf"--ckpt .*{match}"):
             load_foreign(bad, digits)

@@ -11,6 +11,8 @@
 namespace moe {
 namespace {
 
+constexpr int64_t kHugePage = int64_t(1) << 21;
+
 struct Block {
   char* data;
   int64_t capacity;
@@ -21,7 +23,6 @@ std::vector<Block> pool;
 int64_t pool_bytes = 0;
 
 Block allocate(int64_t bytes) {
-  constexpr int64_t kHugePage = int64_t(1) << 21;
   const int64_t capacity = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   void* data = nullptr;
   MOE_CHECK(posix_memalign(&data, size_t(kHugePage), size_t(capacity)) == 0, "workspace: out of memory for ", bytes,
@@ -59,6 +60,12 @@ void* Workspace::take_bytes(int64_t bytes) {
   void* out = data_ + used_;
   used_ += padded(bytes);
   return out;
+}
+
+void advise_huge_pages(void* data, int64_t bytes) {
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kHugePage * kHugePage;
+  if (data && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
 int64_t workspace_bytes() {

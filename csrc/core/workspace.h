@@ -28,6 +28,9 @@ class Workspace {
   int64_t used_ = 0;
 };
 
+// Ask for huge pages under a large fresh buffer: a 4 KiB page fault costs more than the stores that fill the page.
+void advise_huge_pages(void* data, int64_t bytes);
+
 int64_t workspace_bytes();    // held by the pool, leased or not
 void release_workspace();     // give unleased blocks back to the system
 

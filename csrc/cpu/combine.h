@@ -18,7 +18,7 @@ struct CombineArgs {
   void* out;                         // (T, H)
 };
 
-// out[t] = shared[t] + sum over the token's rows, ascending, of row_weight * y; fp32, rounded once.
+// out[t] = sum over the token's rows, ascending, of row_weight * y, then + shared[t]; fp32, rounded once.
 void combine_rows(const CombineArgs&);
 
 // dy_rows[r] = row_weight[r] * dout[token]; drow_weight[r] = dout[token] . y_rows[r]. All of them of dtype.

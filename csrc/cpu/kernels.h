@@ -61,7 +61,7 @@ struct Kernels {
   void (*ddown_proj[kComputes])(const Group&, const GradBlock&, void* scratch);
   void (*dgate_up_proj[kComputes])(const Group&, const GradBlock&, void* scratch);
 
-  // out[t] = shared[t] + sum over the token's rows of row_weight * y, fixed order, fp32; out in storage dtype.
+  // out[t] = sum over the token's rows, ascending, of row_weight * y, then + shared[t]; fp32; out in storage dtype.
   void (*combine[2])(const float* y, const float* row_weight, const int32_t* token_row_offsets,
                      const int32_t* token_rows, const float* shared, void* out, int64_t H, int64_t begin, int64_t end);
   // logits[t, e] = x[t] . weight[e], weight widened to fp32.

@@ -12,12 +12,13 @@ void combine(const float* y, const float* row_weight, const int32_t* token_row_o
   for (int64_t t = begin; t < end; ++t)
     for (int64_t h = 0; h < H; h += W) {
       const int64_t n = H - h;
-      vf value = shared ? load(shared + t * H + h, n) : vf{};
+      vf value{};
       for (int32_t i = token_row_offsets[t]; i < token_row_offsets[t + 1]; ++i) {
         const int64_t row = token_rows[i];
         const vf routed = load(y + row * H + h, n);
         value += row_weight ? row_weight[row] * routed : routed;
       }
+      if (shared) value += load(shared + t * H + h, n);  // last: one rounding at its magnitude instead of one per row
       store(static_cast<S*>(out) + t * H + h, value, n);
     }
 }

@@ -45,6 +45,7 @@ def replace_moe(model: nn.Module, backend: str = "auto") -> int:
             "a ModuleList of modules with gate_proj, up_proj and down_proj"
         )
     configs = [_check_block(path or type(block).__name__, block, backend) for path, block in blocks.items()]
+    _check_untied(blocks)
     for block, config in zip(blocks.values(), configs, strict=True):
         block.moe_config = config
         block.__class__ = DiTMoEBlock
@@ -154,6 +155,15 @@ def _check_block(path: str, block: nn.Module, backend: str) -> BlockConfig:
         known |= {f"shared_experts.{kind}.weight" for kind in KINDS}
     _check_extras(path, block, known)
     return BlockConfig(_router(path, block, E), backend)
+
+
+def _check_untied(blocks: dict[str, nn.Module]) -> None:
+    owners: dict[int, str] = {}
+    for path, block in blocks.items():
+        for name, parameter in block.named_parameters():
+            owner = owners.setdefault(id(parameter), f"{path}.{name}")
+            if owner != f"{path}.{name}":
+                raise ValueError(f"{path}.{name}: got the parameter of {owner}, expected one of its own")
 
 
 def _check_mlp(path: str, mlp: nn.Module, H: int, like: Tensor) -> int:
