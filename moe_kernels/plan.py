@@ -15,6 +15,7 @@ class RoutingPlan:
 
     All sizes follow from T, K, E or the capacity, never from the values: building a plan does not wait for the device.
     Offsets are exclusive prefix sums: expert e owns the rows expert_offsets[e] to expert_offsets[e + 1].
+    The ops check shapes, dtypes and devices of a plan; its contents are checked by `validate` alone.
     """
 
     expert_counts: Tensor  # (E,) int32

@@ -107,7 +107,7 @@ class Backend(ABC):
 
     @abstractmethod
     def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
-        """(R,H) -> shared + sum over a token's rows, ascending, of row_weight y: (T,H), float32 accumulation."""
+        """(R,H) -> sum over a token's rows, ascending, of row_weight y, and shared before or after it: (T,H)."""
 
     @abstractmethod
     def combine_bwd(self, dout: Tensor, y_rows: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:

@@ -34,8 +34,8 @@ def _empty_plan(device: torch.device, num_tokens: int, num_experts: int, num_row
 class NativeBackend(Backend):
     """Kernels of csrc/cpu, loaded after torch so that both share one libgomp.
 
-    The ISA level (avx512bf16, avx512, avx2, portable) is chosen at run time; MOE_KERNELS_ISA forces one. Results are the
-    same bits at any number of threads.
+    The ISA level (avx512bf16, avx512, avx2, portable) is chosen at run time; MOE_KERNELS_ISA forces one. Results are
+    the same bits at any number of threads.
     """
 
     name = "native"
@@ -62,7 +62,8 @@ class NativeBackend(Backend):
             _view(x), _view(weight), _view(probs), _view(topk_weights), _view(topk_ids), torch.get_num_threads()
         )
         if bad >= 0:
-            raise ValueError(f"x, gate_weight: got router logits that are not finite (token {bad}), expected finite ones")
+            got = f"got router logits that are not finite (token {bad})"
+            raise ValueError(f"x, gate_weight: {got}, expected finite ones")
         return topk_weights, topk_ids, probs
 
     def gating_bwd(self, dtopk_weights, dprobs, x, gate_weight, topk_ids, probs) -> tuple[Tensor, Tensor]:
@@ -110,9 +111,7 @@ class NativeBackend(Backend):
         (R, H), T = y_rows.shape, plan.num_tokens
         out = y_rows.new_empty((T, H))
         work = y_rows.new_empty((R + (0 if shared is None else T), H), dtype=torch.float32)
-        self._c.combine(
-            _view(y_rows), _views(plan), _view(shared), _view(out), _view(work), torch.get_num_threads()
-        )
+        self._c.combine(_view(y_rows), _views(plan), _view(shared), _view(out), _view(work), torch.get_num_threads())
         return out
 
     def combine_bwd(self, dout: Tensor, y_rows: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:

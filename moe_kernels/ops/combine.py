@@ -18,6 +18,7 @@ def combine(y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None = None, bac
     """Sum the rows of every token with their weights, and the shared expert's output.
 
     out_t = shared_t + sum over the rows r of t, ascending, of row_weight_r y_r; accumulated in float32 (float64).
+    Whether shared_t comes first or last in the sum is the backend's choice, and always the same.
 
     Args:
         y_rows: (R, H); float32, bfloat16, float16 or float64.

@@ -1,0 +1,139 @@
+"""The native extension as a citizen of the process: instruction-set levels, fork, threads, memory, one OpenMP pool."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import moe_kernels
+from moe_kernels.backends import registry
+
+if not registry.get("native").available():
+    pytest.skip("the native extension is not built", allow_module_level=True)
+from moe_kernels import _C
+
+LAYER_ERROR = """
+import torch, moe_kernels
+from moe_kernels import _C
+torch.manual_seed(0)
+for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)):
+    for activation in ("swiglu", "gelu"):
+        layer = moe_kernels.MoELayer(40, 56, 5, 2, 24, activation=activation, backend="native").to(dtype)
+        exact = moe_kernels.MoELayer(40, 56, 5, 2, 24, activation=activation, backend="eager").double()
+        exact.load_state_dict(layer.state_dict())
+        x = torch.randn(53, 40).to(dtype).requires_grad_()
+        wide = x.detach().double().requires_grad_()
+        layer(x).square().sum().backward()
+        exact(wide).square().sum().backward()
+        for ours, oracle in ((x.grad, wide.grad), (layer.gate_up_proj.grad, exact.gate_up_proj.grad)):
+            assert (ours.double() - oracle).norm() < bound * oracle.norm(), (dtype, activation)
+print(_C.isa_level())
+"""
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("level", _C.isa_levels())
+def test_every_level_of_this_cpu_is_right(level):
+    done = run_python(LAYER_ERROR, MOE_KERNELS_ISA=level)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == level
+
+
+def test_an_unknown_level_is_named():
+    done = run_python("from moe_kernels import _C; _C.isa_level()", MOE_KERNELS_ISA="avx1024")
+    assert "avx1024" in done.stderr and "portable" in done.stderr
+
+
+def layer_and_input():
+    torch.manual_seed(1)
+    return moe_kernels.MoELayer(32, 64, 4, 2, 32, backend="native"), torch.randn(300, 32)
+
+
+def test_a_forked_child_computes_the_same():
+    layer, x = layer_and_input()
+    expected = layer(x).detach()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # libgomp's threads are gone here: the child must not wait for them
+        same = torch.equal(registry.get("native").moe_mlp(*fused_arguments(layer, x))[0], expected)
+        os.write(writer, b"1" if same else b"0")
+        os._exit(0)
+    os.close(writer)
+    assert os.read(reader, 1) == b"1"
+    os.waitpid(child, 0)
+
+
+def fused_arguments(layer, x):
+    from moe_kernels.backends.base import MoEWeights
+
+    native = registry.get("native")
+    topk_weights, topk_ids, _ = native.gating(x, layer.gate_weight.detach(), 2)
+    plan = native.dispatch(topk_ids, topk_weights, 4)
+    names = "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj"
+    return x, plan, MoEWeights(*(getattr(layer, name).detach() for name in names)), "swiglu", False
+
+
+def test_concurrent_calls_do_not_share_scratch():
+    layer, x = layer_and_input()
+    inputs = [x * (i + 1) for i in range(4)]
+    expected = [layer(value).detach() for value in inputs]
+    wrong = []
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            if not torch.equal(layer(inputs[i]).detach(), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_scratch_memory_is_reported_and_released():
+    layer, x = layer_and_input()
+    layer(x)
+    assert _C.workspace_bytes() > 0
+    _C.release_workspace()
+    assert _C.workspace_bytes() == 0
+
+
+def test_one_openmp_pool_with_torch():
+    layer, x = layer_and_input()
+    layer(x)
+    with open("/proc/self/maps") as maps:
+        pools = {line.split()[-1] for line in maps if "libgomp" in line}
+    if "torch" not in next(iter(pools), ""):
+        pytest.skip("this torch brings no libgomp of its own")
+    assert len(pools) == 1
+
+
+def test_buffers_are_checked_before_they_are_read():
+    x = torch.zeros(4, 8)
+    short = _C.Tensor(x.data_ptr(), 0, [4, 16], [16, 1], x.nbytes)
+    weight, ids = torch.zeros(2, 16), torch.zeros(4, 1, dtype=torch.int32)
+
+    def view(t, tag=0):
+        return _C.Tensor(t.data_ptr(), tag, t.shape, t.stride(), t.nbytes)
+
+    outputs = view(torch.zeros(4, 2)), view(torch.zeros(4, 1)), view(ids, 2)
+    with pytest.raises(ValueError, match=r"x: buffer of 128 bytes, expected at least 256"):
+        _C.gating_fwd(short, view(weight), *outputs, 1)
+
+
+def test_peak_is_plausible():
+    one, two = (_C.peak_gflops("float32", threads=n, seconds=0.05) for n in (1, 2))
+    assert 1 < one < 2000
+    assert two > 1.2 * one or os.cpu_count() == 1
