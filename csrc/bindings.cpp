@@ -187,7 +187,7 @@ void py_experts_bwd(const Tensor& dy_rows, const Tensor& x, const Plan& plan, co
 }
 
 void py_combine(const Tensor& y_rows, const Plan& plan, const std::optional<Tensor>& shared, const Tensor& out,
-                const Tensor& work, int threads) {
+                int threads) {
   expect_float("y_rows", y_rows);
   const int64_t R = y_rows.sizes.at(0), T = out.sizes.at(0), H = out.sizes.at(1);
   y_rows.expect("y_rows", y_rows.dtype, {R, H});
@@ -196,13 +196,9 @@ void py_combine(const Tensor& y_rows, const Plan& plan, const std::optional<Tens
   MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
   const PlanView view = view_of(plan, T, plan[0].sizes.at(0));
   MOE_CHECK(plan[2].sizes[0] == R, "plan: ", plan[2].sizes[0], " rows, expected the ", R, " of y_rows");
-  work.expect("work", F32, {R + (shared ? T : 0), H});
   py::gil_scoped_release release;
-  widen_rows(y_rows.data, work.as<float>(), R * H, y_rows.dtype, threads);
-  float* shared_fp32 = shared ? work.as<float>() + R * H : nullptr;
-  if (shared) widen_rows(shared->data, shared_fp32, T * H, y_rows.dtype, threads);
-  combine_rows({T, H, y_rows.dtype, threads, work.as<float>(), view.row_weight, view.token_row_offsets, view.token_rows,
-                shared_fp32, out.data});
+  combine_rows({T, H, y_rows.dtype, y_rows.dtype, threads, y_rows.data, view.row_weight, view.token_row_offsets,
+                view.token_rows, optional(shared).data, out.data});
 }
 
 void py_combine_bwd(const Tensor& dout, const Tensor& y_rows, const Plan& plan, const Tensor& dy_rows,

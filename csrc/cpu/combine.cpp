@@ -39,7 +39,7 @@ void combine_bwd_rows(int64_t H, const int32_t* row_token, const float* row_weig
 
 void combine_rows(const CombineArgs& a) {
   parallel_ranges(a.threads, a.T, kTokenGrain, [&](int64_t begin, int64_t end) {
-    kernels().combine[int(a.dtype)](a.y, a.row_weight, a.token_row_offsets, a.token_rows, a.shared, a.out, a.H, begin,
+    kernels().combine[int(a.y_dtype)][int(a.dtype)](a.y, a.row_weight, a.token_row_offsets, a.token_rows, a.shared, a.out, a.H, begin,
                                     end);
   });
 }
@@ -62,15 +62,6 @@ void round_rows(const float* source, void* out, int64_t count, Dtype dtype, int 
       std::copy(source + begin, source + end, static_cast<float*>(out) + begin);
     else
       std::transform(source + begin, source + end, static_cast<bf16*>(out) + begin, to_bf16);
-  });
-}
-
-void widen_rows(const void* source, float* out, int64_t count, Dtype dtype, int threads) {
-  parallel_ranges(threads, count, 1 << 14, [&](int64_t begin, int64_t end) {
-    if (dtype == Dtype::kFloat32)
-      std::copy(static_cast<const float*>(source) + begin, static_cast<const float*>(source) + end, out + begin);
-    else
-      for (int64_t i = begin; i < end; ++i) out[i] = to_float(static_cast<const bf16*>(source)[i]);
   });
 }
 

@@ -8,13 +8,14 @@ namespace moe {
 
 struct CombineArgs {
   int64_t T, H;
-  Dtype dtype;  // of out
+  Dtype y_dtype;  // of y and shared: fp32, or that of out
+  Dtype dtype;    // of out
   int threads;
-  const float* y;                    // (R, H)
+  const void* y;                     // (R, H)
   const float* row_weight;           // (R,), null: 1
   const int32_t* token_row_offsets;  // (T + 1,)
   const int32_t* token_rows;         // (R,)
-  const float* shared;               // (T, H), null: none
+  const void* shared;                // (T, H), null: none
   void* out;                         // (T, H)
 };
 
@@ -25,8 +26,7 @@ void combine_rows(const CombineArgs&);
 void combine_bwd(int64_t R, int64_t H, Dtype dtype, int threads, const int32_t* row_token, const float* row_weight,
                  const void* dout, const void* y_rows, void* dy_rows, float* drow_weight);
 
-// Round fp32 to dtype; widen dtype to fp32.
+// Round fp32 to dtype.
 void round_rows(const float* source, void* out, int64_t count, Dtype dtype, int threads);
-void widen_rows(const void* source, float* out, int64_t count, Dtype dtype, int threads);
 
 }  // namespace moe

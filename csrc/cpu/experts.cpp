@@ -285,7 +285,7 @@ class Engine {
 };
 
 CombineArgs combine_args(const MoeSizes& s, const PlanView& plan, const float* y, bool weighted, void* out) {
-  return {s.T, s.H, s.dtype, s.threads, y, weighted ? plan.row_weight : nullptr, plan.token_row_offsets,
+  return {s.T, s.H, Dtype::kFloat32, s.dtype, s.threads, y, weighted ? plan.row_weight : nullptr, plan.token_row_offsets,
           plan.token_rows, s.Is > 0 ? y + s.R * s.H : nullptr, out};
 }
 

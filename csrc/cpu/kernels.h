@@ -62,8 +62,10 @@ struct Kernels {
   void (*dgate_up_proj[kComputes])(const Group&, const GradBlock&, void* scratch);
 
   // out[t] = sum over the token's rows, ascending, of row_weight * y, then + shared[t]; fp32; out in storage dtype.
-  void (*combine[2])(const float* y, const float* row_weight, const int32_t* token_row_offsets,
-                     const int32_t* token_rows, const float* shared, void* out, int64_t H, int64_t begin, int64_t end);
+  // [dtype of y and shared][dtype of out]; bf16 in and fp32 out is not needed.
+  void (*combine[2][2])(const void* y, const float* row_weight, const int32_t* token_row_offsets,
+                        const int32_t* token_rows, const void* shared, void* out, int64_t H, int64_t begin,
+                        int64_t end);
   // logits[t, e] = x[t] . weight[e], weight widened to fp32.
   void (*logits[2])(const void* x, const float* weight, float* logits, int64_t H, int64_t E, int64_t begin, int64_t end);
   // dx[t] = dlogits[t] weight; columns [begin, end) of dweight = dlogits^T x over all T tokens.

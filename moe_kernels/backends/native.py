@@ -108,10 +108,8 @@ class NativeBackend(Backend):
         return dx, dgate_up_proj, ddown_proj
 
     def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
-        (R, H), T = y_rows.shape, plan.num_tokens
-        out = y_rows.new_empty((T, H))
-        work = y_rows.new_empty((R + (0 if shared is None else T), H), dtype=torch.float32)
-        self._c.combine(_view(y_rows), _views(plan), _view(shared), _view(out), _view(work), torch.get_num_threads())
+        out = y_rows.new_empty((plan.num_tokens, y_rows.shape[1]))
+        self._c.combine(_view(y_rows), _views(plan), _view(shared), _view(out), torch.get_num_threads())
         return out
 
     def combine_bwd(self, dout: Tensor, y_rows: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
