@@ -24,14 +24,13 @@ void combine_bwd_rows(int64_t H, const int32_t* row_token, const float* row_weig
                       S* dy_rows, float* drow_weight, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const S* upstream = dout + row_token[r] * H;
-    float parts[16] = {};
+    double product = 0;
     for (int64_t h = 0; h < H; ++h) {
       const float gradient = to_float(upstream[h]);
-      parts[h % 16] += gradient * to_float(y_rows[r * H + h]);
+      product += double(gradient) * to_float(y_rows[r * H + h]);
       assign(dy_rows[r * H + h], row_weight[r] * gradient);
     }
-    drow_weight[r] = 0;
-    for (float part : parts) drow_weight[r] += part;
+    drow_weight[r] = float(product);
   }
 }
 
