@@ -23,6 +23,7 @@ CONTENDERS = [
 ]
 each_contender = pytest.mark.parametrize(("backend", "dtype"), CONTENDERS)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="native is not built")
 
 
 def each_trap(*left_out: str) -> pytest.MarkDecorator:

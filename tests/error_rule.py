@@ -50,16 +50,14 @@ def judge(op: str, compute: Compute, backend: str, dtype: torch.dtype, seed: int
     for name, exact in draws[0][2].items():
         where = f"{op} {name} [{backend}, {dtype}, scale {scale:g}, seed {seed}]"
         compare_exactly(*(tensors[name] for tensors in draws[0]), where)
-        for kind, error in errors_of(name, exact).items():
-            n, e_ours, e_torch = 1, *mean_errors(error, name, draws[:1], dtype)
+        for kind, view in views_of(name, exact).items():
+            n, e_ours, e_torch = 1, *mean_errors(view, name, draws[:1])
             while e_ours > 2 * e_torch + 1e-30 and n < DRAWS:
                 n += 1
                 if n > len(draws):
                     draw()
-                e_ours, e_torch = mean_errors(error, name, draws[:n], dtype)
-            assert e_ours <= 2 * e_torch + 1e-30, (
-                f"{where}{kind}: e_ours {e_ours:.3g}, e_torch {e_torch:.3g} ({n} draws)"
-            )
+                e_ours, e_torch = mean_errors(view, name, draws[:n])
+            assert e_ours <= 2 * e_torch + 1e-30, f"{where}{kind}: {e_ours:.3g} against {e_torch:.3g} ({n} draws)"
             verdict = Verdict(e_ours / (e_torch + 1e-30), e_ours, e_torch, name + kind)
             key = (op, backend, str(dtype).removeprefix("torch."), scale)
             TABLE[key] = max(TABLE.get(key, verdict), verdict)
@@ -74,38 +72,34 @@ def compare_exactly(ours: Tensor, theirs: Tensor, exact: Tensor, where: str) -> 
     assert not ours[exact == 0].count_nonzero(), f"{where}: not exactly zero where the oracle is"
 
 
-def errors_of(name: str, exact: Tensor) -> dict[str, Callable[[Tensor, Tensor], float]]:
-    """Integers have no error; the rows of a shared weight or of a plain scalar are no slices."""
+def views_of(name: str, exact: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return how to see a tensor as (slices, elements): whole, and sliced where its first dimension means something."""
     if not exact.is_floating_point():
         return {}
-    sliced = exact.ndim > 1 and exact.numel() and not name.startswith("dshared_")
-    return {"": whole_error} | ({" slices": slice_error} if sliced else {})
+    sliced = exact.ndim > 1 and not name.startswith("dshared_")
+    return {"": lambda t: t.reshape(1, -1)} | ({" slices": lambda t: t.flatten(1)} if sliced else {})
 
 
-def mean_errors(error, name: str, draws: list, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the root mean squares of our error and of torch's, floored in float64, where the oracle itself rounds."""
-    pairs = [(error(ours[name], exact[name]), error(theirs[name], exact[name])) for ours, theirs, exact in draws]
-    e_ours, e_torch = ((sum(e * e for e in column) / len(draws)) ** 0.5 for column in zip(*pairs, strict=True))
-    return e_ours, max(e_torch, 1e-12 if dtype == torch.float64 else 0.0)
+def mean_errors(view, name: str, draws: list[tuple[dict[str, Tensor], ...]]) -> tuple[float, float]:
+    """Return our error and torch's, max over slices i of ||got_i - exact_i|| / ||exact_i||, root mean squares over draws.
 
-
-def whole_error(got: Tensor, exact: Tensor) -> float:
-    """||got - exact|| / ||exact||, and 0 where both are zero."""
-    error = (got.double() - exact).norm()
-    return 0.0 if error == 0 else (error / exact.norm()).item()
-
-
-def slice_error(got: Tensor, exact: Tensor) -> float:
-    """Return the largest ||got_i - exact_i|| / ||exact_i|| over the first dimension.
-
-    Narrow slices are measured against the root mean square of all slices where that is larger: a scalar may cancel.
+    A narrow slice is measured against the root mean square of all of them where that is larger: a scalar may cancel. In
+    float64 the oracle itself rounds: torch's error counts as at least 1e-12.
     """
-    got, exact = got.double().flatten(1), exact.flatten(1)
-    norms = exact.norm(dim=1)
-    if exact.shape[1] < NARROW:
-        norms = norms.maximum(norms.square().mean().sqrt())
-    errors = (got - exact).norm(dim=1)
-    return torch.where(errors == 0, 0.0, errors / norms).max().item()
+    slices = [view(oracle[name]) for _, _, oracle in draws]
+    norms = [exact.norm(dim=1) for exact in slices]
+    if slices[0].shape[1] < NARROW:
+        typical = torch.cat(norms).square().mean().sqrt()
+        norms = [norm.maximum(typical) for norm in norms]
+
+    def mean_error(which: int) -> float:
+        total = 0.0
+        for tensors, exact, norm in zip(draws, slices, norms, strict=True):
+            difference = (view(tensors[which][name]).double() - exact).norm(dim=1)
+            total += max(torch.where(difference == 0, 0.0, difference / norm).square().tolist(), default=0.0)
+        return (total / len(draws)) ** 0.5
+
+    return mean_error(0), max(mean_error(1), 1e-12 if draws[0][1][name].dtype == torch.float64 else 0.0)
 
 
 @contextmanager

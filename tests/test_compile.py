@@ -81,13 +81,14 @@ def test_compiles_with_inductor(backend):
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the arguments of one call of every op of ours."""
+    """Keeps the names of all ops, and the arguments of one call of every op of ours."""
 
     def __init__(self):
         super().__init__()
-        self.calls = {}
+        self.names, self.calls = set(), {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
         if func.namespace == "moe_kernels":
             self.calls.setdefault(func, args)
         return func(*args, **(kwargs or {}))
@@ -95,6 +96,16 @@ class Recorder(TorchDispatchMode):
 
 def leaf(tensor, requires_grad):
     return tensor.detach().clone().requires_grad_(requires_grad and tensor.is_floating_point())
+
+
+@each_backend
+@each_module
+def test_nothing_between_the_ops_waits_for_the_device(module, backend):
+    """Sizes follow from shapes alone: no .item(), no nonzero, no boolean mask between our ops, forward and backward."""
+    with Recorder() as recorder:
+        forward_backward(MODULES[module](backend), torch.randn(2, 6, 32))
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "index.Tensor")
+    assert not [name for name in recorder.names if any(word in name for word in waiting)]
 
 
 @pytest.mark.unpoisoned

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from tests.contenders import BACKENDS, CONTENDERS, moe_compute
+from tests.contenders import each_backend, each_contender, moe_compute, needs_native
 from tests.error_rule import threads
 from tests.test_combine import combine_compute
 from tests.test_experts import experts_compute
@@ -34,7 +39,7 @@ def assert_same_bits(got, expected):
         )
 
 
-@pytest.mark.parametrize(("backend", "dtype"), CONTENDERS)
+@each_contender
 @pytest.mark.parametrize("trap", TRAPS.values(), ids=str)
 @pytest.mark.parametrize("room", ROOMS)
 def test_same_bits_twice(room, trap, backend, dtype, seed):
@@ -45,7 +50,7 @@ def test_same_bits_twice(room, trap, backend, dtype, seed):
             assert_same_bits(compute(seed, backend), first)
 
 
-@pytest.mark.skipif("native" not in BACKENDS, reason="native is not built")
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("trap", TRAPS.values(), ids=str)
 @pytest.mark.parametrize("room", ROOMS)
@@ -55,3 +60,32 @@ def test_same_bits_at_any_thread_count(room, trap, dtype, seed):
     for count in (2, 3):
         with threads(count):
             assert_same_bits(compute(seed, "native"), alone)
+
+
+@each_backend
+def test_same_bits_from_several_python_threads_at_once(backend, seed):
+    """Workspaces and packs are not shared between calls that run at the same time (the GIL is released)."""
+    computes = [moe_compute(dataclasses.replace(TRAPS["random"], T=T), torch.float32) for T in (100, 389, 211, 57)]
+    alone = [compute(seed, backend) for compute in computes]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            together = pool.map(lambda compute: compute(seed, backend), computes)
+            for got, expected in zip(together, alone, strict=True):
+                assert_same_bits(got, expected)
+
+
+@needs_native
+def test_same_bits_after_a_fork(seed):
+    """A forked child has no worker threads: a pool that waits for them hangs."""
+    compute = moe_compute(TRAPS["random"], torch.float32)
+    with threads(2):
+        expected = compute(seed, "native")["out"]
+        child = multiprocessing.get_context("fork").Process(target=exit_unless_equal, args=(compute, seed, expected))
+        child.start()
+        child.join(30)
+        child.kill()
+    assert child.exitcode == 0
+
+
+def exit_unless_equal(compute, seed, expected):
+    os._exit(not torch.equal(compute(seed, "native")["out"], expected))

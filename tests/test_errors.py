@@ -13,7 +13,7 @@ import moe_kernels
 from moe_kernels import MoELayer, combine, dispatch, dispatch_expert_choice, experts, gating, moe_mlp
 from moe_kernels.backends import registry
 from moe_kernels.weights import load, save, stack_dit_moe, unstack_dit_moe
-from tests.contenders import BACKENDS, each_backend, moe_ours, plan_of
+from tests.contenders import BACKENDS, each_backend, moe_ours, needs_native, plan_of
 from tests.trap_cases import PLAIN, make_problem
 
 T, H, I, E, K = 6, 16, 8, 4, 2
@@ -124,7 +124,7 @@ def test_the_good_call_is_good(op, backend):
     function(**arguments, backend=backend)
 
 
-@pytest.mark.skipif("native" not in BACKENDS, reason="native is not built")
+@needs_native
 @pytest.mark.parametrize("field", ["row_token", "token_rows", "expert_offsets", "token_row_offsets", "expert_counts"])
 @pytest.mark.parametrize("value", [-1, 10**6, -(2**31), 2**31 - 1])
 @pytest.mark.parametrize("where", [0, 1, -1])

@@ -129,6 +129,19 @@ def test_inputs_changed_before_backward_are_noticed(name, backend, seed):
         out.sum().backward()
 
 
+@each_contender
+def test_nan_stays_with_its_token_and_experts(backend, dtype, seed):
+    """Tiles, padding and packed panels must not spread it: 0 times NaN is NaN."""
+    problem = make_problem(PLAIN, seed, dtype)
+    problem.x[11] = torch.nan
+    problem, leaves = problem.with_leaves()
+    tensors = gradients(moe_ours(problem, backend), leaves, problem.dout)
+    spoilt = {name: t.isnan().flatten(1).any(1).nonzero().flatten().tolist() for name, t in tensors.items()}
+    experts = sorted(problem.topk_ids[11].tolist())
+    assert [spoilt[name] for name in ("out", "dx", "drouting")] == [[11]] * 3
+    assert [spoilt[name] for name in ("dgate_up_proj", "ddown_proj")] == [experts] * 2
+
+
 @each_backend
 def test_inputs_are_not_written(backend, seed):
     problem, leaves = make_problem(PLAIN, seed, torch.float32).with_leaves()
