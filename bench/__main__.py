@@ -1,4 +1,4 @@
-"""python -m bench list|run|compare|report|env"""
+"""python -m bench list|run|compare|report|record|env"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit
     "list": ("bench.cases", "print the ids of the benchmark cases"),
     "compare": ("bench.compare", "judge two row files: SAME, FASTER, SLOWER or UNSURE per case"),
     "report": ("bench.report", "render report/ from its rows"),
+    "record": ("bench.record", "keep a run's rows under results/ and what they verify"),
     "env": ("bench.store", "print machine, ISA, threads, OpenMP runtime, versions, backends"),
 }
 

@@ -28,12 +28,9 @@ needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="native is no
 
 def each_trap(*left_out: str) -> pytest.MarkDecorator:
     """Every trap at scale 1, and the plain one at the other scales."""
-    cases = [(trap, 1.0) for trap in TRAPS if trap.name not in left_out] + [
-        (PLAIN, scale) for scale in SCALES if scale != 1
-    ]
-    return pytest.mark.parametrize(
-        ("trap", "scale"), [pytest.param(*case, id=f"{case[0]}-{case[1]:g}") for case in cases]
-    )
+    cases = [(trap, 1.0) for trap in TRAPS if trap.name not in left_out] + [(PLAIN, s) for s in SCALES if s != 1]
+    params = [pytest.param(trap, scale, id=f"{trap}-{scale:g}") for trap, scale in cases]
+    return pytest.mark.parametrize(("trap", "scale"), params)
 
 
 def plan_of(problem: Problem, backend: str) -> RoutingPlan:
@@ -89,11 +86,9 @@ def moe_oracle(problem: Problem) -> Tensor:
 
 
 def moe_ours(problem: Problem, backend: str) -> Tensor:
-    p, weights = (
-        problem,
-        (problem.gate_up_proj, problem.down_proj, problem.shared_gate_up_proj, problem.shared_down_proj),
-    )
-    return moe_kernels.moe_mlp(p.x, plan_of(p, backend), *weights, activation=p.trap.activation, backend=backend)
+    p, trap = problem, problem.trap
+    weights = (p.gate_up_proj, p.down_proj, p.shared_gate_up_proj, p.shared_down_proj)
+    return moe_kernels.moe_mlp(p.x, plan_of(p, backend), *weights, activation=trap.activation, backend=backend)
 
 
 def gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def views_of(name: str, exact: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def mean_errors(view, name: str, draws: list[tuple[dict[str, Tensor], ...]]) -> tuple[float, float]:
-    """Return our error and torch's, max over slices i of ||got_i - exact_i|| / ||exact_i||, root mean squares over draws.
+    """Return our error and torch's: max over slices i of ||got_i - exact_i|| / ||exact_i||, as root mean squares.
 
     A narrow slice is measured against the root mean square of all of them where that is larger: a scalar may cancel. In
     float64 the oracle itself rounds: torch's error counts as at least 1e-12.

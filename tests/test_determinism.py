@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.contenders import each_backend, each_contender, moe_compute, needs_native
+from tests.contenders import each_backend, each_contender, moe_compute, moe_ours, needs_native
 from tests.error_rule import threads
 from tests.test_combine import combine_compute
 from tests.test_experts import experts_compute
 from tests.test_gating import gating_compute
-from tests.trap_cases import Trap
+from tests.trap_cases import Trap, make_problem
 
 # Long enough for several chunks a thread, widths that leave remainders.
 SHAPE = {"T": 389, "H": 72, "I": 88, "Is": 56, "E": 6}
@@ -77,15 +77,15 @@ def test_same_bits_from_several_python_threads_at_once(backend, seed):
 @needs_native
 def test_same_bits_after_a_fork(seed):
     """A forked child has no worker threads: a pool that waits for them hangs."""
-    compute = moe_compute(TRAPS["random"], torch.float32)
+    problem = make_problem(TRAPS["random"], seed, torch.float32)
     with threads(2):
-        expected = compute(seed, "native")["out"]
-        child = multiprocessing.get_context("fork").Process(target=exit_unless_equal, args=(compute, seed, expected))
+        expected = moe_ours(problem, "native")
+        child = multiprocessing.get_context("fork").Process(target=exit_unless_equal, args=(problem, expected))
         child.start()
         child.join(30)
         child.kill()
     assert child.exitcode == 0
 
 
-def exit_unless_equal(compute, seed, expected):
-    os._exit(not torch.equal(compute(seed, "native")["out"], expected))
+def exit_unless_equal(problem, expected):
+    os._exit(not torch.equal(moe_ours(problem, "native"), expected))

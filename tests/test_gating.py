@@ -30,6 +30,9 @@ def gating_loop(x, gate_weight, top_k):
     return weights[:, :top_k], ids[:, :top_k], probs
 
 
+GATINGS = {"oracle": reference.routing.token_choice, "loop": gating_loop}
+
+
 def gating_compute(shape, dtype, scale=1.0, layout=lambda t: t):
     T, H, E, K = shape
 
@@ -40,8 +43,7 @@ def gating_compute(shape, dtype, scale=1.0, layout=lambda t: t):
         if how == "oracle":
             x, gate_weight = x.double(), gate_weight.double()
         x, gate_weight = x.detach().requires_grad_(), gate_weight.detach().requires_grad_()
-        ways = {"oracle": reference.routing.token_choice, "loop": gating_loop}
-        weights, ids, probs = ways[how](x, gate_weight, K) if how in ways else gating(x, gate_weight, K, backend=how)
+        weights, ids, probs = GATINGS.get(how, lambda *args: gating(*args, backend=how))(x, gate_weight, K)
         loss = (weights * dweights.to(weights.dtype)).sum() + (probs * dprobs.to(probs.dtype)).sum()
         dx, dgate_weight = torch.autograd.grad(loss, (x, gate_weight))
         return {"topk_weights": weights, "probs": probs, "dx": dx, "dgate_weight": dgate_weight, "topk_ids": ids}
@@ -102,29 +104,23 @@ def test_eager_gradcheck(seed):
     )
 
 
+def aux_loss_loop(probs, ids, alpha):
+    E = probs.shape[1]
+    fraction = torch.bincount(ids.flatten(), minlength=E) / ids.numel()
+    return alpha * E * (fraction * probs.mean(0)).sum()
+
+
 @each_backend
 def test_aux_loss_value_and_gradient(backend, seed):
-    def value_and_gradient(x, gate_weight, how):
-        gate_weight = gate_weight.detach().requires_grad_()
-        if how == "oracle":
-            _, ids, probs = reference.routing.token_choice(x, gate_weight, 2)
-            loss = reference.routing.aux_loss(probs, ids, 0.01)
-        else:
-            _, ids, probs = gating(x, gate_weight, 2, backend=how)
-            loss = aux_loss(probs, torch.bincount(ids.flatten(), minlength=5).int(), 2, 0.01)
-        return {"loss": loss.detach(), "dgate_weight": torch.autograd.grad(loss, gate_weight)[0]}
-
     def compute(seed, how):
         x, gate_weight = draw_router(37, 32, 5, 2, torch.float32, 1.0, seed)
-        if how == "loop":
-            return value_and_gradient_of_formula(x, gate_weight)
-        return value_and_gradient(*((x.double(), gate_weight.double()) if how == "oracle" else (x, gate_weight)), how)
-
-    def value_and_gradient_of_formula(x, gate_weight):
-        gate_weight = gate_weight.detach().requires_grad_()
-        _, ids, probs = gating_loop(x, gate_weight, 2)
-        fraction = torch.bincount(ids.flatten(), minlength=5) / ids.numel()
-        loss = 0.01 * 5 * (fraction * probs.mean(0)).sum()
+        x, gate_weight = (x.double(), gate_weight.double()) if how == "oracle" else (x, gate_weight)
+        gate_weight.requires_grad_()
+        _, ids, probs = GATINGS.get(how, lambda *args: gating(*args, backend=how))(x, gate_weight, 2)
+        if how in GATINGS:
+            loss = {"oracle": reference.routing.aux_loss, "loop": aux_loss_loop}[how](probs, ids, 0.01)
+        else:
+            loss = aux_loss(probs, torch.bincount(ids.flatten(), minlength=5).int(), 2, 0.01)
         return {"loss": loss.detach(), "dgate_weight": torch.autograd.grad(loss, gate_weight)[0]}
 
     judge("aux_loss", compute, backend, torch.float32, seed)
