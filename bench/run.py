@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,9 +22,22 @@ import torch
 from torch import Tensor
 
 import moe_kernels
-from bench import checkpoints, digits, fid, load, parity, pictures, progress, report, shapes, stages, store, training
+from bench import (
+    checkpoints,
+    digits,
+    fid,
+    ledger,
+    load,
+    parity,
+    pictures,
+    progress,
+    report,
+    shapes,
+    stages,
+    store,
+    training,
+)
 
-ROOT = Path(__file__).parent.parent
 THRESHOLDS = {"classifier": 0.97, "guided": 0.95, "plain": 0.85}
 
 
@@ -74,7 +85,8 @@ def main(args: argparse.Namespace) -> int:
         with terminable():
             job.run()
     except KeyboardInterrupt:
-        progress.say(f"interrupted: {len(job.ledger.rows)} rows kept in {job.ledger.path}; the same command goes on")
+        how = "run again without --fresh" if args.fresh else "the same command goes on"
+        progress.say(f"interrupted: {len(job.ledger.rows)} rows kept in {job.ledger.path}; {how}")
         return 130
     page = report.write(args.out)
     progress.say(f"\n{report.headline(job.ledger.rows)}\n{page} ({time.monotonic() - start:.0f} s)")
@@ -111,57 +123,6 @@ def scaled(count: int, factor: float, least: int) -> int:
     return max(min(count, least), int(count * min(1.0, factor)))
 
 
-def source_digest() -> str:
-    """Hash the code that rows depend on: the oracle, the product with its extension, the instrument less its report."""
-    files = [p for room in ("reference", "moe_kernels", "bench") for p in sorted((ROOT / room).rglob("*"))]
-    code = [p for p in files if p.suffix in (".py", ".so") and p.stem not in ("report", "pictures")]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in code)).hexdigest()[:12]
-
-
-class Ledger:
-    """The rows of a run, stage by stage. Rows of another source, model, data or size are dropped at the start."""
-
-    def __init__(self, path: Path, key: dict):
-        self.path, self.key = path, key
-        try:
-            found = store.recover(path)
-        except ValueError as error:
-            progress.say(f"starting anew: {error}")
-            found = []
-        self.rows = [row for row in found if all(row.get(name) == value for name, value in key.items())]
-        if len(self.rows) < len(found):
-            progress.say(f"{path}: {len(found) - len(self.rows)} rows of another source, model or size dropped")
-        self._rewrite()
-
-    def complete(self, stage: str) -> list[dict]:
-        """Return the stage's rows; [] when it has not finished."""
-        rows = [row for row in self.rows if row["stage"] == stage]
-        return rows if rows and len(rows) == rows[0]["stage_rows"] else []
-
-    def stage(self, name: str, produce: Callable[[], Iterable[dict]]) -> list[dict]:
-        """Return the stage's rows, kept from before or produced now; a stage counts once all its rows are written."""
-        rows = self.complete(name)
-        if rows:
-            return rows
-        progress.say(name)
-        start = time.monotonic()
-        rows = list(produce())
-        seconds = round(time.monotonic() - start, 1)
-        self.rows = [row for row in self.rows if row["stage"] != name]
-        self._rewrite()
-        for row in rows:
-            row |= {**self.key, "stage": name, "stage_rows": len(rows), "stage_s": seconds}
-            store.append(self.path, row)
-            self.rows.append(row)
-        return rows
-
-    def _rewrite(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        spare = self.path.with_suffix(".tmp")
-        spare.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(spare, self.path)
-
-
 class Job:
     """One run: data, classifier, model and ladder are made when a stage first needs them."""
 
@@ -185,10 +146,10 @@ class Job:
             for name in ("rows.jsonl", "pictures.npz", "training.pt", "model.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
         key = {
-            "commit": store.commit()["commit"], "source": source_digest(), "identity": identity, "size": args.size,
-            "threads": self.threads,
+            "commit": store.commit()["commit"], "source": ledger.source_digest(), "identity": identity,
+            "size": args.size, "threads": self.threads,
         }  # fmt: skip
-        self.ledger = Ledger(self.folder / "rows.jsonl", key)
+        self.ledger = ledger.Ledger(self.folder / "rows.jsonl", key)
         if not self.ledger.rows:
             (self.folder / "pictures.npz").unlink(missing_ok=True)
 
@@ -253,7 +214,7 @@ class Job:
         )
         if trained.losses:
             text += f"{len(trained.losses)} steps of rectified flow with the oracle in {trained.seconds:.0f} s, "
-        text += f"{trained.origin}."
+        text += "in this run." if trained.origin == "trained" else f"taken from {trained.origin}."
         recipe = dataclasses.asdict(trained.recipe) if trained.recipe else None
         losses = store.thin([round(x, 4) for x in trained.losses], 600)
         fields = dict(origin=trained.origin, recipe=recipe, steps=len(trained.losses), seconds=trained.seconds)
@@ -267,7 +228,7 @@ class Job:
         with load.count_load(trained.model, case.steps, guided=True, trace_steps=inner) as counted:
             guided = self._sample(case.guidance)
         plain = self._sample(1.0)
-        copies = digits.nearest_neighbours(plain, self.data)
+        copies = digits.nearest_neighbours(torch.cat([guided, plain]), self.data)
         if self.args.size != "tiny":
             ids, weights = (torch.cat(parts) for parts in zip(*counted.trace, strict=True))
             shapes.save_routing(ids, weights, trained.model.config.num_experts)
@@ -288,6 +249,8 @@ class Job:
         if trained.origin == "trained":
             checkpoints.save_checkpoint(self.folder / "model.safetensors", trained, {**came, **fd})
         thresholds = {name: (value, THRESHOLDS[name]) for name, value in came.items()}
+        for name, (value, least) in thresholds.items():
+            progress.say(f"  {name}: {value:.1%} ({'at least' if value >= least else 'missed'} {least:.0%})")
         shown = dict(guidance=case.guidance, steps=case.steps, copies=vars(copies), no_copies=copies.none)
         return [store.row("figures", thresholds=thresholds, **shown, **fd), store.row("load", layers=counted.summary())]
 

@@ -94,13 +94,6 @@ MoeSizes sizes_of(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj,
 
 Tensor optional(const std::optional<Tensor>& t) { return t ? *t : Tensor{}; }
 
-// Buffers that the caller has just allocated for us to fill row by row. (For weight gradients, which are filled in
-// blocks, huge pages lost 10-20 % of the backward at H=1152: each fault zeroes 2 MB.)
-template <class... Tensors>
-void fresh(const Tensors&... tensors) {
-  (advise_huge_pages(tensors.data, tensors.nbytes), ...);
-}
-
 int64_t py_gating_fwd(const Tensor& x, const Tensor& weight, const Tensor& probs, const Tensor& topk_weights,
                       const Tensor& topk_ids, int threads) {
   expect_float("x", x);
@@ -165,7 +158,6 @@ void py_experts_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_pro
   const PlanView view = view_of(plan, s.T, s.E);
   y_rows.expect("y_rows", s.dtype, {s.R, s.H});
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
-  fresh(y_rows, optional(gate_up));
   py::gil_scoped_release release;
   experts_fwd(s, view, {gate_up_proj.data, down_proj.data, nullptr, nullptr}, x.data, y_rows.data,
               optional(gate_up).data);
@@ -227,7 +219,6 @@ void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_pro
   out.expect("out", s.dtype, x.sizes);
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   if (shared_gate_up) shared_gate_up->expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
-  fresh(optional(gate_up), optional(shared_gate_up));
   py::gil_scoped_release release;
   moe_mlp_fwd(s, view, {gate_up_proj.data, down_proj.data, shared_up.data, shared_down.data}, x.data, out.data,
               optional(gate_up).data, optional(shared_gate_up).data);
@@ -272,6 +263,11 @@ PYBIND11_MODULE(_C, m) {
         MOE_CHECK(dtype >= 0 && dtype <= 2, "dtype tag: ", dtype, ", expected 0 (fp32), 1 (bf16) or 2 (int32)");
         return Tensor{reinterpret_cast<void*>(data), Dtype(dtype), std::move(sizes), std::move(strides), nbytes};
       }));
+  py::class_<Block>(m, "Block", py::buffer_protocol(), "Memory out of the pool that survives between calls.")
+      .def(py::init<int64_t>(), py::arg("bytes"))
+      .def_buffer([](const Block& block) {
+        return py::buffer_info(block.data(), 1, py::format_descriptor<uint8_t>::format(), block.bytes());
+      });
   m.def("gating_fwd", &py_gating_fwd);
   m.def("gating_bwd", &py_gating_bwd);
   m.def("dispatch", &py_dispatch);
@@ -284,8 +280,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("moe_mlp_bwd", &py_moe_mlp_bwd);
   m.def("isa_level", [] { return std::string(kernels().name); }, "The ISA level in use (MOE_KERNELS_ISA forces one).");
   m.def("isa_levels", &isa_levels, "The ISA levels this CPU runs, best first.");
-  m.def("workspace_bytes", &workspace_bytes, "Bytes of scratch memory kept between calls.");
-  m.def("release_workspace", &release_workspace, "Give the scratch memory back to the system.");
+  m.def("workspace_bytes", &workspace_bytes, "Bytes of memory kept between calls.");
+  m.def("release_workspace", &release_workspace, "Give the kept memory back to the system.");
   m.def(
       "peak_gflops",
       [](const std::string& dtype, int threads, double seconds) {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import fid, parity, progress, run, stages, store
+from bench import fid, ledger, parity, progress, run, stages, store
 from bench.__main__ import main
 
 RACES = 2
@@ -24,7 +24,7 @@ def smaller():
         recipe = dict(hidden_size=32, depth=1, num_heads=2, steps=20, batch=8, warmup=2)
         patch.setitem(run.SIZES, "tiny", run.Size(case, ("fp32",), epochs=1, recipe=recipe))
         plan = stages.plan
-        patch.setattr(run, "source_digest", lambda: "frozen")  # nobody's edit may fail these tests
+        patch.setattr(ledger, "source_digest", lambda: "frozen")  # nobody's edit may fail these tests
         patch.setattr(store, "commit", lambda: {"commit": "frozen", "dirty": False})
         patch.setattr(stages, "plan", lambda *args: plan(*args)[4 : 4 + RACES])
         yield
@@ -96,11 +96,11 @@ def test_interrupted_run_keeps_its_rows_and_resumes(tmp_path, monkeypatch, capsy
 
 
 def test_a_stage_without_all_its_rows_is_run_again(tmp_path):
-    ledger = run.Ledger(tmp_path / "rows.jsonl", {"size": "tiny"})
-    ledger.stage("two", lambda: [store.row("time", n=1), store.row("time", n=2)])
+    first = ledger.Ledger(tmp_path / "rows.jsonl", {"size": "tiny"})
+    first.stage("two", lambda: [store.row("time", n=1), store.row("time", n=2)])
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text(lines[0])
-    again = run.Ledger(tmp_path / "rows.jsonl", {"size": "tiny"})
+    again = ledger.Ledger(tmp_path / "rows.jsonl", {"size": "tiny"})
     assert [r["n"] for r in again.stage("two", lambda: [store.row("time", n=3)])] == [3]
     assert [r["n"] for r in rows_of(tmp_path)] == [3]
 
@@ -111,12 +111,12 @@ def test_rows_of_something_else_are_dropped(tmp_path, field, capsys):
     path = tmp_path / "rows.jsonl"
     row = {**store.row("run"), **key, field: "other", "stage": "start", "stage_rows": 1}
     store.append(path, row)
-    assert not run.Ledger(path, key).rows and "dropped" in capsys.readouterr().out
+    assert not ledger.Ledger(path, key).rows and "dropped" in capsys.readouterr().out
 
 
 def test_unreadable_rows_are_no_end(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"schema": 0}\n')
-    assert run.Ledger(tmp_path / "rows.jsonl", {}).rows == []
+    assert ledger.Ledger(tmp_path / "rows.jsonl", {}).rows == []
     assert "rows.jsonl:1" in capsys.readouterr().out
 
 

@@ -2,9 +2,10 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <map>
 #include <mutex>
-#include <vector>
 
 #include "error.h"
 
@@ -13,73 +14,80 @@ namespace {
 
 constexpr int64_t kHugePage = int64_t(1) << 21;
 
-struct Block {
-  char* data;
-  int64_t capacity;
+struct Pool {
+  std::mutex mutex;
+  std::multimap<int64_t, char*> kept;  // capacity -> block
+  int64_t kept_bytes = 0, used_bytes = 0, most_used_bytes = 0;
+
+  // The smallest kept block that holds `capacity` without wasting half of itself; null when there is none.
+  char* reuse(int64_t& capacity) {
+    const auto found = kept.lower_bound(capacity);
+    if (found == kept.end() || found->first > 2 * capacity) return nullptr;
+    char* data = found->second;
+    capacity = found->first;
+    kept.erase(found);
+    kept_bytes -= capacity;
+    return data;
+  }
+  void drop_smallest() {
+    kept_bytes -= kept.begin()->first;
+    std::free(kept.begin()->second);
+    kept.erase(kept.begin());
+  }
 };
 
-std::mutex pool_mutex;
-std::vector<Block> pool;
-int64_t pool_bytes = 0;
+Pool& pool() {
+  static Pool* instance = new Pool;  // never destroyed: tensors that own blocks may outlive static destructors
+  return *instance;
+}
 
-Block allocate(int64_t bytes) {
-  const int64_t capacity = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+char* allocate(int64_t capacity) {
   void* data = nullptr;
-  MOE_CHECK(posix_memalign(&data, size_t(kHugePage), size_t(capacity)) == 0, "workspace: out of memory for ", bytes,
+  MOE_CHECK(posix_memalign(&data, size_t(kHugePage), size_t(capacity)) == 0, "workspace: out of memory for ", capacity,
             " bytes");
   madvise(data, size_t(capacity), MADV_HUGEPAGE);
-  pool_bytes += capacity;
-  return {static_cast<char*>(data), capacity};
+  return static_cast<char*>(data);
 }
 
 }  // namespace
 
-Workspace::Workspace(int64_t bytes) {
-  std::lock_guard<std::mutex> lock(pool_mutex);
-  Block block{nullptr, 0};
-  if (!pool.empty()) {
-    block = pool.back();
-    pool.pop_back();
-  }
-  if (block.capacity < bytes) {
-    std::free(block.data);
-    pool_bytes -= block.capacity;
-    block = allocate(bytes);
-  }
-  data_ = block.data;
-  capacity_ = block.capacity;
+Block::Block(int64_t bytes) : bytes_(bytes), capacity_((std::max<int64_t>(bytes, 1) + kHugePage - 1) / kHugePage * kHugePage) {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  data_ = p.reuse(capacity_);
+  if (!data_) data_ = allocate(capacity_);
+  p.used_bytes += capacity_;
+  p.most_used_bytes = std::max(p.most_used_bytes, p.used_bytes);
 }
 
-Workspace::~Workspace() {
-  std::lock_guard<std::mutex> lock(pool_mutex);
-  pool.push_back({data_, capacity_});
+Block::~Block() {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  p.used_bytes -= capacity_;
+  p.kept_bytes += capacity_;
+  p.kept.emplace(capacity_, data_);
+  while (p.kept_bytes + p.used_bytes > p.most_used_bytes && !p.kept.empty()) p.drop_smallest();
 }
 
 void* Workspace::take_bytes(int64_t bytes) {
-  MOE_CHECK(used_ + padded(bytes) <= capacity_, "workspace: asked for ", bytes, " bytes, ", capacity_ - used_, " left");
-  void* out = data_ + used_;
+  MOE_CHECK(used_ + padded(bytes) <= padded(block_.bytes()), "workspace: asked for ", bytes, " bytes, ",
+            block_.bytes() - used_, " left");
+  void* out = block_.data() + used_;
   used_ += padded(bytes);
   return out;
 }
 
-void advise_huge_pages(void* data, int64_t bytes) {
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kHugePage * kHugePage;
-  if (data && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-
 int64_t workspace_bytes() {
-  std::lock_guard<std::mutex> lock(pool_mutex);
-  return pool_bytes;
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  return p.kept_bytes;
 }
 
 void release_workspace() {
-  std::lock_guard<std::mutex> lock(pool_mutex);
-  for (const Block& block : pool) {
-    std::free(block.data);
-    pool_bytes -= block.capacity;
-  }
-  pool.clear();
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  while (!p.kept.empty()) p.drop_smallest();
+  p.most_used_bytes = p.used_bytes;
 }
 
 }  // namespace moe

@@ -248,10 +248,14 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
     for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t feature = tiles.begin(i);
       const int count = int(tiles.begin(i + 1) - feature);
-      pack_features<C>(a + k * lda + feature, lda, valid, count, packed_a);
+      const uint32_t* rows_a = items_at<C>(a, k * lda + feature);
+      if constexpr (C::kPair == 2) {  // fp32 rows are read where they are: 14 floats of a row are contiguous
+        pack_features<C>(a + k * lda + feature, lda, valid, count, packed_a);
+        rows_a = packed_a;
+      }
       const Micro kernel = micro_for<C, true>(count);
       for (int64_t p = 0; p < panels; ++p) {
-        kernel(packed_a, 0, packed_b + p * items * NR, items, tile, reinterpret_cast<const char*>(tile), 0);
+        kernel(rows_a, C::kPair == 2 ? count : lda, packed_b + p * items * NR, items, tile, reinterpret_cast<const char*>(tile), 0);
         float* kept = sums + (i * kGradPanels + p) * MR * NR;
         for (int r = 0; r < count; ++r)
           for (int v = 0; v < NR; v += W) {

@@ -42,13 +42,13 @@ inline void multiply_add(vf& acc, const uint32_t* a, vf b) {
   acc += value * b;
 }
 
-// tile[r][0..2W) = sum over k of A(r, k) B(k, :). A(r, k) = a[r * lda + k], or a[k * rows + r] when kPacked.
+// tile[r][0..2W) = sum over k of A(r, k) B(k, :). A(r, k) = a[r * lda + k], or a[k * lda + r] when kColumns.
 // Registers are emptied into the tile every kRegisterItems: rounding errors then grow like those of a blocked sum.
 // Meanwhile `ahead`, memory that a later call packs, is brought into L2, ahead_step bytes per k.
-template <class C, bool kPacked, int rows>
+template <class C, bool kColumns, int rows>
 void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, float* tile, const char* ahead,
            int64_t ahead_step) {
-  constexpr int kBases = kPacked ? 1 : (rows + 2) / 3;
+  constexpr int kBases = kColumns ? 1 : (rows + 2) / 3;
   const uint32_t* base[kBases];
 #pragma GCC unroll 8
   for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * lda;
@@ -65,13 +65,13 @@ void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, flo
       ahead += ahead_step;
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-        const uint32_t* item = kPacked ? base[0] + r : base[r / 3] + (r % 3) * lda;
+        const uint32_t* item = kColumns ? base[0] + r : base[r / 3] + (r % 3) * lda;
         multiply_add<C>(acc[r][0], item, b0);
         multiply_add<C>(acc[r][1], item, b1);
       }
       b += NR;
 #pragma GCC unroll 8
-      for (int g = 0; g < kBases; ++g) base[g] += kPacked ? rows : 1;
+      for (int g = 0; g < kBases; ++g) base[g] += kColumns ? lda : 1;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
@@ -84,12 +84,12 @@ void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, flo
 
 using Micro = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*, const char*, int64_t);
 
-template <class C, bool kPacked, int rows = MR>
+template <class C, bool kColumns, int rows = MR>
 inline Micro micro_for(int count) {
   if constexpr (rows == 0)
     return nullptr;
   else
-    return count == rows ? &micro<C, kPacked, rows> : micro_for<C, kPacked, rows - 1>(count);
+    return count == rows ? &micro<C, kColumns, rows> : micro_for<C, kColumns, rows - 1>(count);
 }
 
 // Rows cut into tiles of nearly equal height: at most two heights occur, none much shorter than MR.

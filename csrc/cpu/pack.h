@@ -59,18 +59,13 @@ inline void pack_transposed(const S* source, int64_t ld, int64_t k_valid, int64_
   }
 }
 
-// A packed for a contraction over rows: [k item][tile rows] from element (row, feature) of a compute buffer.
+// A packed for a contraction over rows, two rows per item: [k item][count] from element (row, feature).
 template <class C>
-inline void pack_features(const typename C::Elem* source, int64_t ld, int64_t k_valid, int count, uint32_t* out) {
+inline void pack_features(const bf16* source, int64_t ld, int64_t k_valid, int count, uint32_t* out) {
   constexpr int kVectors = (MR + W - 1) / W;  // whole vectors are copied; what spills over is overwritten next
-  for (int64_t k = 0; k < k_valid; k += C::kPair, source += C::kPair * ld, out += count)
-    for (int v = 0; v < kVectors; ++v) {
-      if constexpr (C::kPair == 1)
-        storeu(out + v * W, loadu<vf>(source + v * W));
-      else
-        storeu(out + v * W,
-               zip(loadu<vh>(source + v * W), k + 1 < k_valid ? loadu<vh>(source + ld + v * W) : vh{}));
-    }
+  for (int64_t k = 0; k < k_valid; k += 2, source += 2 * ld, out += count)
+    for (int v = 0; v < kVectors; ++v)
+      storeu(out + v * W, zip(loadu<vh>(source + v * W), k + 1 < k_valid ? loadu<vh>(source + ld + v * W) : vh{}));
 }
 
 }  // namespace

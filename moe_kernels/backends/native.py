@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..plan import RoutingPlan
 from .base import Backend, Case, MoEWeights
 
+_POOLED_BYTES = 4 << 20  # from here on malloc maps fresh pages, and page faults cost up to 10 % of a backward
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}
 
 
@@ -18,6 +21,16 @@ def _view(t: Tensor | None):
 
     readable = t.untyped_storage().nbytes() - t.storage_offset() * t.element_size()
     return _C.Tensor(t.data_ptr(), _DTYPES[t.dtype], t.shape, t.stride(), readable)
+
+
+def _new(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An empty tensor; a large one on memory that the extension keeps between calls (see csrc/core/workspace.h)."""
+    nbytes = math.prod(shape) * like.element_size()
+    if nbytes < _POOLED_BYTES:
+        return torch.empty(shape, dtype=like.dtype)
+    from .. import _C
+
+    return torch.frombuffer(_C.Block(nbytes), dtype=like.dtype).view(shape)
 
 
 def _views(plan: RoutingPlan) -> list:
@@ -92,7 +105,7 @@ class NativeBackend(Backend):
     def experts(self, x, plan, gate_up_proj, down_proj, activation, save) -> tuple[Tensor, Tensor]:
         R = plan.num_rows
         y_rows = x.new_empty((R, x.shape[1]))
-        gate_up = x.new_empty((R, gate_up_proj.shape[1]) if save else 0)
+        gate_up = _new((R, gate_up_proj.shape[1]) if save else (0,), x)
         self._c.experts_fwd(
             _view(x), _views(plan), _view(gate_up_proj), _view(down_proj), activation, _view(y_rows),
             _view(gate_up) if save else None, torch.get_num_threads(),
@@ -100,7 +113,7 @@ class NativeBackend(Backend):
         return y_rows, gate_up
 
     def experts_bwd(self, dy_rows, x, plan, gate_up, gate_up_proj, down_proj, activation):
-        dx, dgate_up_proj, ddown_proj = (torch.empty_like(t) for t in (x, gate_up_proj, down_proj))
+        dx, dgate_up_proj, ddown_proj = (_new(t.shape, t) for t in (x, gate_up_proj, down_proj))
         self._c.experts_bwd(
             _view(dy_rows), _view(x), _views(plan), _view(gate_up), _view(gate_up_proj), _view(down_proj), activation,
             _view(dx), _view(dgate_up_proj), _view(ddown_proj), torch.get_num_threads(),
@@ -122,8 +135,8 @@ class NativeBackend(Backend):
     def moe_mlp(self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool):
         shared = w.shared_gate_up_proj is not None
         out = torch.empty_like(x)
-        gate_up = x.new_empty((plan.num_rows, w.gate_up_proj.shape[1]) if save else 0)
-        shared_gate_up = x.new_empty((x.shape[0], w.shared_gate_up_proj.shape[0]) if save and shared else 0)
+        gate_up = _new((plan.num_rows, w.gate_up_proj.shape[1]) if save else (0,), x)
+        shared_gate_up = _new((x.shape[0], w.shared_gate_up_proj.shape[0]) if save and shared else (0,), x)
         self._c.moe_mlp_fwd(
             _view(x), _views(plan), *(_view(t) for t in w), activation, _view(out),
             _view(gate_up) if save else None, _view(shared_gate_up) if save and shared else None,
@@ -133,7 +146,7 @@ class NativeBackend(Backend):
 
     def moe_mlp_bwd(self, dout, x, plan, w: MoEWeights, gate_up, shared_gate_up, activation):
         dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
-        grads = [None if t is None else torch.empty_like(t) for t in w]
+        grads = [None if t is None else _new(t.shape, t) for t in w]
         self._c.moe_mlp_bwd(
             _view(dout), _view(x), _views(plan), *(_view(t) for t in w), _view(gate_up),
             None if w.shared_gate_up_proj is None else _view(shared_gate_up), activation, _view(dx),
