@@ -49,6 +49,9 @@ static inline void store_n(T* p, V v, int64_t n) {
 
 static inline vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
 static inline vh narrow(vf x) {  // round to nearest even; a NaN stays a (quiet) NaN
+#if MOE_BF16_PAIRS
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#endif
   const vu bits = (vu)x;
   const vu rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const vu nan = (bits >> 16) | 0x40u;
