@@ -39,7 +39,7 @@ COMMANDS = re.findall(r"^\| `([^`]+)` \|", README.split("## Measure and check")[
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m bench")])
 def test_commands_exist(command):
     words = command.replace("BASE HEAD", "").split()
-    if words[3] == "compare" or words[3] == "run":
+    if words[3] in ("compare", "run", "record"):
         words = [*words[:4], "--help"]
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
