@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from functools import cache
 from itertools import chain, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from reference.moe import SparseMoeBlock
 from tests.contenders import BACKENDS, each_backend
 from tests.error_rule import judge
 
+ROOT = Path(__file__).parents[1]
 CONFIG = DiTMoEConfig(
     depth=2, hidden_size=32, num_heads=2, patch_size=2, num_experts=5, top_k=2, input_size=8, in_channels=3,
     num_classes=4, label_dropout=0.0, aux_alpha=0.1,
@@ -222,3 +226,26 @@ def test_nothing_to_replace_and_no_such_backend():
         replace_moe(nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"backend: got 'warp'"):
         replace_moe(Block(), backend="warp")
+
+
+FSDP = """
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import moe_kernels
+from reference.moe import SparseMoeBlock
+
+distributed.init_process_group("gloo", init_method="file://{path}", rank=0, world_size=1)
+model = torch.nn.Sequential(SparseMoeBlock(32, 48, 4, 2, 16))
+moe_kernels.replace_moe(model)
+fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+model(torch.randn(5, 32))
+"""
+
+
+def test_fsdp_is_refused_instead_of_training_stale_copies(tmp_path):
+    code = FSDP.format(path=tmp_path / "store")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "FSDP shards the parameters of a replaced block" in done.stderr

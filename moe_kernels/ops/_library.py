@@ -8,6 +8,14 @@ from typing import Any
 
 import torch
 
+try:
+    from nvtx import annotate
+except ImportError:  # profiler ranges are for those who have nvtx
+
+    def annotate(name: str, domain: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        return lambda kernel: kernel
+
+
 LIBRARY = torch.library.Library("moe_kernels", "DEF")
 
 
@@ -18,11 +26,15 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Register a functional op and return it. Without `backward` it is a backward itself; differentiating it raises."""
+    """Register a functional op and return it. Without `backward` it is a backward itself; differentiating it raises.
+
+    The kernel runs in an nvtx range of the op's name, domain moe_kernels, where nvtx is installed.
+    """
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema[: schema.index("(")]
     qualified = f"moe_kernels::{name}"
-    LIBRARY.impl(name, _outside_autocast(kernel), "CompositeExplicitAutograd")
+    kernel = annotate(name, domain="moe_kernels")(_outside_autocast(kernel))
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     torch.library.register_autograd(
         qualified, backward or _no_double_backward, setup_context=setup_context, lib=LIBRARY
