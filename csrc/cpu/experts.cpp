@@ -11,7 +11,7 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kWaveBytes = int64_t(48) << 20;  // activations in flight: a few MB per core past L3 costs nothing
+constexpr int64_t kWaveBytes = int64_t(48) << 20;  // activations in flight: bounds the workspace
 constexpr int64_t kSlackBytes = 256;               // kernels read whole vectors past the last element
 constexpr int64_t kTasksPerThread = 16;             // the last one to finish costs at most 1/16
 

@@ -255,7 +255,8 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
       }
       const Micro kernel = micro_for<C, true>(count);
       for (int64_t p = 0; p < panels; ++p) {
-        kernel(rows_a, C::kPair == 2 ? count : lda, packed_b + p * items * NR, items, tile, reinterpret_cast<const char*>(tile), 0);
+        kernel(rows_a, C::kPair == 2 ? count : lda, packed_b + p * items * NR, items, tile,
+               reinterpret_cast<const char*>(tile), 0);
         float* kept = sums + (i * kGradPanels + p) * MR * NR;
         for (int r = 0; r < count; ++r)
           for (int v = 0; v < NR; v += W) {

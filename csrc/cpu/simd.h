@@ -97,7 +97,7 @@ static inline vf reciprocal(vf x) {
 static inline vf sigmoid(vf x) { return reciprocal(1.f + vexp(-x)); }
 
 // Normal distribution function; density receives exp(-x^2/2)/sqrt(2 pi).
-// For z = |x|/sqrt(2): erfc(z) = exp(-z^2) t P(t), t = 1/(1 + z/2), P fitted to erfcx (see tests: < 2e-7).
+// For z = |x|/sqrt(2): erfc(z) = exp(-z^2) t P(t), t = 1/(1 + z/2), P fitted to erfcx: 2.5e-7 relative in fp32.
 static inline vf normal_cdf(vf x, vf& density) {
   const vf z = (x < 0.f ? -x : x) * 0.707106781f;
   const vf e = vexp(-z * z);
