@@ -136,6 +136,6 @@ def test_buffers_are_checked_before_they_are_read():
 
 
 def test_peak_is_plausible():
-    one, two = (_C.peak_gflops("float32", threads=n, seconds=0.05) for n in (1, 2))
-    assert 1 < one < 2000
-    assert two > 1.2 * one or os.cpu_count() == 1
+    # No bound on the gain of a second thread: two CPUs of a virtual machine may be one core.
+    for threads in (1, 2):
+        assert 1 < _C.peak_gflops("float32", threads=threads, seconds=0.05) < 2000 * threads
