@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <optional>
 
 #include "core/tensor.h"
@@ -70,25 +71,34 @@ PlanOut out_of(const Plan& plan, int64_t T, int64_t E, int64_t R) {
           plan[4].as<int32_t>(), plan[5].as<int32_t>(), plan[6].as<int32_t>()};
 }
 
-// Sizes read off x and the weights, every weight checked against them.
-MoeSizes sizes_of(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
-                  const Tensor& shared_gate_up_proj, const Tensor& shared_down_proj, const std::string& activation,
-                  int threads) {
-  expect_float("x", x);
-  MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
+// Sizes read off the weights (no tokens, no rows), every weight checked against them.
+MoeSizes sizes_of(const Tensor& gate_up_proj, const Tensor& down_proj, const Tensor& shared_gate_up_proj,
+                  const Tensor& shared_down_proj, const std::string& activation, int threads) {
+  expect_float("down_proj", down_proj);
   MOE_CHECK(down_proj.sizes.size() == 3, "down_proj: ", down_proj.sizes.size(), " dimensions, expected 3");
-  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
   MOE_CHECK(threads > 0, "threads: ", threads, ", expected at least 1");
-  MoeSizes s{x.sizes[0],         x.sizes[1], down_proj.sizes[0],
-             plan[2].sizes.at(0), down_proj.sizes[2], shared_down_proj.present() ? shared_down_proj.sizes.at(1) : 0,
-             x.dtype,            activation_of(activation), threads};
-  x.expect("x", s.dtype, {s.T, s.H});
+  MoeSizes s{};
+  s.E = down_proj.sizes[0], s.H = down_proj.sizes[1], s.I = down_proj.sizes[2];
+  s.Is = shared_down_proj.present() ? shared_down_proj.sizes.at(1) : 0;
+  s.dtype = down_proj.dtype, s.activation = activation_of(activation), s.threads = threads;
   gate_up_proj.expect("gate_up_proj", s.dtype, {s.E, s.halves() * s.I, s.H});
   down_proj.expect("down_proj", s.dtype, {s.E, s.H, s.I});
   if (s.Is > 0) {
     shared_gate_up_proj.expect("shared_gate_up_proj", s.dtype, {s.halves() * s.Is, s.H});
     shared_down_proj.expect("shared_down_proj", s.dtype, {s.H, s.Is});
   }
+  return s;
+}
+
+// The same with x and the plan.
+MoeSizes sizes_of(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
+                  const Tensor& shared_gate_up_proj, const Tensor& shared_down_proj, const std::string& activation,
+                  int threads) {
+  MoeSizes s = sizes_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj, activation, threads);
+  MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
+  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  s.T = x.sizes[0], s.R = plan[2].sizes.at(0);
+  x.expect("x", s.dtype, {s.T, s.H});
   return s;
 }
 
@@ -209,10 +219,21 @@ void py_combine_bwd(const Tensor& dout, const Tensor& y_rows, const Plan& plan, 
               drow_weight.as<float>());
 }
 
+std::unique_ptr<PackedWeights> py_pack(const Tensor& gate_up_proj, const Tensor& down_proj,
+                                       const std::optional<Tensor>& shared_gate_up_proj,
+                                       const std::optional<Tensor>& shared_down_proj, const std::string& activation,
+                                       int threads) {
+  const Tensor shared_up = optional(shared_gate_up_proj), shared_down = optional(shared_down_proj);
+  const MoeSizes s = sizes_of(gate_up_proj, down_proj, shared_up, shared_down, activation, threads);
+  py::gil_scoped_release release;
+  return std::make_unique<PackedWeights>(
+      s, ExpertWeights{gate_up_proj.data, down_proj.data, shared_up.data, shared_down.data});
+}
+
 void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
                     const std::optional<Tensor>& shared_gate_up_proj, const std::optional<Tensor>& shared_down_proj,
-                    const std::string& activation, const Tensor& out, const std::optional<Tensor>& gate_up,
-                    const std::optional<Tensor>& shared_gate_up, int threads) {
+                    const std::string& activation, const PackedWeights* packed, const Tensor& out,
+                    const std::optional<Tensor>& gate_up, const std::optional<Tensor>& shared_gate_up, int threads) {
   const Tensor shared_up = optional(shared_gate_up_proj), shared_down = optional(shared_down_proj);
   const MoeSizes s = sizes_of(x, plan, gate_up_proj, down_proj, shared_up, shared_down, activation, threads);
   const PlanView view = view_of(plan, s.T, s.E);
@@ -220,7 +241,7 @@ void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_pro
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   if (shared_gate_up) shared_gate_up->expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
   py::gil_scoped_release release;
-  moe_mlp_fwd(s, view, {gate_up_proj.data, down_proj.data, shared_up.data, shared_down.data}, x.data, out.data,
+  moe_mlp_fwd(s, view, {gate_up_proj.data, down_proj.data, shared_up.data, shared_down.data}, packed, x.data, out.data,
               optional(gate_up).data, optional(shared_gate_up).data);
 }
 
@@ -268,6 +289,9 @@ PYBIND11_MODULE(_C, m) {
       .def_buffer([](const Block& block) {
         return py::buffer_info(block.data(), 1, py::format_descriptor<uint8_t>::format(), block.bytes());
       });
+  py::class_<PackedWeights>(m, "PackedWeights", "The weights of one layer as the forward kernels read them.")
+      .def(py::init(&py_pack))
+      .def_property_readonly("bytes", &PackedWeights::bytes);
   m.def("gating_fwd", &py_gating_fwd);
   m.def("gating_bwd", &py_gating_bwd);
   m.def("dispatch", &py_dispatch);

@@ -95,10 +95,15 @@ class MoELayer(nn.Module):
         Cost: 6 T K H I + 6 T H Is + 2 T H E FLOPs (swiglu); no host syncs on a GPU but for the loop of `eager`.
         Source: reference.moe.SparseMoeBlock, reference.moe.ExpertChoiceMoE.
         """
-        weights = self.gate_up_proj, self.down_proj, self.shared_gate_up_proj, self.shared_down_proj
+        weights, activation, backend = self.expert_weights()
         return moe_forward(
-            x, self.gate_weight, weights, self.router, self.activation, self.backend, self.training, return_aux_loss
+            x, self.gate_weight, weights, self.router, activation, backend, self.training, return_aux_loss
         )
+
+    def expert_weights(self) -> tuple[Sequence[Any], str, str]:
+        """Return the four weights of `moe_mlp`, the activation and the backend."""
+        weights = self.gate_up_proj, self.down_proj, self.shared_gate_up_proj, self.shared_down_proj
+        return weights, self.activation, self.backend
 
     def extra_repr(self) -> str:
         E, H, I = self.down_proj.shape

@@ -19,10 +19,10 @@ struct Pool {
   std::multimap<int64_t, char*> kept;  // capacity -> block
   int64_t kept_bytes = 0, used_bytes = 0, most_used_bytes = 0;
 
-  // The smallest kept block that holds `capacity` without wasting half of itself; null when there is none.
-  char* reuse(int64_t& capacity) {
+  // The smallest kept block that holds `capacity` and is at most `largest`; null when there is none.
+  char* reuse(int64_t& capacity, int64_t largest) {
     const auto found = kept.lower_bound(capacity);
-    if (found == kept.end() || found->first > 2 * capacity) return nullptr;
+    if (found == kept.end() || found->first > largest) return nullptr;
     char* data = found->second;
     capacity = found->first;
     kept.erase(found);
@@ -51,10 +51,11 @@ char* allocate(int64_t capacity) {
 
 }  // namespace
 
-Block::Block(int64_t bytes) : bytes_(bytes), capacity_((std::max<int64_t>(bytes, 1) + kHugePage - 1) / kHugePage * kHugePage) {
+Block::Block(int64_t bytes, bool brief)
+    : bytes_(bytes), capacity_((std::max<int64_t>(bytes, 1) + kHugePage - 1) / kHugePage * kHugePage) {
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
-  data_ = p.reuse(capacity_);
+  data_ = p.reuse(capacity_, brief ? INT64_MAX : 2 * capacity_);
   if (!data_) data_ = allocate(capacity_);
   p.used_bytes += capacity_;
   p.most_used_bytes = std::max(p.most_used_bytes, p.used_bytes);

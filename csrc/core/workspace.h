@@ -7,9 +7,10 @@ namespace moe {
 
 // A block of memory out of one pool, on huge pages, 64-byte aligned; goes back to the pool when it dies. Thread safe.
 // The pool keeps no more than was in use at once at the worst moment: it does not raise the process's peak.
+// A brief block, gone when the call ends, may be a kept one of any size; others waste at most half of theirs.
 class Block {
  public:
-  explicit Block(int64_t bytes);
+  explicit Block(int64_t bytes, bool brief = false);
   ~Block();
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
@@ -25,7 +26,7 @@ class Block {
 // Scratch memory of one call: a block, handed out piece by piece.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : block_(bytes) {}
+  explicit Workspace(int64_t bytes) : block_(bytes, true) {}
 
   // Take the next `count` elements of T, 64-byte aligned; throws when the block is exhausted.
   template <class T>

@@ -1,9 +1,12 @@
 #include "experts.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
+#include <tuple>
 #include <vector>
 
+#include "../core/error.h"
 #include "../core/threads.h"
 #include "../core/workspace.h"
 #include "combine.h"
@@ -11,7 +14,7 @@
 namespace moe {
 namespace {
 
-constexpr int64_t kWaveBytes = int64_t(48) << 20;  // activations in flight: bounds the workspace
+constexpr int64_t kWaveBytes = int64_t(16) << 20;  // activations in flight: they stay in L3
 constexpr int64_t kSlackBytes = 256;               // kernels read whole vectors past the last element
 constexpr int64_t kTasksPerThread = 16;             // the last one to finish costs at most 1/16
 
@@ -41,7 +44,7 @@ class Engine {
 
   // All experts in order, the shared expert last; pointers into caller memory are set, workspace is not.
   std::vector<Group> groups(const PlanView& plan, const ExpertWeights& w, void* gate_up, void* shared_gate_up,
-                            const ExpertGrads& grads, bool weighted) const {
+                            const ExpertGrads& grads, bool weighted, const PackedWeights* packed = nullptr) const {
     std::vector<Group> all;
     const int64_t U = sizes_.halves() * sizes_.I;
     for (int64_t e = 0; e < sizes_.E; ++e) {
@@ -50,6 +53,7 @@ class Engine {
       g.row_weight = weighted ? plan.row_weight + plan.expert_offsets[e] : nullptr;
       g.gate_up_proj = at(w.gate_up_proj, e * U * sizes_.H, sizes_.dtype);
       g.down_proj = at(w.down_proj, e * sizes_.H * sizes_.I, sizes_.dtype);
+      if (packed) set_packed(g, packed->expert(e));
       g.gate_up = at(gate_up, plan.expert_offsets[e] * U, sizes_.dtype);
       g.dgate_up_proj = at(grads.dgate_up_proj, e * U * sizes_.H, sizes_.dtype);
       g.ddown_proj = at(grads.ddown_proj, e * sizes_.H * sizes_.I, sizes_.dtype);
@@ -59,6 +63,7 @@ class Engine {
       Group g = make_group(sizes_.T, sizes_.Is);
       g.gate_up_proj = w.shared_gate_up_proj;
       g.down_proj = w.shared_down_proj;
+      if (packed) set_packed(g, packed->expert(sizes_.E));
       g.gate_up = shared_gate_up;
       g.dgate_up_proj = grads.dshared_gate_up_proj;
       g.ddown_proj = grads.dshared_down_proj;
@@ -116,7 +121,30 @@ class Engine {
   // (R, H) rows of the experts, then (T, H) of the shared expert; fp32; valid until the engine dies.
   const float* y() const { return y_; }
 
+  // The weights of a group in panels, gate_up_proj before down_proj, and the bytes that takes.
+  int64_t panels(const Group& g, int64_t Group::* width) const {
+    return ceil_div(g.*width, width == &Group::I && sizes_.halves() == 2 ? panel_ / 2 : panel_);
+  }
+  int64_t packed_gate_up_bytes(const Group& g) const { return panels(g, &Group::I) * panel_bytes(g.H); }
+  int64_t packed_bytes(const Group& g) const { return packed_gate_up_bytes(g) + panels(g, &Group::H) * panel_bytes(g.I); }
+  void pack(const Group& g, char* out) const {
+    parallel_ranges(sizes_.threads, panels(g, &Group::I), 1, [&](int64_t begin, int64_t end) {
+      table_.pack_gate_up_proj[int(compute_)](g, begin, end, out + begin * panel_bytes(g.H));
+    });
+    out += packed_gate_up_bytes(g);
+    parallel_ranges(sizes_.threads, panels(g, &Group::H), 1, [&](int64_t begin, int64_t end) {
+      table_.pack_down_proj[int(compute_)](g, begin, end, out + begin * panel_bytes(g.I));
+    });
+  }
+
  private:
+  int64_t items(int64_t k) const { return compute_ == Compute::kBFloat16Pairs ? ceil_div(k, 2) : k; }
+  int64_t panel_bytes(int64_t k) const { return items(k) * panel_ * 4; }
+  void set_packed(Group& g, const char* packed) const {
+    g.packed_gate_up_proj = packed;
+    g.packed_down_proj = packed + packed_gate_up_bytes(g);
+  }
+
   Group make_group(int64_t rows, int64_t I) const {
     Group g;
     g.rows = rows, g.H = sizes_.H, g.I = I, g.activation = sizes_.activation;
@@ -210,6 +238,22 @@ class Engine {
     });
   }
 
+  // How many of `tasks` tasks each group of a wave gets, by its work.
+  class Shares {
+   public:
+    Shares(const std::vector<Group>& wave, int64_t tasks) {
+      for (const Group& g : wave) work_ += double(g.rows) * double(g.I);
+      per_work_ = work_ > 0 ? double(tasks) / work_ : 0;
+    }
+    // For one of `products` products of equal work.
+    int64_t tasks(const Group& g, int products = 1) const {
+      return int64_t(double(g.rows) * double(g.I) * per_work_ / products + 0.5);
+    }
+
+   private:
+    double work_ = 0, per_work_;
+  };
+
   // One kernel over the column panels of every group, cut into tasks of about equal work whatever the routing.
   void columns(const std::vector<Group>& wave, void (*kernel)(const Group&, int64_t, int64_t, void*), int64_t panel,
                int64_t Group::* width) const {
@@ -218,13 +262,11 @@ class Engine {
       int64_t begin, end;
     };
     std::vector<Task> tasks;
-    double work = 0;
-    for (const Group& g : wave) work += double(g.rows) * double(g.I);
+    const Shares shares(wave, kTasksPerThread * sizes_.threads);
     for (const Group& g : wave) {
       if (g.rows == 0) continue;
-      const double share = double(g.rows) * double(g.I) / work;
-      const int64_t panels = ceil_div(g.*width, panel);
-      const int64_t cuts = std::clamp<int64_t>(int64_t(share * double(kTasksPerThread * sizes_.threads) + 0.5), 1, panels);
+      const int64_t panels = ceil_div(g.*width, panel);  // of `panel` columns
+      const int64_t cuts = std::clamp<int64_t>(shares.tasks(g), 1, panels);
       for (int64_t c = 0; c < cuts; ++c) tasks.push_back({&g, panels * c / cuts, panels * (c + 1) / cuts});
     }
     parallel_tasks(sizes_.threads, int64_t(tasks.size()), [&](int64_t i, int thread) {
@@ -249,9 +291,12 @@ class Engine {
       GradBlock block;
     };
     std::vector<Task> tasks;
+    const Shares shares(wave, kTasksPerThread * sizes_.threads);
     const auto add_blocks = [&](const Group& g, int kind, int64_t half, int64_t features, int64_t width) {
       const int64_t panels = ceil_div(width, panel_);
-      const int64_t cuts_f = ceil_div(features, kGradFeatures), cuts_p = ceil_div(panels, kGradPanels);
+      const int64_t cuts_p = ceil_div(panels, panels_in_l2(std::clamp<int64_t>(items(g.rows), 1, kChunkItems), panel_));
+      const int64_t least = items(g.rows) > kChunkItems ? ceil_div(features, kGradFeatures) : 1;
+      const int64_t cuts_f = std::clamp<int64_t>(shares.tasks(g, 6) / cuts_p, least, features);  // six such products
       for (int64_t f = 0; f < cuts_f; ++f)
         for (int64_t p = 0; p < cuts_p; ++p)
           tasks.push_back({&g, kind, {half, features * f / cuts_f, features * (f + 1) / cuts_f, panels * p / cuts_p,
@@ -259,7 +304,7 @@ class Engine {
     };
     for (const Group& g : wave) {
       for (int64_t half = 0; half < g.halves(); ++half) add_blocks(g, 0, half, g.I, g.H);
-      const int64_t panels = ceil_div(g.H, panel_), width = std::max<int64_t>(1, kPanelBytes / (kChunkItems * panel_ * 4));
+      const int64_t panels = ceil_div(g.H, panel_), width = panels_in_l2(kChunkItems, panel_);
       for (int64_t p = 0; g.rows > 0 && p < panels; p += width)
         tasks.push_back({&g, 1, {0, 0, 0, p, std::min(panels, p + width)}});
       add_blocks(g, 2, 0, g.H, g.I);
@@ -289,12 +334,57 @@ CombineArgs combine_args(const MoeSizes& s, const PlanView& plan, const float* y
           plan.token_rows, s.Is > 0 ? y + s.R * s.H : nullptr, out};
 }
 
+std::vector<Group> unrouted_groups(const Engine& engine, const MoeSizes& s, const ExpertWeights& w) {
+  const std::vector<int32_t> offsets(size_t(s.E + 1), 0);
+  return engine.groups({offsets.data(), nullptr, nullptr, nullptr, nullptr}, w, nullptr, nullptr, {}, false);
+}
+
+// The upper half of the value in the middle of each expert matrix: whoever rewrites a weight as a whole changes it.
+std::vector<uint16_t> samples(const MoeSizes& s, const ExpertWeights& w) {
+  const int64_t bytes = dtype_bytes(s.dtype);
+  std::vector<uint16_t> out;
+  const auto sample = [&](const void* weights, int64_t matrices, int64_t elements) {
+    const char* middle = static_cast<const char*>(weights) + (elements / 2) * bytes + bytes - 2;
+    for (int64_t m = 0; weights && m < matrices; ++m, middle += elements * bytes) {
+      out.emplace_back();
+      std::memcpy(&out.back(), middle, 2);
+    }
+  };
+  sample(w.gate_up_proj, s.E * s.halves(), s.I * s.H);
+  sample(w.down_proj, s.E, s.H * s.I);
+  sample(w.shared_gate_up_proj, s.halves(), s.Is * s.H);
+  sample(w.shared_down_proj, 1, s.H * s.Is);
+  return out;
+}
+
+int64_t all_packed_bytes(const MoeSizes& s) {
+  const Engine engine(s);
+  int64_t bytes = 0;
+  for (const Group& g : unrouted_groups(engine, s, {})) bytes += engine.packed_bytes(g);
+  return bytes;
+}
+
 }  // namespace
 
-void moe_mlp_fwd(const MoeSizes& s, const PlanView& plan, const ExpertWeights& w, const void* x, void* out,
-                 void* gate_up, void* shared_gate_up) {
+PackedWeights::PackedWeights(const MoeSizes& s, const ExpertWeights& w) : sizes_(s), memory_(all_packed_bytes(s)) {
+  const Engine engine(sizes_);
+  const std::vector<Group> all = unrouted_groups(engine, sizes_, w);
+  expert_bytes_ = engine.packed_bytes(all[0]);
+  for (size_t e = 0; e < all.size(); ++e) engine.pack(all[e], memory_.data() + int64_t(e) * expert_bytes_);
+  samples_ = samples(sizes_, w);
+}
+
+void PackedWeights::check(const MoeSizes& s, const ExpertWeights& w) const {
+  const auto shape = [](const MoeSizes& m) { return std::make_tuple(m.H, m.E, m.I, m.Is, m.dtype, m.activation); };
+  MOE_CHECK(shape(s) == shape(sizes_), "packed weights: made for other sizes, dtype or activation than this call's");
+  MOE_CHECK(samples(s, w) == samples_, "packed weights: the weights have changed since they were packed");
+}
+
+void moe_mlp_fwd(const MoeSizes& s, const PlanView& plan, const ExpertWeights& w, const PackedWeights* packed,
+                 const void* x, void* out, void* gate_up, void* shared_gate_up) {
+  if (packed) packed->check(s, w);
   Engine engine(s);
-  engine.forward(engine.groups(plan, w, gate_up, shared_gate_up, {}, true), x);
+  engine.forward(engine.groups(plan, w, gate_up, shared_gate_up, {}, true, packed), x);
   combine_rows(combine_args(s, plan, engine.y(), true, out));
 }
 

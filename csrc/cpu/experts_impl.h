@@ -11,36 +11,12 @@ inline const uint32_t* items_at(const void* base, int64_t elements) {
   return reinterpret_cast<const uint32_t*>(static_cast<const typename C::Elem*>(base) + elements);
 }
 
-// The weights that the next block of panels will pack, in up to two contiguous pieces: brought into L2 while this block
-// multiplies, since packing straight from memory costs a quarter of the time at 64 rows per expert.
-class Ahead {
- public:
-  Ahead() = default;
-  // Spread `pieces` pieces of `bytes` bytes over `calls` micro-kernel calls of `items` steps.
-  Ahead(const void* first, const void* second, int64_t bytes, int64_t calls, int64_t items)
-      : first_(static_cast<const char*>(first)), second_(static_cast<const char*>(second)), bytes_(bytes) {
-    const int64_t steps = calls * items, total = second ? 2 * bytes : bytes;
-    step_ = first && steps > 0 ? min64(64, (total + steps - 1) / steps) : 0;
-    stride_ = step_ * items;
-  }
-  const char* next(const void* idle) {
-    const int64_t at = offset_;
-    offset_ += stride_;
-    if (step_ == 0) return static_cast<const char*>(idle);
-    return at < bytes_ || !second_ ? first_ + at : second_ + (at - bytes_);
-  }
-  int64_t step() const { return step_; }
-
- private:
-  const char *first_ = nullptr, *second_ = nullptr;
-  int64_t bytes_ = 0, step_ = 0, stride_ = 0, offset_ = 0;
-};
-
 // One chunk of K for all rows of a group: for each tile and panel, multiply, then finish(row, rows, panel, tile).
-// Panel p is packed at packed + p * panel_items * NR.
-template <class C, class Finish>
+// prefetch(row, panel, walks) names what finish touches. Panel p is packed at packed + p * panel_items * NR.
+template <class C, class Prefetch, class Finish>
 inline void rows_by_panels(const uint32_t* a, int64_t lda_items, int64_t rows, const uint32_t* packed,
-                           int64_t panel_items, int64_t items, int64_t panels, Ahead& ahead, const Finish& finish) {
+                           int64_t panel_items, int64_t items, int64_t panels, Ahead& ahead, const Prefetch& prefetch,
+                           const Finish& finish) {
   alignas(64) float tile[MR * NR];
   const Tiles tiles(rows);
   for (int64_t i = 0; i < tiles.count; ++i) {
@@ -48,18 +24,24 @@ inline void rows_by_panels(const uint32_t* a, int64_t lda_items, int64_t rows, c
     const int count = int(tiles.begin(i + 1) - row);
     const Micro kernel = micro_for<C, false>(count);
     for (int64_t p = 0; p < panels; ++p) {
-      kernel(a + row * lda_items, lda_items, packed + p * panel_items * NR, items, tile, ahead.next(tile),
-             ahead.step());
+      Walks walks;
+      prefetch(row, p, walks);
+      ahead.share(walks);
+      kernel(a + row * lda_items, lda_items, packed + p * panel_items * NR, items, tile, NR, false, walks);
       finish(row, count, p, tile);
     }
   }
 }
 
+template <class C>
+inline int64_t items_of(int64_t elements) {
+  return (elements + C::kPair - 1) / C::kPair;
+}
+
 // Panels per block so that a packed block and the next one's weights share L2.
 template <class C>
 inline int64_t block_panels(int64_t k) {
-  const int64_t panels = kPanelBytes / 2 / (NR * 4 * ((k + C::kPair - 1) / C::kPair));
-  return panels > 0 ? panels : 1;
+  return panels_in_l2(2 * items_of<C>(k), NR);
 }
 
 template <class C>
@@ -79,22 +61,53 @@ void gather(const Group& g, const void* source, void* target, int64_t begin, int
 }
 
 template <class C>
+void pack_gate_up_proj(const Group& g, int64_t panel_begin, int64_t panel_end, void* out) {
+  const bool glu = g.activation == Activation::kSwiGLU;
+  const int64_t step = glu ? W : NR;
+  const auto* weight = static_cast<const typename C::Store*>(g.gate_up_proj);
+  uint32_t* packed = static_cast<uint32_t*>(out);
+  for (int64_t p = panel_begin; p < panel_end; ++p, packed += items_of<C>(g.H) * NR)
+    for (int v = 0; v < 2; ++v) {
+      const int64_t column = p * step + (glu ? 0 : v * W), row = glu ? v * g.I + column : column;
+      pack_transposed<C>(weight + row * g.H, g.H, g.H, g.I - column, packed + v * W);
+    }
+}
+
+template <class C>
+void pack_down_proj(const Group& g, int64_t panel_begin, int64_t panel_end, void* out) {
+  const auto* weight = static_cast<const typename C::Store*>(g.down_proj);
+  uint32_t* packed = static_cast<uint32_t*>(out);
+  for (int64_t c = panel_begin * NR; c < panel_end * NR; c += NR, packed += items_of<C>(g.I) * NR)
+    for (int v = 0; v < NR; v += W)
+      pack_transposed<C>(weight + (c + v) * g.I, g.I, g.I, g.H - c - v, packed + v);
+}
+
+template <class C>
 void up(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
   using Store = typename C::Store;
   const bool glu = g.activation == Activation::kSwiGLU;
-  const int64_t items = (g.H + C::kPair - 1) / C::kPair, step = glu ? W : NR, width = block_panels<C>(g.H);
+  const int64_t items = items_of<C>(g.H), step = glu ? W : NR, width = block_panels<C>(g.H);
   const Store* weight = static_cast<const Store*>(g.gate_up_proj);
-  uint32_t* packed = static_cast<uint32_t*>(scratch);
   for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
-    const int64_t end = min64(panel_end, begin + width), later = min64(panel_end, end + width);
-    for (int64_t p = begin; p < end; ++p)
-      for (int v = 0; v < 2; ++v) {
-        const int64_t column = p * step + (glu ? 0 : v * W), row = glu ? v * g.I + column : column;
-        pack_transposed<C>(weight + row * g.H, g.H, g.H, g.I - column, packed + (p - begin) * items * NR + v * W);
-      }
-    const Store* following = end < panel_end ? weight + end * step * g.H : nullptr;
-    Ahead ahead(following, glu && following ? following + g.I * g.H : nullptr,
-                (later - end) * step * g.H * int64_t(sizeof(Store)), Tiles(g.rows).count * (end - begin), items);
+    const int64_t end = min64(panel_end, begin + width), more = min64(panel_end, end + width) - end;
+    const uint32_t* packed = static_cast<const uint32_t*>(g.packed_gate_up_proj);
+    Ahead ahead(Tiles(g.rows).count * (end - begin));
+    if (packed) {
+      packed += begin * items * NR;
+      ahead.contiguous(packed + (end - begin) * items * NR, more * items * NR * 4);
+    } else {
+      pack_gate_up_proj<C>(g, begin, end, scratch);
+      packed = static_cast<const uint32_t*>(scratch);
+      for (int64_t half = 0; half < g.halves(); ++half)
+        ahead.contiguous(weight + (half * g.I + end * step) * g.H, more * step * g.H * int64_t(sizeof(Store)));
+    }
+    const auto prefetch = [&](int64_t row, int64_t p, Walks& walks) {
+      const int64_t column = (begin + p) * step, act_width = step * int64_t(sizeof(typename C::Elem));
+      walks.rows(static_cast<typename C::Elem*>(g.act) + row * g.ld_i + column, g.ld_i * sizeof(typename C::Elem), act_width);
+      for (int64_t half = 0; g.gate_up && half < g.halves(); ++half)
+        walks.rows(static_cast<Store*>(g.gate_up) + (row * g.halves() + half) * g.I + column,
+                   g.halves() * g.I * sizeof(Store), step * sizeof(Store));
+    };
     const auto finish = [&](int64_t row, int rows, int64_t p, const float* tile) {
       const int64_t column = (begin + p) * step, n = g.I - column;
       typename C::Elem* act = static_cast<typename C::Elem*>(g.act) + row * g.ld_i + column;
@@ -113,7 +126,8 @@ void up(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
         store(kept + r * g.halves() * g.I + (glu ? g.I : W), second, glu ? n : n - W);
       }
     };
-    rows_by_panels<C>(items_at<C>(g.x, 0), g.ld_h / C::kPair, g.rows, packed, items, items, end - begin, ahead, finish);
+    rows_by_panels<C>(items_at<C>(g.x, 0), g.ld_h / C::kPair, g.rows, packed, items, items, end - begin, ahead, prefetch,
+                      finish);
   }
 }
 
@@ -122,55 +136,66 @@ template <class C>
 inline void accumulate_y(const Group& g, const uint32_t* a, int64_t lda_items, const uint32_t* packed,
                          int64_t panel_items, int64_t items, int64_t panel_begin, int64_t panels, bool first,
                          Ahead& ahead) {
-  rows_by_panels<C>(a, lda_items, g.rows, packed, panel_items, items, panels, ahead,
-                    [&](int64_t row, int rows, int64_t p, const float* tile) {
-                      const int64_t column = (panel_begin + p) * NR, n = g.H - column;
-                      float* y = g.y + row * g.H + column;
-                      for (int r = 0; r < rows; ++r, y += g.H)
-                        for (int v = 0; v < NR; v += W) {
-                          const vf value = loadu<vf>(tile + r * NR + v);
-                          store(y + v, first ? value : value + load(y + v, n - v), n - v);
-                        }
-                    });
+  const Tiles tiles(g.rows);
+  alignas(64) float tile[MR * NR];
+  for (int64_t i = 0; i < tiles.count; ++i) {
+    const int64_t row = tiles.begin(i);
+    const int rows = int(tiles.begin(i + 1) - row);
+    const Micro kernel = micro_for<C, false>(rows);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t column = (panel_begin + p) * NR, n = g.H - column;
+      float* y = g.y + row * g.H + column;
+      const bool whole = n >= NR;
+      Walks walks;
+      walks.rows(y, g.H * 4, NR * 4);
+      ahead.share(walks);
+      kernel(a + row * lda_items, lda_items, packed + p * panel_items * NR, items, whole ? y : tile,
+             whole ? g.H : NR, whole && !first, walks);
+      for (int r = 0; !whole && r < rows; ++r)
+        for (int64_t c = 0; c < n; ++c) y[r * g.H + c] = tile[r * NR + c] + (first ? 0.f : y[r * g.H + c]);
+    }
+  }
 }
 
 template <class C>
 void down(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
-  using Store = typename C::Store;
   constexpr int64_t kChunk = kChunkItems * C::kPair;
-  const int64_t panel_items = (g.I + C::kPair - 1) / C::kPair, width = block_panels<C>(g.I);
-  const int64_t chunks = (g.I + kChunk - 1) / kChunk;
-  const Store* weight = static_cast<const Store*>(g.down_proj);
-  uint32_t* packed = static_cast<uint32_t*>(scratch);
+  const int64_t panel_items = items_of<C>(g.I), width = block_panels<C>(g.I), chunks = (g.I + kChunk - 1) / kChunk;
   for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
-    const int64_t end = min64(panel_end, begin + width), later = min64(g.H, (end + width) * NR);
-    for (int64_t p = begin; p < end; ++p)
-      for (int64_t c = p * NR, v = 0; v < 2; ++v, c += W)
-        pack_transposed<C>(weight + c * g.I, g.I, g.I, g.H - c, packed + (p - begin) * panel_items * NR + v * W);
-    Ahead ahead(end < panel_end ? weight + end * NR * g.I : nullptr, nullptr,
-                (later - end * NR) * g.I * int64_t(sizeof(Store)), Tiles(g.rows).count * (end - begin) * chunks,
-                panel_items / chunks);
+    const int64_t end = min64(panel_end, begin + width), more = min64(panel_end, end + width) - end;
+    const uint32_t* packed = static_cast<const uint32_t*>(g.packed_down_proj);
+    Ahead ahead(Tiles(g.rows).count * (end - begin) * chunks);
+    if (packed) {
+      packed += begin * panel_items * NR;
+      ahead.contiguous(packed + (end - begin) * panel_items * NR, more * panel_items * NR * 4);
+    } else {
+      pack_down_proj<C>(g, begin, end, scratch);
+      packed = static_cast<const uint32_t*>(scratch);
+      const auto* next = static_cast<const typename C::Store*>(g.down_proj) + end * NR * g.I;
+      ahead.contiguous(next, min64(more * NR, g.H - end * NR) * g.I * int64_t(sizeof(*next)));
+    }
     for (int64_t k = 0; k < g.I; k += kChunk)
       accumulate_y<C>(g, items_at<C>(g.act, k), g.ld_i / C::kPair, packed + k / C::kPair * NR, panel_items,
-                      (min64(kChunk, g.I - k) + C::kPair - 1) / C::kPair, begin, end - begin, k == 0, ahead);
+                      items_of<C>(min64(kChunk, g.I - k)), begin, end - begin, k == 0, ahead);
   }
 }
 
 template <class C>
 void dx(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
   using Store = typename C::Store;
-  uint32_t* packed = static_cast<uint32_t*>(scratch);
   constexpr int64_t kChunk = kChunkItems * C::kPair;
-  Ahead none;
+  uint32_t* packed = static_cast<uint32_t*>(scratch);
+  const int64_t column = panel_begin * NR, panels = panel_end - panel_begin, n = min64(g.H - column, panels * NR);
   for (int64_t half = 0; half < g.halves(); ++half)
     for (int64_t k = 0; k < g.I; k += kChunk) {
-      const int64_t valid = min64(kChunk, g.I - k), items = (valid + C::kPair - 1) / C::kPair;
-      const Store* weight = static_cast<const Store*>(g.gate_up_proj) + (half * g.I + k) * g.H;
-      for (int64_t p = panel_begin; p < panel_end; ++p)
-        for (int64_t c = p * NR, v = 0; v < 2; ++v, c += W)
-          pack_natural<C>(weight + c, g.H, valid, g.H - c, packed + (p - panel_begin) * items * NR + v * W);
+      const int64_t valid = min64(kChunk, g.I - k), items = items_of<C>(valid);
+      const Store* weight = static_cast<const Store*>(g.gate_up_proj) + (half * g.I + k) * g.H + column;
+      pack_natural<C>(weight, g.H, valid, n, panels, items, packed);
+      const int64_t left = (g.halves() - half) * g.I - k - valid;  // rows of gate_up_proj behind this chunk
+      Ahead ahead(Tiles(g.rows).count * panels);
+      ahead.block(weight + valid * g.H, g.H * sizeof(Store), min64(kChunk, left), n * sizeof(Store));
       accumulate_y<C>(g, items_at<C>(g.dgate_up, half * g.ld_i + k), g.halves() * g.ld_i / C::kPair, packed, items,
-                      items, panel_begin, panel_end - panel_begin, half == 0 && k == 0, none);
+                      items, panel_begin, panels, half == 0 && k == 0, ahead);
     }
 }
 
@@ -195,13 +220,22 @@ void dact(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
   const bool glu = g.activation == Activation::kSwiGLU;
   const int64_t items = (g.H + C::kPair - 1) / C::kPair, width = block_panels<C>(g.H), all = (g.I + NR - 1) / NR;
   uint32_t* packed = static_cast<uint32_t*>(scratch);
-  Ahead none;
   for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
-    const int64_t end = min64(panel_end, begin + width);
-    for (int64_t p = begin; p < end; ++p)
-      for (int64_t c = p * NR, v = 0; v < 2; ++v, c += W)
-        pack_natural<C>(static_cast<const Store*>(g.down_proj) + c, g.I, g.H, g.I - c,
-                        packed + (p - begin) * items * NR + v * W);
+    const int64_t end = min64(panel_end, begin + width), more = min64(panel_end, end + width) - end;
+    const Store* weight = static_cast<const Store*>(g.down_proj) + begin * NR;
+    pack_natural<C>(weight, g.I, g.H, g.I - begin * NR, end - begin, items, packed);
+    Ahead ahead(Tiles(g.rows).count * (end - begin));
+    ahead.block(weight + (end - begin) * NR, g.I * sizeof(Store), g.H, more * NR * sizeof(Store));
+    const auto prefetch = [&](int64_t row, int64_t p, Walks& walks) {
+      const int64_t column = (begin + p) * NR;
+      walks.rows(static_cast<const Elem*>(g.act) + row * g.ld_i + column, g.ld_i * sizeof(Elem), NR * sizeof(Elem));
+      for (int64_t half = 0; half < g.halves(); ++half) {
+        walks.rows(static_cast<const Store*>(g.gate_up) + (row * g.halves() + half) * g.I + column,
+                   g.halves() * g.I * sizeof(Store), NR * sizeof(Store));
+        walks.rows(static_cast<const Elem*>(g.dgate_up) + (row * g.halves() + half) * g.ld_i + column,
+                   g.halves() * g.ld_i * sizeof(Elem), NR * sizeof(Elem));
+      }
+    };
     const auto finish = [&](int64_t row, int rows, int64_t p, const float* tile) {
       const int64_t column = (begin + p) * NR;
       for (int r = 0; r < rows; ++r) {
@@ -222,7 +256,8 @@ void dact(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
         if (g.drow_weight_parts) g.drow_weight_parts[(row + r) * all + begin + p] = sum(product);
       }
     };
-    rows_by_panels<C>(items_at<C>(g.dout, 0), g.ld_h / C::kPair, g.rows, packed, items, items, end - begin, none, finish);
+    rows_by_panels<C>(items_at<C>(g.dout, 0), g.ld_h / C::kPair, g.rows, packed, items, items, end - begin, ahead,
+                      prefetch, finish);
   }
 }
 
@@ -233,18 +268,18 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
                       int64_t features, int64_t columns, int64_t panels, typename C::Store* out, int64_t ldo,
                       void* scratch) {
   constexpr int64_t kChunk = kChunkItems * C::kPair;
+  constexpr bool kDirect = sizeof(typename C::Store) == 4;  // sums stand in `out` itself where its panel is whole
   const Tiles tiles(features);
   float* sums = static_cast<float*>(scratch);
-  uint32_t* packed_b = reinterpret_cast<uint32_t*>(sums + kFeatureTiles * MR * kGradPanels * NR);
-  uint32_t* packed_a = packed_b + kGradPanels * NR * kChunkItems;
+  uint32_t* packed_b = reinterpret_cast<uint32_t*>(sums + kFeatureTiles * MR * kChunkPanels * NR);
+  uint32_t* packed_a = packed_b + kPanelBytes / 4;
   alignas(64) float tile[MR * NR];
   if (rows == 0)
     for (int64_t f = 0; f < features; ++f) std::memset(out + f * ldo, 0, size_t(min64(columns, panels * NR)) * sizeof(*out));
   for (int64_t k = 0; k < rows; k += kChunk) {
-    const int64_t valid = min64(kChunk, rows - k), items = (valid + C::kPair - 1) / C::kPair;
+    const int64_t valid = min64(kChunk, rows - k), items = items_of<C>(valid);
     const bool first = k == 0, last = k + kChunk >= rows;
-    for (int64_t c = 0; c < panels * NR; c += W)
-      pack_natural<C>(b + k * ldb + c, ldb, valid, columns - c, packed_b + c / NR * items * NR + c % NR);
+    pack_natural<C>(b + k * ldb, ldb, valid, columns, panels, items, packed_b);
     for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t feature = tiles.begin(i);
       const int count = int(tiles.begin(i + 1) - feature);
@@ -255,18 +290,18 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
       }
       const Micro kernel = micro_for<C, true>(count);
       for (int64_t p = 0; p < panels; ++p) {
-        kernel(rows_a, C::kPair == 2 ? count : lda, packed_b + p * items * NR, items, tile,
-               reinterpret_cast<const char*>(tile), 0);
-        float* kept = sums + (i * kGradPanels + p) * MR * NR;
+        typename C::Store* to = out + feature * ldo + p * NR;
+        const int64_t n = columns - p * NR;
+        float* sum = first && last ? tile : sums + (i * kChunkPanels + p) * MR * NR;
+        int64_t ld = NR;
+        if constexpr (kDirect)
+          if (n >= NR) sum = to, ld = ldo;
+        Walks walks;
+        walks.rows(to, ldo * sizeof(*to), NR * sizeof(*to));
+        kernel(rows_a, C::kPair == 2 ? count : lda, packed_b + p * items * NR, items, sum, ld, !first, walks);
+        if (!last || (kDirect && n >= NR)) continue;
         for (int r = 0; r < count; ++r)
-          for (int v = 0; v < NR; v += W) {
-            vf value = loadu<vf>(tile + r * NR + v);
-            if (!first) value += loadu<vf>(kept + r * NR + v);
-            if (last)
-              store(out + (feature + r) * ldo + p * NR + v, value, columns - p * NR - v);
-            else
-              storeu(kept + r * NR + v, value);
-          }
+          for (int v = 0; v < NR; v += W) store(to + r * ldo + v, loadu<vf>(sum + r * NR + v), n - v);
       }
     }
   }

@@ -22,6 +22,8 @@ struct Group {
   const float* row_weight = nullptr;    // (rows,), null: 1
   const void* gate_up_proj = nullptr;   // (U, H) storage, U = 2I (swiglu) or I (gelu)
   const void* down_proj = nullptr;      // (H, I) storage
+  const void* packed_gate_up_proj = nullptr;  // panels as pack_gate_up_proj makes them, null: packed in every call
+  const void* packed_down_proj = nullptr;
   void* gate_up = nullptr;              // (rows, U) storage, null: not kept
   void* x = nullptr;                    // (rows, ld_h) compute
   void* dout = nullptr;                 // (rows, ld_h) compute
@@ -49,6 +51,9 @@ struct Kernels {
 
   // Rows [begin, end) of source (storage, row-major, H wide) gathered by the group's row_token into compute form.
   void (*gather[kComputes])(const Group&, const void* source, void* target, int64_t begin, int64_t end);
+  // Panels [begin, end) of the weights as `up` and `down` read them; a panel is H (I) items of 2W, in 32-bit items.
+  void (*pack_gate_up_proj[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* out);
+  void (*pack_down_proj[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* out);
   // gate_up = x gate_up_proj^T; act = activation(gate_up). Panels of 2W columns (swiglu: W gate + W up).
   void (*up[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
   // y = act down_proj^T. Panels of H.
@@ -84,8 +89,13 @@ int64_t scratch_bytes(int64_t H, int64_t I);
 // rounding errors growing with the square root of this instead of K.
 constexpr int64_t kChunkItems = 512;
 constexpr int64_t kPanelBytes = 384 << 10;  // packed panels of one task: half of a 1 MiB L2, less the rows' share
-constexpr int64_t kGradFeatures = 384;      // a weight-gradient block: features x panels
-constexpr int64_t kGradPanels = 6;
+constexpr int64_t kGradFeatures = 384;      // features of a weight-gradient block over more than one chunk of rows
+
+// Panels of `items` k steps that one task packs.
+constexpr int64_t panels_in_l2(int64_t items, int64_t panel_floats) {
+  const int64_t panels = kPanelBytes / (items * panel_floats * 4);
+  return panels > 0 ? panels : 1;
+}
 
 // The best level this CPU runs, or the one MOE_KERNELS_ISA names (avx512bf16, avx512, avx2, portable).
 const Kernels& kernels();

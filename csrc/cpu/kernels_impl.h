@@ -13,7 +13,8 @@ Kernels make_table(const char* name) {
   table.vector_floats = W;
   table.has_bf16_pairs = MOE_BF16_PAIRS != 0;
 #define MOE_FILL(C, i)                                                                            \
-  table.gather[i] = gather<C>, table.up[i] = up<C>, table.down[i] = down<C>, table.dact[i] = dact<C>, \
+  table.gather[i] = gather<C>, table.pack_gate_up_proj[i] = pack_gate_up_proj<C>,                     \
+  table.pack_down_proj[i] = pack_down_proj<C>, table.up[i] = up<C>, table.down[i] = down<C>, table.dact[i] = dact<C>, \
   table.dx[i] = dx<C>, table.ddown_proj[i] = ddown_proj<C>, table.dgate_up_proj[i] = dgate_up_proj<C>
   MOE_FILL(Float32, int(Compute::kFloat32));
   MOE_FILL(Widened, int(Compute::kBFloat16Widened));

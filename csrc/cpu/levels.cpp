@@ -61,9 +61,8 @@ int64_t scratch_bytes(int64_t H, int64_t I) {
   constexpr int64_t kMaxPanel = 32, kMaxRows = 16, kSlack = 4096;
   const int64_t whole_k_panel = (H > I ? H : I) * kMaxPanel * 4;
   const int64_t forward = (kPanelBytes > whole_k_panel ? kPanelBytes : whole_k_panel) + kSlack;
-  const int64_t features = kGradFeatures + kMaxRows;
-  const int64_t grads =
-      (features * kGradPanels * kMaxPanel + (kGradPanels * kMaxPanel + kMaxRows) * kChunkItems) * 4 + kSlack;
+  const int64_t sums = (kGradFeatures + kMaxRows) * panels_in_l2(kChunkItems, kMaxPanel) * kMaxPanel * 4;
+  const int64_t grads = sums + kPanelBytes + kMaxRows * kChunkItems * 4 + kSlack;
   return forward > grads ? forward : grads;
 }
 

@@ -2,7 +2,7 @@
 // two bf16). B is packed into panels [k][2W], A is read by broadcast, the accumulators stay in registers.
 #pragma once
 #include "kernels.h"
-#include "simd.h"
+#include "prefetch.h"
 
 namespace moe {
 namespace MOE_LEVEL {
@@ -11,6 +11,7 @@ namespace {
 constexpr int MR = MOE_MR;
 constexpr int NR = 2 * W;
 constexpr int64_t kRegisterItems = 256;
+constexpr int64_t kChunkPanels = panels_in_l2(kChunkItems, NR);
 constexpr int64_t kFeatureTiles = (kGradFeatures + MR - 1) / MR;
 
 struct Float32 {
@@ -42,47 +43,54 @@ inline void multiply_add(vf& acc, const uint32_t* a, vf b) {
   acc += value * b;
 }
 
-// tile[r][0..2W) = sum over k of A(r, k) B(k, :). A(r, k) = a[r * lda + k], or a[k * lda + r] when kColumns.
-// Registers are emptied into the tile every kRegisterItems: rounding errors then grow like those of a blocked sum.
-// Meanwhile `ahead`, memory that a later call packs, is brought into L2, ahead_step bytes per k.
+// out[r * ldo + 0..2W) (+)= sum over k of A(r, k) B(k, :). A(r, k) = a[r * lda + k], or a[k * lda + r] when kColumns.
+// Registers are emptied into `out` every kRegisterItems: rounding errors then grow like those of a blocked sum.
 template <class C, bool kColumns, int rows>
-void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, float* tile, const char* ahead,
-           int64_t ahead_step) {
+void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, float* out, int64_t ldo, bool add,
+           const Walks& walks) {
   constexpr int kBases = kColumns ? 1 : (rows + 2) / 3;
   const uint32_t* base[kBases];
 #pragma GCC unroll 8
   for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * lda;
+  const Walk *walk = walks.list(), *const last = walk + walks.count();
   for (int64_t begin = 0; begin < items; begin += kRegisterItems) {
     vf acc[rows][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) acc[r][0] = acc[r][1] = vf{};
     const int64_t end = min64(items, begin + kRegisterItems);
-    for (int64_t k = begin; k < end; ++k) {
-      const vf b0 = loadu<vf>(b), b1 = loadu<vf>(b + W);
-      __builtin_prefetch(b + 8 * NR);
-      __builtin_prefetch(b + 8 * NR + W);
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += ahead_step;
+    for (int64_t k = begin; k < end;) {
+      const char* ahead = reinterpret_cast<const char*>(out);
+      int64_t step = 0;
+      if (walk != last) ahead = walk->at, step = walk->step, ++walk;
+      for (const int64_t stop = min64(end, k + kWalk); k < stop; ++k) {
+        const vf b0 = loadu<vf>(b), b1 = loadu<vf>(b + W);
+        __builtin_prefetch(b + 8 * NR);
+        __builtin_prefetch(b + 8 * NR + W);
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += step;
 #pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-        const uint32_t* item = kColumns ? base[0] + r : base[r / 3] + (r % 3) * lda;
-        multiply_add<C>(acc[r][0], item, b0);
-        multiply_add<C>(acc[r][1], item, b1);
-      }
-      b += NR;
+        for (int r = 0; r < rows; ++r) {
+          const uint32_t* item = kColumns ? base[0] + r : base[r / 3] + (r % 3) * lda;
+          multiply_add<C>(acc[r][0], item, b0);
+          multiply_add<C>(acc[r][1], item, b1);
+        }
+        b += NR;
 #pragma GCC unroll 8
-      for (int g = 0; g < kBases; ++g) base[g] += kColumns ? lda : 1;
+        for (int g = 0; g < kBases; ++g) base[g] += kColumns ? lda : 1;
+      }
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      float* out = tile + r * NR;
-      storeu(out, begin ? loadu<vf>(out) + acc[r][0] : acc[r][0]);
-      storeu(out + W, begin ? loadu<vf>(out + W) + acc[r][1] : acc[r][1]);
-    }
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        float* to = out + r * ldo + v * W;
+        storeu(to, add ? loadu<vf>(to) + acc[r][v] : acc[r][v]);
+      }
+    add = true;
   }
 }
 
-using Micro = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*, const char*, int64_t);
+using Micro = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*, int64_t, bool, const Walks&);
 
 template <class C, bool kColumns, int rows = MR>
 inline Micro micro_for(int count) {

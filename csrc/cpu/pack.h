@@ -12,21 +12,32 @@ inline uint32_t bits(float v) {
   return out;
 }
 
-// Two consecutive k of one column as one item.
-inline vu zip(vh even, vh odd) { return __builtin_convertvector(even, vu) | (__builtin_convertvector(odd, vu) << 16); }
+// Two consecutive k of 2W columns as items: even[c] in the low half, odd[c] in the high half.
+template <int half>
+struct Zip {
+  static constexpr int at(int i) { return half * W + i / 2 + i % 2 * 2 * W; }
+};
+inline void zip(vh2 even, vh2 odd, uint32_t* out) {
+  storeu(out, permute<Zip<0>>(even, odd));
+  storeu(out + W, permute<Zip<1>>(even, odd));
+}
 
-// W columns of a K-major source: item (k, c) from source[(k * pair + p) * ld + c]; n valid columns, k_valid valid k.
+// Panels of a K-major source, n valid columns, k_valid valid k: item (k, c) of the panel from source[k * ld + c], or
+// the pair (2k, c), (2k + 1, c). Row by row: the source is read as it lies in memory.
 template <class C, class S>
-inline void pack_natural(const S* source, int64_t ld, int64_t k_valid, int64_t n, uint32_t* out) {
-  if constexpr (C::kPair == 1) {
-    for (int64_t k = 0; k < k_valid; ++k) storeu(out + k * NR, load(source + k * ld, n));
-  } else {
-    for (int64_t k = 0; k < k_valid; k += 2) {
-      const vh even = load_n<vh>(source + k * ld, n);
-      const vh odd = k + 1 < k_valid ? load_n<vh>(source + (k + 1) * ld, n) : vh{};
-      storeu(out + k / 2 * NR, zip(even, odd));
+inline void pack_natural(const S* source, int64_t ld, int64_t k_valid, int64_t n, int64_t panels, int64_t panel_items,
+                         uint32_t* out) {
+  for (int64_t k = 0; k < k_valid; k += C::kPair, source += C::kPair * ld, out += NR)
+    for (int64_t p = 0; p < panels; ++p) {
+      uint32_t* to = out + p * panel_items * NR;
+      const int64_t c = p * NR;
+      if constexpr (C::kPair == 1) {
+        storeu(to, load(source + c, n - c));
+        storeu(to + W, load(source + c + W, n - c - W));
+      } else {
+        zip(load_n<vh2>(source + c, n - c), k + 1 < k_valid ? load_n<vh2>(source + ld + c, n - c) : vh2{}, to);
+      }
     }
-  }
 }
 
 // W items along K of one row; `valid` elements are there, the rest is zero.
@@ -62,10 +73,9 @@ inline void pack_transposed(const S* source, int64_t ld, int64_t k_valid, int64_
 // A packed for a contraction over rows, two rows per item: [k item][count] from element (row, feature).
 template <class C>
 inline void pack_features(const bf16* source, int64_t ld, int64_t k_valid, int count, uint32_t* out) {
-  constexpr int kVectors = (MR + W - 1) / W;  // whole vectors are copied; what spills over is overwritten next
-  for (int64_t k = 0; k < k_valid; k += 2, source += 2 * ld, out += count)
-    for (int v = 0; v < kVectors; ++v)
-      storeu(out + v * W, zip(loadu<vh>(source + v * W), k + 1 < k_valid ? loadu<vh>(source + ld + v * W) : vh{}));
+  static_assert(MR <= 2 * W, "one vh2 holds the features of a tile");
+  for (int64_t k = 0; k < k_valid; k += 2, source += 2 * ld, out += count)  // what spills over is overwritten next
+    zip(loadu<vh2>(source), k + 1 < k_valid ? loadu<vh2>(source + ld) : vh2{}, out);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ typedef float vf __attribute__((vector_size(4 * MOE_W)));
 typedef int32_t vi __attribute__((vector_size(4 * MOE_W)));
 typedef uint32_t vu __attribute__((vector_size(4 * MOE_W)));
 typedef uint16_t vh __attribute__((vector_size(2 * MOE_W)));
+typedef uint16_t vh2 __attribute__((vector_size(4 * MOE_W)));
 
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -34,7 +35,7 @@ static inline void storeu(T* p, V v) {
 // The first n elements, zeros behind them; nothing past p[n-1] is touched.
 template <class V, class T>
 static inline V load_n(const T* p, int64_t n) {
-  if (n >= W) return loadu<V>(p);
+  if (n >= int64_t(sizeof(V) / sizeof(T))) return loadu<V>(p);
   V v{};
   if (n > 0) std::memcpy(&v, p, size_t(n) * sizeof(T));
   return v;
@@ -63,27 +64,27 @@ static inline vf load(const bf16* p, int64_t n) { return widen(load_n<vh>(p, n))
 static inline void store(float* p, vf v, int64_t n) { store_n(p, v, n); }
 static inline void store(bf16* p, vf v, int64_t n) { store_n(p, narrow(v), n); }
 
-static inline float sum(vf v) {
-  float parts[W];
-  std::memcpy(parts, &v, sizeof(v));
-  for (int step = W / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) parts[i] += parts[i + step];
-  return parts[0];
-}
-
-// exp on [-87.3, 87] (clamped) by range reduction to [-ln2/2, ln2/2] and a degree-6 polynomial: 2e-7 relative.
+// exp, clamped to [e^-87, e^87]: 2^n 2^r with |r| <= 1/2 and a minimax polynomial of degree 5: 2e-7 relative near 0.
 static inline vf vexp(vf x) {
-  x = x < -87.3f ? vf{} - 87.3f : x;
+#if MOE_W == 16
+  x = (vf)_mm512_min_ps((__m512)x, _mm512_set1_ps(87.f));
+  const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+#else
+  x = x < -87.f ? vf{} - 87.f : x;
   x = x > 87.f ? vf{} + 87.f : x;
   const vf n = (x * 1.44269504f + 12582912.f) - 12582912.f;
-  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  vf p = r * 1.38888889e-3f + 8.33333333e-3f;
-  p = p * r + 4.16666667e-2f;
-  p = p * r + 1.66666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
+#endif
+  const vf r = x * 1.44269504f - n;
+  vf p = r * 1.327647198e-3f + 9.675541334e-3f;
+  p = p * r + 5.550713274e-2f;
+  p = p * r + 2.402211972e-1f;
+  p = p * r + 6.931469671e-1f;
+  p = p * r + 1.000000072f;
+#if MOE_W == 16
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+#endif
 }
 // 1/x for 1 <= x <= 1e38. With AVX-512: 14 bits and one Newton step, 1 ulp; the division alone costs as much as exp.
 static inline vf reciprocal(vf x) {
@@ -111,6 +112,30 @@ static inline vf normal_cdf(vf x, vf& density) {
   for (int i = 9; i >= 0; --i) p = p * t + kErfcx[i];
   const vf half_tail = 0.5f * e * t * p;
   return x < 0.f ? half_tail : 1.f - half_tail;
+}
+
+// The elements Pattern::at(0), Pattern::at(1), ... of a followed by b.
+template <int... i>
+struct Indices {};
+template <class Pattern, class V, int... i>
+static inline V permute(V a, V b, Indices<i...>) {
+  return __builtin_shufflevector(a, b, Pattern::at(i)...);
+}
+template <class Pattern, class V>
+static inline V permute(V a, V b) {
+  return permute<Pattern>(a, b, Indices<__integer_pack(int(sizeof(V) / sizeof(a[0])))...>{});
+}
+
+template <int step>
+struct Rotate {
+  static constexpr int at(int i) { return (i + step) % W; }
+};
+static inline float sum(vf v) {
+  if constexpr (W > 8) v += permute<Rotate<8>>(v, v);
+  if constexpr (W > 4) v += permute<Rotate<4>>(v, v);
+  v += permute<Rotate<2>>(v, v);
+  v += permute<Rotate<1>>(v, v);
+  return v[0];
 }
 
 // W x W transpose of 32-bit items: log2(W) rounds of a perfect shuffle between row i and row i + W/2.

@@ -179,7 +179,7 @@ void test_layer(MoeSizes s, int64_t K, const std::string& routing) {
         bdsdown(s.dtype, sdown.size()), y_rows(s.dtype, s.R * s.H), room_out(s.dtype, x.size());
     Floats bdrow(s.R);
     const ExpertWeights w{bup.data(), bdown.data(), s.Is ? bsup.data() : nullptr, s.Is ? bsdown.data() : nullptr};
-    moe_mlp_fwd(s, plan.view(), w, bx.data(), bout.data(), gate_up.data(), shared_gate_up.data());
+    moe_mlp_fwd(s, plan.view(), w, nullptr, bx.data(), bout.data(), gate_up.data(), shared_gate_up.data());
     moe_mlp_bwd(s, plan.view(), w, bx.data(), bdout.data(), gate_up.data(), shared_gate_up.data(), bdx.data(),
                 bdrow.data(), {bdup.data(), bddown.data(), bdsup.data(), bdsdown.data()});
     const std::string where = name + " threads " + std::to_string(threads);
@@ -190,6 +190,10 @@ void test_layer(MoeSizes s, int64_t K, const std::string& routing) {
     expect(relative_error(bddown.floats(), ddown) < limit, where + " ddown_proj");
     if (s.Is) expect(relative_error(bdsup.floats(), dsup) < limit, where + " dshared_gate_up_proj");
     if (s.Is) expect(relative_error(bdsdown.floats(), dsdown) < limit, where + " dshared_down_proj");
+    const PackedWeights packed(s, w);
+    Buffer again(s.dtype, x.size());
+    moe_mlp_fwd(s, plan.view(), w, &packed, bx.data(), again.data(), nullptr, nullptr);
+    expect(again.bytes == bout.bytes, where + " the same bits from packed weights");
     const Floats first = bdup.floats();
     for (int64_t e = 0; e < s.E; ++e)
       if (plan.counts[e] == 0)

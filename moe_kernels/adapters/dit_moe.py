@@ -81,6 +81,11 @@ class DiTMoEBlock(nn.Module):
             x, self.gate.weight, kinds, config.router, "swiglu", config.backend, self.training, return_aux_loss
         )
 
+    def expert_weights(self) -> tuple[tuple[list[nn.Parameter] | None, ...], str, str]:
+        """Return the four weights of `moe_mlp` as lists, the activation and the backend."""
+        self.rehome()
+        return self._weights(), "swiglu", self.moe_config.backend
+
     def rehome(self) -> bool:
         """Make the parameters views of one slab per kind of matrix where they are not; return whether any moved."""
         return self._mend(self._weights())

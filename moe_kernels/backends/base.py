@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,6 +119,15 @@ class Backend(ABC):
         self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return out (T,H), gate_up (R,2I), shared_gate_up (T,2Is); the last two are (0,) where not saved or absent."""
+
+    def pack(self, w: MoEWeights, activation: str, owners: Sequence[Tensor]) -> Callable[[], None] | None:
+        """Keep a copy of the weights in the form the forward reads; moe_mlp uses it for weights at the same address.
+
+        Until the returned function is called, which drops the copy, moe_mlp raises ValueError for weights that have
+        changed since: by the version of `owners`, the parameters behind w, or by sampled values. None where the backend
+        has no such form.
+        """
+        return None
 
     @abstractmethod
     def moe_mlp_bwd(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +45,23 @@ def _empty_plan(device: torch.device, num_tokens: int, num_experts: int, num_row
     return RoutingPlan.from_tensors([torch.empty(n, dtype=d, device=device) for n, d in pairs])
 
 
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+class _Packed:
+    """Packed weights and what tells that the originals have changed."""
+
+    def __init__(self, weights, owners: Sequence[Tensor]) -> None:
+        self._weights = weights
+        self._owners = [(t, _version(t)) for t in owners]
+
+    def weights(self):
+        if any(_version(t) != version for t, version in self._owners):
+            raise ValueError("packed_weights: a parameter was changed inside the context: leave it before an update")
+        return self._weights
+
+
 class NativeBackend(Backend):
     """Kernels of csrc/cpu, loaded after torch so that both share one libgomp.
 
@@ -57,6 +75,7 @@ class NativeBackend(Backend):
         from .. import _C
 
         self._c = _C
+        self._packed: dict[int, _Packed] = {}  # by the address of gate_up_proj
 
     def supports(self, case: Case) -> str | None:
         if case.device != "cpu":
@@ -137,12 +156,21 @@ class NativeBackend(Backend):
         out = torch.empty_like(x)
         gate_up = _new((plan.num_rows, w.gate_up_proj.shape[1]) if save else (0,), x)
         shared_gate_up = _new((x.shape[0], w.shared_gate_up_proj.shape[0]) if save and shared else (0,), x)
+        packed = self._packed.get(w.gate_up_proj.data_ptr())
         self._c.moe_mlp_fwd(
-            _view(x), _views(plan), *(_view(t) for t in w), activation, _view(out),
+            _view(x), _views(plan), *(_view(t) for t in w), activation, packed and packed.weights(), _view(out),
             _view(gate_up) if save else None, _view(shared_gate_up) if save and shared else None,
             torch.get_num_threads(),
         )  # fmt: skip
         return out, gate_up, shared_gate_up
+
+    def pack(self, w: MoEWeights, activation: str, owners: Sequence[Tensor]) -> Callable[[], None]:
+        key = w.gate_up_proj.data_ptr()
+        if key in self._packed:
+            return lambda: None  # an enclosing context has it
+        weights = self._c.PackedWeights(*(_view(t) for t in w), activation, torch.get_num_threads())
+        self._packed[key] = _Packed(weights, owners)
+        return lambda: self._packed.pop(key)
 
     def moe_mlp_bwd(self, dout, x, plan, w: MoEWeights, gate_up, shared_gate_up, activation):
         dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +60,16 @@ def moe_mlp(
     differentiable = (x, plan.row_weight, *gate_up, *down, *shared_gate_up, *shared_down)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
     return _moe_mlp(x, plan.tensors(), gate_up, down, shared_gate_up, shared_down, activation, save, backend)[0]
+
+
+def pack_weights(weights: Sequence[Weights | None], activation: str, backend: str) -> Callable[[], None] | None:
+    """Pack the weights of one layer, as `moe_mlp` takes them, where its backend can; see Backend.pack."""
+    lists = [[] if w is None else [w] if isinstance(w, Tensor) else list(w) for w in weights]
+    gate_up, down = lists[:2]
+    with torch.no_grad():
+        like = gate_up[0].reshape(-1, gate_up[0].shape[-1])
+        w = stack(like, down[0].shape[0] if down[0].dim() == 3 else len(down), *lists)
+        return _backend(like, w, activation, backend).pack(w, activation, [t for tensors in lists for t in tensors])
 
 
 def _backend(x: Tensor, w: MoEWeights, activation: str, backend: str) -> Backend:
