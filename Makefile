@@ -9,7 +9,7 @@ BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
 export OMP_WAIT_POLICY ?= passive
 QUIET := -q --disable-pip-version-check --no-input
 
-.PHONY: setup bench test lint clean native-test asan tsan
+.PHONY: setup bench peers test lint clean native-test asan tsan
 
 setup: $(INSTALLED)
 
@@ -21,6 +21,11 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 
 bench: setup
 	$(BIN)/python -m bench run
+
+# Installs other projects' packages into .peers/, a gigabyte, then takes 15 to 20 minutes.
+peers: setup
+	$(BIN)/python -m bench peers --install all
+	$(BIN)/python -m bench peers
 
 test: setup
 	$(BIN)/python -m pytest -q

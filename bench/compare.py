@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import stats, store
-from bench.cases import PEERS
+from bench.cases import BACKENDS
 
+KINDS = ("time", "contest")
 MACHINE_KEYS = ("cpu", "isa", "gpu")  # times from machines that differ in these say nothing about the code
 FAIL_ON = {
     "slower": "a case is SLOWER",
@@ -100,7 +101,7 @@ def compare(base: list[dict], head: list[dict], expression: str = "") -> Report:
     """Compare the timed cases of two lists of rows; of a case measured twice the last row counts.
 
     Args:
-        base, head: rows as `store.read` returns them; only those of kind "time" are used.
+        base, head: rows as `store.read` returns them; only those of the kinds "time" and "contest" are used.
         expression: cases to compare, as pytest's -k.
     Returns:
         a Report. Rows of another machine (CPU model, ISA level, GPU), without samples or taken on
@@ -109,10 +110,10 @@ def compare(base: list[dict], head: list[dict], expression: str = "") -> Report:
         samples.
     """
     wanted = store.keyword_filter(expression)
-    sides = [{r["case"]: r for r in rows if r["kind"] == "time" and wanted(r["case"])} for rows in (base, head)]
+    sides = [{r["case"]: r for r in rows if r["kind"] in KINDS and wanted(r["case"])} for rows in (base, head)]
     if not sides[0] and not sides[1]:
         raise ValueError(
-            f"-k {expression!r} selects none of the timed rows" if expression else "no rows of kind 'time'"
+            f"-k {expression!r} selects none of the timed rows" if expression else "no rows of kind 'time' or 'contest'"
         )
     report = Report(
         [], new=sorted(sides[1].keys() - sides[0].keys()), removed=sorted(sides[0].keys() - sides[1].keys())
@@ -120,7 +121,7 @@ def compare(base: list[dict], head: list[dict], expression: str = "") -> Report:
     pairs = {}
     for case in sides[0].keys() & sides[1].keys():
         a, b = sides[0][case], sides[1][case]
-        if b.get("wrong") and not a.get("wrong"):
+        if b.get("wrong") and not a.get("wrong") and b.get("ours", True):
             report.broken[case] = b["wrong"]
         elif why := _incomparable(a, b):
             report.skipped[case] = why
@@ -136,7 +137,8 @@ def compare(base: list[dict], head: list[dict], expression: str = "") -> Report:
 def _controls(cases: Collection[str]) -> dict[str, list[str]]:
     """Return for every case the peers of its race: cases that differ in the backend alone, and that is a peer."""
     races = {case: (case.split("-")[0], *case.split("-")[2:]) for case in cases}
-    peers = [case for case in cases if case.split("-")[1:2] in [[peer] for peer in PEERS]]
+    backends = {case: (case.split("-")[1:2] or ["native"])[0] for case in cases}
+    peers = [case for case, name in backends.items() if name not in BACKENDS and not name.startswith("native")]
     return {case: [p for p in peers if races[p] == race and p != case] for case, race in races.items()}
 
 
@@ -144,13 +146,14 @@ def _incomparable(a: Mapping, b: Mapping) -> str | None:
     for key in MACHINE_KEYS:
         if a["machine"].get(key) != b["machine"].get(key):
             return f"base was taken on {key} {a['machine'].get(key)}, head on {b['machine'].get(key)}"
-    if a["figures"].get("clock") != b["figures"].get("clock"):
-        return f"base was taken by the {a['figures'].get('clock')} clock, head by {b['figures'].get('clock')}"
     for name, row in (("base", a), ("head", b)):
         if not row.get("samples_us"):
-            return f"{name} has no samples{': ' + row['wrong'] if row.get('wrong') else ''}"
+            why = row.get("wrong") or row.get("reason")
+            return f"{name} has no samples{': ' + why if why else ''}"
         if row["figures"].get("disturbed"):
             return f"{name} was disturbed: its threads had {row['figures'].get('cpu_share')} of their cores"
+    if a["figures"].get("clock") != b["figures"].get("clock"):
+        return f"base was taken by the {a['figures'].get('clock')} clock, head by {b['figures'].get('clock')}"
     return None
 
 

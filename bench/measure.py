@@ -23,6 +23,7 @@ MIN_QUIET = 5
 MAX_ROUNDS = 200
 MIN_CALL_S = 1e-3  # shorter calls are repeated within a round
 Verify = Callable[[str, Any], str | None]
+Timer = Callable[[Callable[[], Any], int, str], tuple[float, float, Any]]
 
 
 @dataclass
@@ -138,6 +139,8 @@ def interleave(
     threads: int = 1,
     device: str = "cpu",
     precision: float | None = None,
+    timer: Timer = time_calls,
+    min_call_s: float | None = None,
 ) -> dict[str, Samples]:
     """Time contenders against each other: A B C, then C B A, and so on, so that what disturbs one disturbs all.
 
@@ -150,6 +153,8 @@ def interleave(
             no number: its Samples.wrong says why. The others go on.
         threads: torch's threads during the calls. device: "cpu" or "cuda".
         precision: stop early once the interval of every contender's ratio to the first is narrower than this.
+        timer: (contender, calls, device) -> wall and CPU seconds per call, and the result: where contenders run in
+            other processes. min_call_s: shorter calls are repeated within a round (MIN_CALL_S).
     Returns:
         Samples per contender, in the given order.
     Raises: ValueError for no contenders, min_rounds < 1 or threads < 1.
@@ -161,20 +166,24 @@ def interleave(
         for name, fn in contenders.items():
             samples[name].wrong = _check(verify, name, fn)
             if not samples[name].wrong:
-                samples[name].calls = _calls_per_round(fn, device)
+                _set_calls(samples[name], fn, timer, MIN_CALL_S if min_call_s is None else min_call_s)
         racing = [name for name in contenders if not samples[name].wrong]
-        results = _race({name: contenders[name] for name in racing}, samples, min_rounds, max_seconds, precision)
+        still = {name: contenders[name] for name in racing}
+        results = _race(still, samples, min_rounds, max_seconds, precision, timer)
     for name, result in results.items():
         samples[name].wrong = _check(verify, name, lambda result=result: result)
     return samples
 
 
-def _calls_per_round(fn: Callable[[], Any], device: str) -> int:
+def _set_calls(s: Samples, fn: Callable[[], Any], timer: Timer, min_call_s: float) -> None:
     """Choose how often to call fn in a round so that the clock's own cost does not show; it warms up fn, too."""
-    wall, _, _ = time_calls(fn, 1, device)
-    if wall < MIN_CALL_S:
-        wall, _, _ = time_calls(fn, 10, device)
-    return max(1, min(1000, math.ceil(MIN_CALL_S / max(wall, 1e-9))))
+    try:
+        wall, _, _ = timer(fn, 1, s.device)
+        if wall < MIN_CALL_S:
+            wall, _, _ = timer(fn, 10, s.device)
+        s.calls = max(1, min(1000, math.ceil(min_call_s / max(wall, 1e-9))))
+    except Exception as error:
+        s.wrong = _raised(error)
 
 
 def _race(
@@ -183,20 +192,26 @@ def _race(
     min_rounds: int,
     max_seconds: float,
     precision: float | None,
+    timer: Timer,
 ) -> dict[str, Any]:
-    """Run the rounds; return every contender's last result."""
+    """Run the rounds; return the last result of every contender that raised nothing."""
     results: dict[str, Any] = {}
     start, order = time.monotonic(), list(racing)
     for done in range(MAX_ROUNDS if racing else 0):
         enough = time.monotonic() - start > max_seconds
         if done >= min_rounds and (enough or (done % 10 == 0 and _precise(samples, order, precision))):
             break
-        for name in order if done % 2 == 0 else reversed(order):
+        for name in order if done % 2 == 0 else order[::-1]:
             s = samples[name]
-            wall, cpu, results[name] = time_calls(racing[name], s.calls, s.device)
+            try:
+                wall, cpu, results[name] = timer(racing[name], s.calls, s.device)
+            except Exception as error:
+                s.wrong = _raised(error)
+                continue
             s.wall_s.append(wall)
             s.cpu_s.append(cpu)
-    return results
+        order = [name for name in order if not samples[name].wrong]
+    return {name: results[name] for name in order} if results else {}
 
 
 def _precise(samples: Mapping[str, Samples], order: Sequence[str], precision: float | None) -> bool:
@@ -211,7 +226,11 @@ def _check(verify: Verify | None, name: str, fn: Callable[[], Any]) -> str | Non
         result = fn()
         return verify(name, result) if verify else None
     except Exception as error:  # whatever a contender raises is its answer; the others are still timed
-        return f"raised {type(error).__name__}: {error}"
+        return _raised(error)
+
+
+def _raised(error: Exception) -> str:
+    return f"raised {type(error).__name__}: {error}"
 
 
 _threads = threads  # interleave's argument hides the name

@@ -1,4 +1,4 @@
-"""Keep a run for good: its rows under results/, and what they prove in moe_kernels/verified.json."""
+"""Keep a run or a contest for good: rows under results/, and what a run proves in moe_kernels/verified.json."""
 
 from __future__ import annotations
 
@@ -33,12 +33,36 @@ def record(report: Path, root: Path = ROOT) -> Path:
     passed = [row for row in rows if row["kind"] == "parity" and row["verdict"] == "PARITY"]
     if not passed:
         raise ValueError(f"{report}: no backend has PARITY, expected a finished run")
-    machine = f"{start['machine']['gpu'] or start['machine']['cpu']} {start['machine']['isa']}"
-    name = f"{start['date'][:10]}_{re.sub(r'[^A-Za-z0-9]+', '-', machine)}_{start['commit'][:10]}.jsonl"
-    target = root / "results" / name
+    target = root / "results" / f"{_name(start)}.jsonl"
     target.write_text((report / "rows.jsonl").read_text())
-    _note(root / "moe_kernels" / "verified.json", passed, f"{machine}, {start['date'][:10]}")
+    _note(root / "moe_kernels" / "verified.json", passed, f"{_machine(start)}, {start['date'][:10]}")
     return target
+
+
+def record_contest(report: Path, root: Path = ROOT) -> Path:
+    """Copy report/peers.jsonl to results/DATE_CPU-ISA_COMMIT_peers.jsonl and return that path.
+
+    Raises: ValueError for rows of a dirty tree, of no commit or of several, and where one of ours is wrong; other
+        people's wrong results are part of the answer.
+    """
+    rows = store.read(report / "peers.jsonl")
+    commits = {row["commit"] for row in rows}
+    if any(row["dirty"] for row in rows) or None in commits or len(commits) > 1:
+        raise ValueError(f"{report}/peers.jsonl: expected rows of one commit and a clean checkout (peers --fresh)")
+    wrong = [row["case"] for row in rows if row["wrong"] and row["ours"]]
+    if wrong:
+        raise ValueError(f"{report}/peers.jsonl: {wrong[0]} is wrong, expected only verified cases of ours")
+    target = root / "results" / f"{_name(rows[0])}_peers.jsonl"
+    target.write_text((report / "peers.jsonl").read_text())
+    return target
+
+
+def _machine(row: dict[str, Any]) -> str:
+    return f"{row['machine']['gpu'] or row['machine']['cpu']} {row['machine']['isa']}"
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['date'][:10]}_{re.sub(r'[^A-Za-z0-9]+', '-', _machine(row))}_{row['commit'][:10]}"
 
 
 def _note(path: Path, passed: list[dict[str, Any]], where: str) -> None:
@@ -53,10 +77,16 @@ def _note(path: Path, passed: list[dict[str, Any]], where: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `python -m bench record`."""
-    parser.add_argument("report", type=Path, nargs="?", default=Path("report"), help="folder of a finished run")
+    parser.add_argument(
+        "report", type=Path, nargs="?", default=Path("report"), help="folder of a finished run or contest"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Record a run and print where."""
-    print(f"recorded in {record(args.report)}")
+    """Record the run, the contest, or both, and print where."""
+    contest = (args.report / "peers.jsonl").exists()
+    if (args.report / "rows.jsonl").exists() or not contest:
+        print(f"recorded in {record(args.report)}")
+    if contest:
+        print(f"recorded in {record_contest(args.report)}")
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import pictures, store
+from bench.peers import tables
 
 ROOMS = ("gating", "dispatch", "experts", "combine")
 BASELINES = {"authors_tp1": "the authors' loop", "grouped": "grouped"}
@@ -37,13 +38,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def write(folder: Path) -> Path:
-    """Write index.html and report.md beside rows.jsonl; returns the path of index.html.
+    """Write index.html and report.md beside rows.jsonl and the contest's peers.jsonl; returns the path of index.html.
 
-    Raises: ValueError naming rows.jsonl when it is missing, empty or foreign.
+    Raises: ValueError naming the file when it is empty or foreign, or rows.jsonl when there is neither.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    rows = store.read(folder / "rows.jsonl")
+    files = [path for name in ("peers.jsonl", "rows.jsonl") if (path := folder / name).exists()]
+    rows = [row for path in files or [folder / "rows.jsonl"] for row in store.read(path)]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -74,6 +76,7 @@ def view_of(rows: Sequence[dict], images: dict[str, np.ndarray]) -> dict:
         "stages": stages([r for r in races if r["level"] in ROOMS]),
         "loads": load_maps(counts) if counts is not None else [],
         "load_rows": of["load"][-1]["layers"] if of["load"] else [], "names": NAMES, "rooms_order": ROOMS,
+        "contest": tables.view(of["contest"]) if of["contest"] else None,
     }  # fmt: skip
 
 
@@ -247,6 +250,12 @@ def markdown(view: dict) -> str:
             for r in race["rows"]
         ]  # fmt: skip
         lines += table(head, cells)
+    if view["contest"]:
+        head = ("% of peak", "ours / best peer", *view["contest"]["titles"])
+        lines += table(
+            head, [(r["title"], r["lead"], *(c["text"] for c in r["cells"])) for r in view["contest"]["rows"]]
+        )
+        lines += [*(f"- {why}" for why in view["contest"]["failures"]), ""]
     last = view["last"]
     lines += [
         f"{last['machine']['cpu']}, {last['machine']['isa']}, {last['date'][:10]}, commit {last['commit'] or 'none'}. "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BOUND = 2.0  # times plain torch's error
 NARROW = 16  # slices with fewer elements have no error statistics of their own
 
 
@@ -21,7 +22,11 @@ class Check:
 
 
 def judge(
-    got: Mapping[str, Tensor], oracle: Mapping[str, Tensor], theirs: Mapping[str, Tensor], slices: bool = True
+    got: Mapping[str, Tensor],
+    oracle: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    slices: bool = True,
+    bound: float = BOUND,
 ) -> Check:
     """Hold every tensor of the oracle against ours and plain torch's of the same name.
 
@@ -29,6 +34,7 @@ def judge(
         got, theirs: tensors of any dtype. oracle: float64.
         slices: also judge the worst index of the first dimension (a token's row, an expert's matrix), and ask for
             exact zeros where the oracle has them. A whole-tensor norm hides one wrong row in thousands.
+        bound: how many times plain torch's error is still right; anything but BOUND is for other people's code.
     Raises: KeyError for a tensor that is missing.
     """
     errors, wrong = {}, []
@@ -45,7 +51,7 @@ def judge(
             wrong.append(f"{name} is not finite")
         elif slices and ours[exact == 0].count_nonzero():
             wrong.append(f"{name} is not exactly zero where the oracle is")
-        elif not e_ours <= 2 * e_torch + 1e-30:
+        elif not e_ours <= bound * e_torch + 1e-30:
             wrong.append(f"{name}: error {e_ours:.2e}, plain torch {e_torch:.2e}")
     return Check(errors, "; ".join(wrong) or None)
 

@@ -19,21 +19,20 @@ import torch
 from torch import Tensor, nn
 
 import moe_kernels
-import reference.moe
-import reference.routing
-from bench import measure, peers, store
+from bench import measure, store
 from bench.cases import BACKENDS, PEERS, Case, make_inputs
-from bench.verify import Check, judge
+from bench.peers import loops
+from bench.rooms import OPS
+from bench.verify import BOUND, Check, judge
 from reference.diffusion import RectifiedFlow
 from reference.dit import DiTBlock, DiTMoE, DiTMoEConfig
 
 PEER_CLASSES = {
-    "sorted_loop": (peers.SortedLoopMoE, 1),
-    "authors_tp1": (peers.AuthorsMoE, 1),
-    "authors_tp2": (peers.AuthorsMoE, 2),
+    "sorted_loop": (loops.SortedLoopMoE, 1),
+    "authors_tp1": (loops.AuthorsMoE, 1),
+    "authors_tp2": (loops.AuthorsMoE, 2),
 }
 GUIDANCE = 1.5
-PLAN = ("expert_counts", "row_token", "row_weight", "row_pick", "token_rows")
 Named = dict[str, Tensor]
 Run = Callable[[], Sequence[Tensor]]
 
@@ -45,84 +44,6 @@ class Workload:
     case: Case
     run: Run
     named: Callable[[Sequence[Tensor]], Named]
-
-
-@dataclass(frozen=True)
-class Op:
-    """How a room, or the layer, is called on inputs p: ours(p, backend) and plain(p) both return the outputs."""
-
-    leaves: tuple[str, ...]
-    outputs: tuple[str, ...]
-    ours: Callable[[SimpleNamespace, str], Sequence[Tensor]]
-    plain: Callable[[SimpleNamespace], Sequence[Tensor]]
-
-
-def _plain_gating(p: SimpleNamespace) -> Sequence[Tensor]:
-    wide = torch.promote_types(p.x.dtype, torch.float32)
-    return reference.routing.token_choice(p.x.to(wide), p.gate_weight.to(wide), p.shape.K)
-
-
-def _plain_dispatch(p: SimpleNamespace) -> Sequence[Tensor]:
-    flat = p.topk_ids.long().flatten()
-    row_pick = flat.argsort(stable=True)
-    row_token = row_pick // p.shape.K
-    counts = flat.bincount(minlength=p.shape.E)
-    return counts, row_token, p.topk_weights.flatten()[row_pick], row_pick, row_token.argsort(stable=True)
-
-
-def _ours_dispatch(p: SimpleNamespace, backend: str) -> Sequence[Tensor]:
-    plan = moe_kernels.dispatch(p.topk_ids, p.topk_weights, p.shape.E, backend)
-    return [getattr(plan, name) for name in PLAN]
-
-
-def _plain_experts(p: SimpleNamespace) -> Sequence[Tensor]:
-    rows = p.x[p.plan.row_token.long()].split(p.plan.expert_counts.tolist())
-    weights = zip(rows, p.gate_up_proj, p.down_proj, strict=True)
-    return [torch.cat([reference.moe.expert_mlp(*args, p.shape.activation) for args in weights])]
-
-
-def _plain_combine(p: SimpleNamespace) -> Sequence[Tensor]:
-    weighted = p.row_weight[:, None] * p.y_rows
-    out = torch.zeros_like(p.shared, dtype=weighted.dtype).index_add(0, p.plan.row_token.long(), weighted)
-    return [(p.shared + out).to(p.y_rows.dtype)]
-
-
-def _ours_layer(p: SimpleNamespace, backend: str) -> Sequence[Tensor]:
-    plan = moe_kernels.dispatch(p.topk_ids, p.topk_weights, p.shape.E, backend)
-    return [moe_kernels.moe_mlp(p.x, plan, *_weights(p), activation=p.shape.activation, backend=backend)]
-
-
-def _weights(p: SimpleNamespace) -> Sequence[Tensor | None]:
-    return p.gate_up_proj, p.down_proj, p.shared_gate_up_proj, p.shared_down_proj
-
-
-OPS = {
-    "gating": Op(
-        ("x", "gate_weight"),
-        ("topk_weights", "topk_ids", "probs"),
-        lambda p, backend: moe_kernels.gating(p.x, p.gate_weight, p.shape.K, backend),
-        _plain_gating,
-    ),
-    "dispatch": Op((), PLAN, _ours_dispatch, _plain_dispatch),
-    "experts": Op(
-        ("x", "gate_up_proj", "down_proj"),
-        ("y_rows",),
-        lambda p, backend: [moe_kernels.experts(p.x, p.plan, *_weights(p)[:2], p.shape.activation, backend)],
-        _plain_experts,
-    ),
-    "combine": Op(
-        ("y_rows", "row_weight", "shared"),
-        ("out",),
-        lambda p, backend: [moe_kernels.combine(p.y_rows, replace(p.plan, row_weight=p.row_weight), p.shared, backend)],
-        _plain_combine,
-    ),
-    "layer": Op(
-        ("x", "topk_weights", "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj"),
-        ("out",),
-        _ours_layer,
-        lambda p: [reference.moe.moe(p.x, p.topk_weights, p.topk_ids, *_weights(p), p.shape.activation)],
-    ),
-}
 
 
 def why_not(case: Case) -> str | None:
@@ -166,13 +87,33 @@ def _build_op(case: Case, how: str) -> Workload:
     p.y_rows, p.shared = (_draw(n, s.H, case=case, generator=generator).to(p.x) for n in (case.rows, case.T))
     leaves = {name: getattr(p, name) for name in op.leaves if getattr(p, name) is not None}
     if how in PEERS:
-        peer = _peer_layer(case, how, p)
-        leaves = {"x": p.x, "topk_weights": p.topk_weights, **dict(peer.named_parameters())}
-        leaves.pop("gate.weight")
-        given = (p.x, p.topk_weights, p.topk_ids)
-        return _workload(case, how, lambda: [peer.on_given_picks(*given)], op.outputs, leaves, _stack_experts)
+        return build_loop(case, how)
     forward = (lambda: op.ours(p, how)) if how in BACKENDS else (lambda: op.plain(p))
     return _workload(case, how, forward, op.outputs, leaves)
+
+
+def build_loop(case: Case, how: str, wrap: Callable[[Callable], Callable] = lambda call: call) -> Workload:
+    """Build a layer case for one of the PEERS; wrap is put around its call, e.g. torch.compile."""
+    p = make_inputs(case, dtype=_dtype(case, how))
+    peer = _peer_layer(case, how, p)
+    leaves = {"x": p.x, "topk_weights": p.topk_weights, **dict(peer.named_parameters())}
+    leaves.pop("gate.weight")
+    call, given = wrap(peer.on_given_picks), (p.x, p.topk_weights, p.topk_ids)
+    return _workload(case, how, lambda: [call(*given)], OPS["layer"].outputs, leaves, _stack_experts)
+
+
+def build_layer(case: Case, prepare: Callable[[SimpleNamespace], Run]) -> Workload:
+    """Build a layer case for somebody else's code.
+
+    Args:
+        prepare: from the inputs (`make_inputs`, and the shape) to the forward that is timed. What it does itself, such
+            as packing weights, is not; it may put parameters of its own in the place of the inputs.
+    """
+    p = make_inputs(case)
+    p.shape = case.shape
+    forward, op = prepare(p), OPS["layer"]
+    leaves = {name: getattr(p, name) for name in op.leaves if getattr(p, name) is not None}
+    return _workload(case, case.backend, forward, op.outputs, leaves)
 
 
 def _dtype(case: Case, how: str) -> torch.dtype:
@@ -229,7 +170,7 @@ def _workload(
     return Workload(case, run, lambda result: merge({f"d{n}": g for n, g in zip(leaves, result, strict=True)}))
 
 
-def _peer_layer(case: Case, how: str, p: SimpleNamespace) -> peers.PeerMoE:
+def _peer_layer(case: Case, how: str, p: SimpleNamespace) -> loops.PeerMoE:
     """Make a peer whose parameters are views of the stacked weights."""
     s, (cls, tp) = case.shape, PEER_CLASSES[how]
     with torch.device("meta"):
@@ -281,7 +222,7 @@ def _module(cls: type[nn.Module], case: Case, how: str) -> nn.Module:
         moe_kernels.replace_moe(module, how)
     elif how in PEERS:
         peer, tp = PEER_CLASSES[how]
-        peers.install(module, tp, peer)
+        loops.install(module, tp, peer)
     return module
 
 
@@ -344,14 +285,15 @@ def _build_sampling_step(case: Case, how: str) -> Workload:
     return _workload(case, how, lambda: [model.forward_with_guidance(noise, t, y, GUIDANCE)], ("velocity",), {})
 
 
-def check(case: Case, named: Named) -> Check:
+def check(case: Case, named: Named, bound: float = BOUND) -> Check:
     """Judge the tensors of a case by the correctness rule (bench/verify.py).
 
     e_torch is the eager backend's error; for eager itself and the peers that of the oracle's code in the case's dtype.
     From the block up gates may pick differently in different precision: whole tensors are judged.
     """
     rival = "eager" if case.backend in ("native", "grouped") else "plain"
-    return judge(named, _expected(_key(case), "oracle"), _expected(_key(case), rival), slices=case.level in OPS)
+    expected = (_expected(_key(case), how) for how in ("oracle", rival))
+    return judge(named, *expected, slices=case.level in OPS, bound=bound)
 
 
 def _key(case: Case) -> Case:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.peers import AuthorsMoE, SortedLoopMoE, install
+from bench.peers.loops import AuthorsMoE, SortedLoopMoE, install
 
 
 class CallCounter(TorchDispatchMode):

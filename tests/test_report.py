@@ -99,7 +99,7 @@ def test_page_of_an_unfinished_run_leaves_out_what_is_missing(tmp_path):
     for row in all_rows()[:2]:
         store.append(tmp_path / "rows.jsonl", row)
     page = report.write(tmp_path).read_text()
-    assert "Training" in page and "Expert load" not in page and "<h2>Parity" not in page
+    assert "Training" in page and "Expert load" not in page and "<h2>Parity" not in page and "<h2>Peers" not in page
 
 
 def test_markdown_has_verdicts_and_ratios(folder):

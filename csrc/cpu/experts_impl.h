@@ -73,13 +73,18 @@ void pack_gate_up_proj(const Group& g, int64_t panel_begin, int64_t panel_end, v
     }
 }
 
+// Panels of down_proj, columns [k, k + count) of it only.
+template <class C>
+inline void pack_down_chunk(const Group& g, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t count,
+                            int64_t panel_items, uint32_t* out) {
+  const auto* weight = static_cast<const typename C::Store*>(g.down_proj) + k;
+  for (int64_t c = panel_begin * NR; c < panel_end * NR; c += NR, out += panel_items * NR)
+    for (int v = 0; v < NR; v += W) pack_transposed<C>(weight + (c + v) * g.I, g.I, count, g.H - c - v, out + v);
+}
+
 template <class C>
 void pack_down_proj(const Group& g, int64_t panel_begin, int64_t panel_end, void* out) {
-  const auto* weight = static_cast<const typename C::Store*>(g.down_proj);
-  uint32_t* packed = static_cast<uint32_t*>(out);
-  for (int64_t c = panel_begin * NR; c < panel_end * NR; c += NR, packed += items_of<C>(g.I) * NR)
-    for (int v = 0; v < NR; v += W)
-      pack_transposed<C>(weight + (c + v) * g.I, g.I, g.I, g.H - c - v, packed + v);
+  pack_down_chunk<C>(g, panel_begin, panel_end, 0, g.I, items_of<C>(g.I), static_cast<uint32_t*>(out));
 }
 
 template <class C>
@@ -159,24 +164,32 @@ inline void accumulate_y(const Group& g, const uint32_t* a, int64_t lda_items, c
 
 template <class C>
 void down(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
+  using Store = typename C::Store;
   constexpr int64_t kChunk = kChunkItems * C::kPair;
-  const int64_t panel_items = items_of<C>(g.I), width = block_panels<C>(g.I), chunks = (g.I + kChunk - 1) / kChunk;
+  const int64_t width = panels_in_l2(2 * min64(kChunkItems, items_of<C>(g.I)), NR), whole = items_of<C>(g.I);
+  const auto* all_packed = static_cast<const uint32_t*>(g.packed_down_proj);
   for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
-    const int64_t end = min64(panel_end, begin + width), more = min64(panel_end, end + width) - end;
-    const uint32_t* packed = static_cast<const uint32_t*>(g.packed_down_proj);
-    Ahead ahead(Tiles(g.rows).count * (end - begin) * chunks);
-    if (packed) {
-      packed += begin * panel_items * NR;
-      ahead.contiguous(packed + (end - begin) * panel_items * NR, more * panel_items * NR * 4);
-    } else {
-      pack_down_proj<C>(g, begin, end, scratch);
-      packed = static_cast<const uint32_t*>(scratch);
-      const auto* next = static_cast<const typename C::Store*>(g.down_proj) + end * NR * g.I;
-      ahead.contiguous(next, min64(more * NR, g.H - end * NR) * g.I * int64_t(sizeof(*next)));
+    const int64_t end = min64(panel_end, begin + width);
+    for (int64_t k = 0; k < g.I; k += kChunk) {
+      const int64_t count = min64(kChunk, g.I - k), items = items_of<C>(count);
+      // What the next round reads: the next chunk of these panels, or the first of the next ones.
+      const bool last = k + count == g.I;
+      const int64_t next_k = last ? 0 : k + count, next_count = min64(kChunk, g.I - next_k);
+      const int64_t next = last ? end : begin, next_end = last ? min64(panel_end, end + width) : end;
+      Ahead ahead(Tiles(g.rows).count * (end - begin));
+      const uint32_t* packed = static_cast<const uint32_t*>(scratch);
+      if (all_packed) {
+        packed = all_packed + (begin * whole + k / C::kPair) * NR;
+        for (int64_t p = next; p < next_end; ++p)
+          ahead.contiguous(all_packed + (p * whole + next_k / C::kPair) * NR, items_of<C>(next_count) * NR * 4);
+      } else {
+        pack_down_chunk<C>(g, begin, end, k, count, items, static_cast<uint32_t*>(scratch));
+        ahead.block(static_cast<const Store*>(g.down_proj) + next * NR * g.I + next_k, g.I * sizeof(Store),
+                    min64(next_end * NR, g.H) - next * NR, next_count * sizeof(Store));
+      }
+      accumulate_y<C>(g, items_at<C>(g.act, k), g.ld_i / C::kPair, packed, all_packed ? whole : items, items, begin,
+                      end - begin, k == 0, ahead);
     }
-    for (int64_t k = 0; k < g.I; k += kChunk)
-      accumulate_y<C>(g, items_at<C>(g.act, k), g.ld_i / C::kPair, packed + k / C::kPair * NR, panel_items,
-                      items_of<C>(min64(kChunk, g.I - k)), begin, end - begin, k == 0, ahead);
   }
 }
 
@@ -289,6 +302,8 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
         rows_a = packed_a;
       }
       const Micro kernel = micro_for<C, true>(count);
+      Ahead ahead(panels);  // a line per row: no hardware prefetcher sees that
+      if (i + 1 < tiles.count) ahead.block(a + k * lda + feature + count, lda * sizeof(*a), valid, count * sizeof(*a));
       for (int64_t p = 0; p < panels; ++p) {
         typename C::Store* to = out + feature * ldo + p * NR;
         const int64_t n = columns - p * NR;
@@ -298,6 +313,7 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
           if (n >= NR) sum = to, ld = ldo;
         Walks walks;
         walks.rows(to, ldo * sizeof(*to), NR * sizeof(*to));
+        ahead.share(walks);
         kernel(rows_a, C::kPair == 2 ? count : lda, packed_b + p * items * NR, items, sum, ld, !first, walks);
         if (!last || (kDirect && n >= NR)) continue;
         for (int r = 0; r < count; ++r)

@@ -14,28 +14,13 @@ namespace {
 
 constexpr int64_t kTokenGrain = 32;
 
-bool softmax(float* row, int64_t E) {
-  const float largest = *std::max_element(row, row + E);
-  double total = 0;  // a sequential fp32 sum over E = 48 doubles the error of torch's softmax
-  bool finite = true;
-  for (int64_t e = 0; e < E; ++e) {
-    finite = finite && std::isfinite(row[e]);
-    row[e] = std::exp(row[e] - largest);
-    total += row[e];
-  }
-  for (int64_t e = 0; e < E; ++e) row[e] = float(row[e] / total);
-  return finite;
-}
-
+// The K largest in descending order, the lower index first among equals.
 void top_k(const float* probs, int64_t E, int64_t K, float* weights, int32_t* ids) {
-  for (int64_t k = 0; k < K; ++k) {
-    int64_t best = -1;
-    for (int64_t e = 0; e < E; ++e) {
-      const bool taken = std::find(ids, ids + k, int32_t(e)) != ids + k;
-      if (!taken && (best < 0 || probs[e] > probs[best])) best = e;
-    }
-    ids[k] = int32_t(best);
-    weights[k] = probs[best];
+  for (int64_t e = 0; e < E; ++e) {
+    int64_t place = std::min(e, K);
+    for (; place > 0 && probs[e] > weights[place - 1]; --place)
+      if (place < K) weights[place] = weights[place - 1], ids[place] = ids[place - 1];
+    if (place < K) weights[place] = probs[e], ids[place] = int32_t(e);
   }
 }
 
@@ -47,7 +32,7 @@ int64_t gating_fwd(const GatingSizes& s, const void* x, const float* weight, flo
   parallel_ranges(s.threads, s.T, kTokenGrain, [&](int64_t begin, int64_t end) {
     kernels().logits[int(s.dtype)](x, weight, probs, s.H, s.E, begin, end);
     for (int64_t t = begin; t < end; ++t) {
-      if (!softmax(probs + t * s.E, s.E)) {
+      if (!kernels().softmax(probs + t * s.E, s.E)) {
         int64_t seen = bad;
         while (t < seen && !bad.compare_exchange_weak(seen, t)) {
         }

@@ -73,6 +73,8 @@ struct Kernels {
                         int64_t end);
   // logits[t, e] = x[t] . weight[e], weight widened to fp32.
   void (*logits[2])(const void* x, const float* weight, float* logits, int64_t H, int64_t E, int64_t begin, int64_t end);
+  // One row of logits to probabilities in place; false, and the row spoilt, where one is not finite.
+  bool (*softmax)(float* row, int64_t E);
   // dx[t] = dlogits[t] weight; columns [begin, end) of dweight = dlogits^T x over all T tokens.
   void (*logits_dx[2])(const float* dlogits, const float* weight, void* dx, int64_t H, int64_t E, int64_t begin,
                        int64_t end);

@@ -29,6 +29,7 @@ Kernels make_table(const char* name) {
   table.combine[0][0] = combine<float, float>, table.combine[0][1] = combine<float, bf16>;
   table.combine[1][1] = combine<bf16, bf16>;
   table.logits[0] = logits<float>, table.logits[1] = logits<bf16>;
+  table.softmax = softmax;
   table.logits_dx[0] = logits_dx<float>, table.logits_dx[1] = logits_dx<bf16>;
   table.logits_dweight[0] = logits_dweight<float>, table.logits_dweight[1] = logits_dweight<bf16>;
   return table;

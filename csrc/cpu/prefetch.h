@@ -41,7 +41,7 @@ class Ahead {
  public:
   Ahead() = default;
   explicit Ahead(int64_t calls) : calls_(calls) {}
-  // `rows` rows of `bytes` bytes, `stride` bytes apart; up to two such blocks.
+  // `rows` rows of `bytes` bytes, `stride` bytes apart.
   void block(const void* first, int64_t stride, int64_t rows, int64_t bytes) {
     const int64_t lines = (bytes + kLine - 1) / kLine;
     if (rows > 0 && lines > 0) add({static_cast<const char*>(first), lines, stride, lines * ((rows + kWalk - 1) / kWalk)});
@@ -52,13 +52,14 @@ class Ahead {
   // Add this call's share to its walks.
   void share(Walks& walks) {
     const int64_t until = total_ * ++call_ / calls_;
-    for (; next_ < until; ++next_) {
-      const bool second = next_ >= pieces_[0].walks;
-      walks.add(pieces_[second].walk(next_ - (second ? pieces_[0].walks : 0)));
+    for (; next_ < until; ++next_, ++within_) {
+      if (within_ == pieces_[piece_].walks) ++piece_, within_ = 0;
+      walks.add(pieces_[piece_].walk(within_));
     }
   }
 
  private:
+  static constexpr int kMost = 8;  // pieces; more are forgotten
   struct Piece {
     const char* first;
     int64_t lines, stride, walks;
@@ -67,11 +68,13 @@ class Ahead {
       return {first + i / lines * kWalk * stride + i % lines * kLine, stride};
     }
   };
-  void add(Piece piece) { pieces_[count_++] = piece, total_ += piece.walks; }
+  void add(Piece piece) {
+    if (count_ < kMost) pieces_[count_++] = piece, total_ += piece.walks;
+  }
 
-  Piece pieces_[2] = {};
-  int count_ = 0;
-  int64_t calls_ = 1, call_ = 0, next_ = 0, total_ = 0;
+  Piece pieces_[kMost];
+  int count_ = 0, piece_ = 0;
+  int64_t calls_ = 1, call_ = 0, next_ = 0, within_ = 0, total_ = 0;
 };
 
 }  // namespace

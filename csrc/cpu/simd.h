@@ -36,16 +36,27 @@ static inline void storeu(T* p, V v) {
 template <class V, class T>
 static inline V load_n(const T* p, int64_t n) {
   if (n >= int64_t(sizeof(V) / sizeof(T))) return loadu<V>(p);
+  if (n <= 0) return V{};
+#if MOE_W == 16
+  const uint64_t mask = (uint64_t(1) << n) - 1;
+  if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_loadu_epi32(__mmask16(mask), p);
+  if constexpr (sizeof(T) == 2 && sizeof(V) == 32) return (V)_mm256_maskz_loadu_epi16(__mmask16(mask), p);
+  if constexpr (sizeof(T) == 2 && sizeof(V) == 64) return (V)_mm512_maskz_loadu_epi16(__mmask32(mask), p);
+#endif
   V v{};
-  if (n > 0) std::memcpy(&v, p, size_t(n) * sizeof(T));
+  std::memcpy(&v, p, size_t(n) * sizeof(T));
   return v;
 }
 template <class V, class T>
 static inline void store_n(T* p, V v, int64_t n) {
-  if (n >= W)
-    storeu(p, v);
-  else if (n > 0)
-    std::memcpy(p, &v, size_t(n) * sizeof(T));
+  if (n >= int64_t(sizeof(V) / sizeof(T))) return storeu(p, v);
+  if (n <= 0) return;
+#if MOE_W == 16
+  const uint64_t mask = (uint64_t(1) << n) - 1;
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_epi32(p, __mmask16(mask), (__m512i)v);
+  if constexpr (sizeof(T) == 2 && sizeof(V) == 32) return _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)v);
+#endif
+  std::memcpy(p, &v, size_t(n) * sizeof(T));
 }
 
 static inline vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
@@ -64,7 +75,9 @@ static inline vf load(const bf16* p, int64_t n) { return widen(load_n<vh>(p, n))
 static inline void store(float* p, vf v, int64_t n) { store_n(p, v, n); }
 static inline void store(bf16* p, vf v, int64_t n) { store_n(p, narrow(v), n); }
 
-// exp, clamped to [e^-87, e^87]: 2^n 2^r with |r| <= 1/2 and a minimax polynomial of degree 5: 2e-7 relative near 0.
+// exp, clamped to [e^-87, e^87]: 2^n 2^r with |r| <= 1/2 and a minimax polynomial of degree 5, 2e-7 relative near 0;
+// precise: of degree 6 with r to full precision, 1 ulp.
+template <bool precise = false>
 static inline vf vexp(vf x) {
 #if MOE_W == 16
   x = (vf)_mm512_min_ps((__m512)x, _mm512_set1_ps(87.f));
@@ -74,12 +87,22 @@ static inline vf vexp(vf x) {
   x = x > 87.f ? vf{} + 87.f : x;
   const vf n = (x * 1.44269504f + 12582912.f) - 12582912.f;
 #endif
-  const vf r = x * 1.44269504f - n;
-  vf p = r * 1.327647198e-3f + 9.675541334e-3f;
-  p = p * r + 5.550713274e-2f;
-  p = p * r + 2.402211972e-1f;
-  p = p * r + 6.931469671e-1f;
-  p = p * r + 1.000000072f;
+  vf r = x * 1.44269502f - n, p;
+  if constexpr (precise) {
+    r = r + x * 1.92596299e-8f;
+    p = r * 1.534581200e-4f + 1.339993122e-3f;
+    p = p * r + 9.618488957e-3f;
+    p = p * r + 5.550328777e-2f;
+    p = p * r + 2.402264689e-1f;
+    p = p * r + 6.931472057e-1f;
+    p = p * r + 1.f;
+  } else {
+    p = r * 1.327647198e-3f + 9.675541334e-3f;
+    p = p * r + 5.550713274e-2f;
+    p = p * r + 2.402211972e-1f;
+    p = p * r + 6.931469671e-1f;
+    p = p * r + 1.000000072f;
+  }
 #if MOE_W == 16
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
