@@ -30,7 +30,7 @@ Activation activation_of(const std::string& name) {
 }
 
 void expect_float(const char* name, const Tensor& t) {
-  MOE_CHECK(t.dtype == F32 || t.dtype == Dtype::kBFloat16, name, ": dtype tag ", int(t.dtype), ", expected 0 or 1");
+  MOE_CHECK(t.dtype != I32, name, ": dtype tag ", int(t.dtype), ", expected a float, 0 to 2");
 }
 
 void expect_indices(const char* name, const int32_t* values, int64_t count, int64_t limit) {
@@ -247,7 +247,7 @@ void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_pro
 
 void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const Tensor& gate_up_proj,
                     const Tensor& down_proj, const std::optional<Tensor>& shared_gate_up_proj,
-                    const std::optional<Tensor>& shared_down_proj, const Tensor& gate_up,
+                    const std::optional<Tensor>& shared_down_proj, const std::optional<Tensor>& gate_up,
                     const std::optional<Tensor>& shared_gate_up, const std::string& activation, const Tensor& dx,
                     const Tensor& drow_weight, const Tensor& dgate_up_proj, const Tensor& ddown_proj,
                     const std::optional<Tensor>& dshared_gate_up_proj, const std::optional<Tensor>& dshared_down_proj,
@@ -258,17 +258,17 @@ void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const
   dout.expect("dout", s.dtype, x.sizes);
   dx.expect("dx", s.dtype, x.sizes);
   drow_weight.expect("drow_weight", F32, {s.R});
-  gate_up.expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
+  if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
+  if (shared_gate_up) shared_gate_up->expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
   dgate_up_proj.expect("dgate_up_proj", s.dtype, gate_up_proj.sizes);
   ddown_proj.expect("ddown_proj", s.dtype, down_proj.sizes);
   if (s.Is > 0) {
-    optional(shared_gate_up).expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
     optional(dshared_gate_up_proj).expect("dshared_gate_up_proj", s.dtype, shared_up.sizes);
     optional(dshared_down_proj).expect("dshared_down_proj", s.dtype, shared_down.sizes);
   }
   py::gil_scoped_release release;
   moe_mlp_bwd(s, view, {gate_up_proj.data, down_proj.data, shared_up.data, shared_down.data}, x.data, dout.data,
-              gate_up.data, optional(shared_gate_up).data, dx.data, drow_weight.as<float>(),
+              optional(gate_up).data, optional(shared_gate_up).data, dx.data, drow_weight.as<float>(),
               {dgate_up_proj.data, ddown_proj.data, optional(dshared_gate_up_proj).data,
                optional(dshared_down_proj).data});
 }
@@ -281,7 +281,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Tensor>(m, "Tensor", "A view of caller-owned memory: address, dtype tag, sizes, strides, readable bytes.")
       .def(py::init([](uintptr_t data, int dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides,
                        int64_t nbytes) {
-        MOE_CHECK(dtype >= 0 && dtype <= 2, "dtype tag: ", dtype, ", expected 0 (fp32), 1 (bf16) or 2 (int32)");
+        MOE_CHECK(dtype >= 0 && dtype <= 3, "dtype tag: ", dtype, ", expected 0 (fp32), 1 (bf16), 2 (fp16) or 3 (int32)");
         return Tensor{reinterpret_cast<void*>(data), Dtype(dtype), std::move(sizes), std::move(strides), nbytes};
       }));
   py::class_<Block>(m, "Block", py::buffer_protocol(), "Memory out of the pool that survives between calls.")

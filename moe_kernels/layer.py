@@ -28,6 +28,7 @@ class MoELayer(nn.Module):
         activation: "swiglu" or "gelu" (two matrices per expert).
         router: TokenChoice(top_k) by default.
         backend: "auto" or a name out of `backends()`.
+        recompute: keep no activations for backward, compute them there again: see `moe_mlp`.
         device, dtype: of the parameters; float32, bfloat16, float16 or float64.
     Raises: TypeError, ValueError naming the argument; RuntimeError with the reason for a backend that cannot run here.
     """
@@ -42,6 +43,7 @@ class MoELayer(nn.Module):
         activation: str = "swiglu",
         router: Router | None = None,
         backend: str = "auto",
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -54,7 +56,7 @@ class MoELayer(nn.Module):
         self.router = TokenChoice(top_k) if router is None else router
         _check_top_k(self.router, top_k, num_experts)
         registry.check_name(backend)
-        self.activation, self.backend = activation, backend
+        self.activation, self.backend, self.recompute = activation, backend, recompute
         parts = _checks.activation(activation)
         E, H, I, Is = num_experts, hidden_size, intermediate_size, shared_intermediate_size
 
@@ -95,9 +97,8 @@ class MoELayer(nn.Module):
         Cost: 6 T K H I + 6 T H Is + 2 T H E FLOPs (swiglu); no host syncs on a GPU but for the loop of `eager`.
         Source: reference.moe.SparseMoeBlock, reference.moe.ExpertChoiceMoE.
         """
-        weights, activation, backend = self.expert_weights()
         return moe_forward(
-            x, self.gate_weight, weights, self.router, activation, backend, self.training, return_aux_loss
+            x, self.gate_weight, *self.expert_weights(), self.router, self.training, return_aux_loss, self.recompute
         )
 
     def expert_weights(self) -> tuple[Sequence[Any], str, str]:
@@ -119,11 +120,12 @@ def moe_forward(
     x: Tensor,
     gate_weight: Tensor,
     weights: Sequence[Any],
-    router: Router,
     activation: str,
     backend: str,
+    router: Router,
     training: bool,
     return_aux_loss: bool,
+    recompute: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute what MoELayer.forward documents, from any form of the weights that `moe_mlp` takes."""
     if not isinstance(x, Tensor) or x.dim() < 1:
@@ -140,7 +142,7 @@ def moe_forward(
         tokens_per_image=x.shape[-2] if x.dim() > 1 else 1,
         with_aux=inject or return_aux_loss,
     )
-    y = ops.moe_mlp(tokens, plan, *weights, activation=activation, backend=backend)
+    y = ops.moe_mlp(tokens, plan, *weights, activation=activation, backend=backend, recompute=recompute)
     if inject and aux is not None:
         y = _InjectGradient.apply(y, aux)
     y = y.reshape(x.shape)

@@ -14,7 +14,10 @@ from tests.error_rule import judge
 from tests.trap_cases import PLAIN, TRAPS, Problem, Trap, make_problem
 
 BACKENDS = tuple(info.name for info in moe_kernels.backends() if info.available)
-DTYPES = {"eager": (torch.float32, torch.bfloat16, torch.float64)}
+DTYPES = {
+    "eager": (torch.float32, torch.bfloat16, torch.float64),
+    "native": (torch.float32, torch.bfloat16, torch.float16),
+}
 SCALES = (1e-3, 1.0, 30.0)
 CONTENDERS = [
     pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")

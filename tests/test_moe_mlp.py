@@ -80,6 +80,28 @@ def test_saved_for_backward_is_exactly_what_is_listed(trap, backend, seed):
 
 
 @each_backend
+@pytest.mark.parametrize("trap", ["plain", "no_shared", "gelu", "expert_choice"])
+def test_recompute_saves_no_activation_and_gives_the_same_gradients(trap, backend, seed):
+    problem, leaves = make_problem(BY_NAME[trap], seed, torch.float32).with_leaves()
+    weights = [getattr(problem, name) for name in WEIGHTS]
+
+    def run(recompute):
+        plan, saved = plan_of(problem, backend), {}
+        given = {t.data_ptr() for t in (problem.x, *weights, *plan.tensors()) if t is not None}
+        with saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t.detach()), lambda t: t):
+            out = moe_mlp(
+                problem.x, plan, *weights, activation=problem.trap.activation, backend=backend, recompute=recompute
+            )
+        own = [t for pointer, t in saved.items() if pointer not in given and t.numel()]
+        return own, gradients(out, leaves, problem.dout)
+
+    (kept, expected), (nothing, got) = run(False), run(True)
+    assert kept and not nothing
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+
+
+@each_backend
 def test_nothing_is_saved_without_grad(backend, seed):
     problem, _ = make_problem(PLAIN, seed, torch.float32).with_leaves()
     plan, saved = plan_of(problem, backend), []

@@ -130,7 +130,7 @@ def test_buffers_are_checked_before_they_are_read():
     def view(t, tag=0):
         return _C.Tensor(t.data_ptr(), tag, t.shape, t.stride(), t.nbytes)
 
-    outputs = view(torch.zeros(4, 2)), view(torch.zeros(4, 1)), view(ids, 2)
+    outputs = view(torch.zeros(4, 2)), view(torch.zeros(4, 1)), view(ids, 3)
     with pytest.raises(ValueError, match=r"x: buffer of 128 bytes, expected at least 256"):
         _C.gating_fwd(short, view(weight), *outputs, 1)
 

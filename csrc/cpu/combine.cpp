@@ -1,7 +1,5 @@
 #include "combine.h"
 
-#include <algorithm>
-
 #include "../core/threads.h"
 #include "kernels.h"
 
@@ -9,15 +7,6 @@ namespace moe {
 namespace {
 
 constexpr int64_t kTokenGrain = 64;
-
-bf16 to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if (value != value) return {uint16_t((bits >> 16) | 0x40)};
-  return {uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16)};
-}
-void assign(float& out, float value) { out = value; }
-void assign(bf16& out, float value) { out = to_bf16(value); }
 
 template <class S>
 void combine_bwd_rows(int64_t H, const int32_t* row_token, const float* row_weight, const S* dout, const S* y_rows,
@@ -38,29 +27,27 @@ void combine_bwd_rows(int64_t H, const int32_t* row_token, const float* row_weig
 
 void combine_rows(const CombineArgs& a) {
   parallel_ranges(a.threads, a.T, kTokenGrain, [&](int64_t begin, int64_t end) {
-    kernels().combine[int(a.y_dtype)][int(a.dtype)](a.y, a.row_weight, a.token_row_offsets, a.token_rows, a.shared, a.out, a.H, begin,
-                                    end);
+    kernels().combine[int(a.y_dtype)][int(a.dtype)](a.y, a.row_weight, a.token_row_offsets, a.token_rows, a.shared,
+                                                    a.out, a.H, begin, end);
   });
 }
 
 void combine_bwd(int64_t R, int64_t H, Dtype dtype, int threads, const int32_t* row_token, const float* row_weight,
                  const void* dout, const void* y_rows, void* dy_rows, float* drow_weight) {
   parallel_ranges(threads, R, kTokenGrain, [&](int64_t begin, int64_t end) {
-    if (dtype == Dtype::kFloat32)
-      combine_bwd_rows(H, row_token, row_weight, static_cast<const float*>(dout), static_cast<const float*>(y_rows),
-                       static_cast<float*>(dy_rows), drow_weight, begin, end);
-    else
-      combine_bwd_rows(H, row_token, row_weight, static_cast<const bf16*>(dout), static_cast<const bf16*>(y_rows),
-                       static_cast<bf16*>(dy_rows), drow_weight, begin, end);
+    with_dtype(dtype, [&](auto element) {
+      using S = decltype(element);
+      combine_bwd_rows(H, row_token, row_weight, static_cast<const S*>(dout), static_cast<const S*>(y_rows),
+                       static_cast<S*>(dy_rows), drow_weight, begin, end);
+    });
   });
 }
 
 void round_rows(const float* source, void* out, int64_t count, Dtype dtype, int threads) {
   parallel_ranges(threads, count, 1 << 14, [&](int64_t begin, int64_t end) {
-    if (dtype == Dtype::kFloat32)
-      std::copy(source + begin, source + end, static_cast<float*>(out) + begin);
-    else
-      std::transform(source + begin, source + end, static_cast<bf16*>(out) + begin, to_bf16);
+    with_dtype(dtype, [&](auto element) {
+      for (int64_t i = begin; i < end; ++i) assign(static_cast<decltype(element)*>(out)[i], source[i]);
+    });
   });
 }
 

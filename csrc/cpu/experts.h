@@ -11,7 +11,7 @@ namespace moe {
 
 struct MoeSizes {
   int64_t T, H, E, R, I, Is;  // Is = 0: no shared expert
-  Dtype dtype;                // storage dtype of x, weights, gradients: fp32 or bf16
+  Dtype dtype;                // storage dtype of x, weights, gradients: fp32, bf16 or fp16
   Activation activation;
   int threads;
 
@@ -70,6 +70,7 @@ void moe_mlp_fwd(const MoeSizes&, const PlanView&, const ExpertWeights&, const P
                  void* out, void* gate_up, void* shared_gate_up);
 
 // Gradients of moe_mlp_fwd: dx (T, H), drow_weight (R,), and the weight gradients (exact zeros for experts without rows).
+// gate_up and shared_gate_up, where null, are computed again.
 void moe_mlp_bwd(const MoeSizes&, const PlanView&, const ExpertWeights&, const void* x, const void* dout,
                  const void* gate_up, const void* shared_gate_up, void* dx, float* drow_weight, const ExpertGrads&);
 

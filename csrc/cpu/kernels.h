@@ -6,9 +6,9 @@
 
 namespace moe {
 
-// How a storage dtype is multiplied. bf16 is either widened to fp32 while packing, or fed to vdpbf16ps in pairs.
-enum class Compute : int { kFloat32 = 0, kBFloat16Widened = 1, kBFloat16Pairs = 2 };
-constexpr int kComputes = 3;
+// How a storage dtype is multiplied: 16-bit ones are widened to fp32 while packing, or bf16 fed to vdpbf16ps in pairs.
+enum class Compute : int { kFloat32 = 0, kBFloat16Widened = 1, kFloat16Widened = 2, kBFloat16Pairs = 3 };
+constexpr int kComputes = 4;
 
 enum class Activation : int { kSwiGLU = 0, kGELU = 1 };
 
@@ -67,21 +67,21 @@ struct Kernels {
   void (*dgate_up_proj[kComputes])(const Group&, const GradBlock&, void* scratch);
 
   // out[t] = sum over the token's rows, ascending, of row_weight * y, then + shared[t]; fp32; out in storage dtype.
-  // [dtype of y and shared][dtype of out]; bf16 in and fp32 out is not needed.
-  void (*combine[2][2])(const void* y, const float* row_weight, const int32_t* token_row_offsets,
+  // [dtype of y and shared][dtype of out]; fp32, or one dtype for both.
+  void (*combine[kFloatDtypes][kFloatDtypes])(const void* y, const float* row_weight, const int32_t* token_row_offsets,
                         const int32_t* token_rows, const void* shared, void* out, int64_t H, int64_t begin,
                         int64_t end);
   // logits[t, e] = x[t] . weight[e], weight widened to fp32.
-  void (*logits[2])(const void* x, const float* weight, float* logits, int64_t H, int64_t E, int64_t begin, int64_t end);
+  void (*logits[kFloatDtypes])(const void* x, const float* weight, float* logits, int64_t H, int64_t E, int64_t begin, int64_t end);
   // One row of logits to probabilities in place; false, and the row spoilt, where one is not finite.
   bool (*softmax)(float* row, int64_t E);
   // dx[t] = dlogits[t] weight; columns [begin, end) of dweight = dlogits^T x over all T tokens.
-  void (*logits_dx[2])(const float* dlogits, const float* weight, void* dx, int64_t H, int64_t E, int64_t begin,
+  void (*logits_dx[kFloatDtypes])(const float* dlogits, const float* weight, void* dx, int64_t H, int64_t E, int64_t begin,
                        int64_t end);
-  void (*logits_dweight[2])(const float* dlogits, const void* x, float* dweight, int64_t T, int64_t H, int64_t E,
+  void (*logits_dweight[kFloatDtypes])(const float* dlogits, const void* x, float* dweight, int64_t T, int64_t H, int64_t E,
                             int64_t begin, int64_t end);
   // Multiply-accumulate in registers only, for the peak: returns FLOPs done.
-  double (*peak[2])(int64_t iterations);
+  double (*peak[kFloatDtypes])(int64_t iterations);
 };
 
 // Bytes of scratch one thread needs for any kernel above on a group of these sizes.

@@ -17,21 +17,22 @@ Kernels make_table(const char* name) {
   table.pack_down_proj[i] = pack_down_proj<C>, table.up[i] = up<C>, table.down[i] = down<C>, table.dact[i] = dact<C>, \
   table.dx[i] = dx<C>, table.ddown_proj[i] = ddown_proj<C>, table.dgate_up_proj[i] = dgate_up_proj<C>
   MOE_FILL(Float32, int(Compute::kFloat32));
-  MOE_FILL(Widened, int(Compute::kBFloat16Widened));
+  MOE_FILL(Widened<bf16>, int(Compute::kBFloat16Widened));
+  MOE_FILL(Widened<fp16>, int(Compute::kFloat16Widened));
 #if MOE_BF16_PAIRS
   MOE_FILL(Pairs, int(Compute::kBFloat16Pairs));
-  table.peak[1] = peak<Pairs>;
-#else
-  table.peak[1] = peak<Float32>;
 #endif
 #undef MOE_FILL
-  table.peak[0] = peak<Float32>;
-  table.combine[0][0] = combine<float, float>, table.combine[0][1] = combine<float, bf16>;
-  table.combine[1][1] = combine<bf16, bf16>;
-  table.logits[0] = logits<float>, table.logits[1] = logits<bf16>;
+  table.peak[int(Dtype::kFloat32)] = table.peak[int(Dtype::kFloat16)] = peak<Float32>;
+  table.peak[int(Dtype::kBFloat16)] = peak<BFloat16>;
+#define MOE_FILL(S, i)                                                                              \
+  table.combine[0][i] = combine<float, S>, table.combine[i][i] = combine<S, S>, table.logits[i] = logits<S>, \
+  table.logits_dx[i] = logits_dx<S>, table.logits_dweight[i] = logits_dweight<S>
+  MOE_FILL(float, int(Dtype::kFloat32));
+  MOE_FILL(bf16, int(Dtype::kBFloat16));
+  MOE_FILL(fp16, int(Dtype::kFloat16));
+#undef MOE_FILL
   table.softmax = softmax;
-  table.logits_dx[0] = logits_dx<float>, table.logits_dx[1] = logits_dx<bf16>;
-  table.logits_dweight[0] = logits_dweight<float>, table.logits_dweight[1] = logits_dweight<bf16>;
   return table;
 }
 

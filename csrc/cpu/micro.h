@@ -19,8 +19,9 @@ struct Float32 {
   using Elem = float;  // of the compute buffers
   static constexpr int kPair = 1;
 };
+template <class S>
 struct Widened {
-  using Store = bf16;
+  using Store = S;
   using Elem = float;
   static constexpr int kPair = 1;
 };
@@ -29,6 +30,12 @@ struct Pairs {
   using Elem = bf16;
   static constexpr int kPair = 2;
 };
+
+#if MOE_BF16_PAIRS
+using BFloat16 = Pairs;
+#else
+using BFloat16 = Widened<bf16>;
+#endif
 
 template <class C>
 inline void multiply_add(vf& acc, const uint32_t* a, vf b) {

@@ -6,12 +6,6 @@ namespace moe {
 namespace MOE_LEVEL {
 namespace {
 
-inline uint32_t bits(float v) {
-  uint32_t out;
-  std::memcpy(&out, &v, 4);
-  return out;
-}
-
 // Two consecutive k of 2W columns as items: even[c] in the low half, odd[c] in the high half.
 template <int half>
 struct Zip {

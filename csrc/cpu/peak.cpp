@@ -21,7 +21,7 @@ double thread_seconds() {
 
 double peak_gflops(Dtype dtype, int threads, double seconds) {
   std::vector<double> rates(size_t(threads), 0.0);
-  const auto loop = kernels().peak[dtype == Dtype::kBFloat16 ? 1 : 0];
+  const auto loop = kernels().peak[int(dtype)];
   parallel_tasks(threads, threads, [&](int64_t task, int) {
     double flops = 0, elapsed = 0;
     for (const double start = thread_seconds(); elapsed < seconds; elapsed = thread_seconds() - start)

@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "../core/dtype.h"
-#if MOE_W == 16
+#if MOE_W >= 8
 #include <immintrin.h>
 #endif
 
@@ -70,13 +70,43 @@ static inline vh narrow(vf x) {  // round to nearest even; a NaN stays a (quiet)
   return __builtin_convertvector((x == x) ? rounded : nan, vh);
 }
 
+// The same for fp16; with AVX2 and up in one instruction, else as to_float and assign do it (core/dtype.h).
+static inline vf widen_half(vh h) {
+#if MOE_W == 16
+  return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif MOE_W == 8
+  return (vf)_mm256_cvtph_ps((__m128i)h);
+#else
+  const vu wide = __builtin_convertvector(h, vu), magnitude = wide & 0x7FFFu;
+  const vu special = (vu)(magnitude >= 0x7C00u) & 0x7F800000u;
+  return (vf)((vu)((vf)(magnitude << 13) * 0x1p112f) | special | ((wide & 0x8000u) << 16));
+#endif
+}
+static inline vh narrow_half(vf x) {
+#if MOE_W == 16
+  return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif MOE_W == 8
+  return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vu magnitude = (vu)x & 0x7FFFFFFFu;
+  const vu normal = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
+  const vu subnormal = (vu)((vf)magnitude + 0.5f) - 0x3F000000u;
+  vu half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x47800000u ? vu{} + 0x7C00u : half;
+  half = x == x ? half : vu{} + 0x7E00u;
+  return __builtin_convertvector(half | ((vu)x >> 16 & 0x8000u), vh);
+#endif
+}
+
 static inline vf load(const float* p, int64_t n) { return load_n<vf>(p, n); }
 static inline vf load(const bf16* p, int64_t n) { return widen(load_n<vh>(p, n)); }
+static inline vf load(const fp16* p, int64_t n) { return widen_half(load_n<vh>(p, n)); }
 static inline void store(float* p, vf v, int64_t n) { store_n(p, v, n); }
 static inline void store(bf16* p, vf v, int64_t n) { store_n(p, narrow(v), n); }
+static inline void store(fp16* p, vf v, int64_t n) { store_n(p, narrow_half(v), n); }
 
 // exp, clamped to [e^-87, e^87]: 2^n 2^r with |r| <= 1/2 and a minimax polynomial of degree 5, 2e-7 relative near 0;
-// precise: of degree 6 with r to full precision, 1 ulp.
+// precise: of degree 6 with r to full precision, 1 ulp, and zero below e^-87.
 template <bool precise = false>
 static inline vf vexp(vf x) {
 #if MOE_W == 16
@@ -106,7 +136,8 @@ static inline vf vexp(vf x) {
 #if MOE_W == 16
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+  const vf value = (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+  return precise ? (x > -87.f ? value : vf{}) : value;
 #endif
 }
 // 1/x for 1 <= x <= 1e38. With AVX-512: 14 bits and one Newton step, 1 ulp; the division alone costs as much as exp.

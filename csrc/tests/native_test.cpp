@@ -67,9 +67,9 @@ struct Buffer {
   }
   Floats floats() const {
     Floats out(bytes.size() / size_t(dtype_bytes(dtype)));
-    for (size_t i = 0; i < out.size(); ++i)
-      out[i] = dtype == Dtype::kFloat32 ? reinterpret_cast<const float*>(bytes.data())[i]
-                                        : to_float(reinterpret_cast<const bf16*>(bytes.data())[i]);
+    with_dtype(dtype, [&](auto element) {
+      for (size_t i = 0; i < out.size(); ++i) out[i] = to_float(reinterpret_cast<const decltype(element)*>(bytes.data())[i]);
+    });
     return out;
   }
   void* data() { return bytes.data(); }
@@ -212,6 +212,37 @@ void test_layer(MoeSizes s, int64_t K, const std::string& routing) {
   for (int i = 0; i < 3; ++i) expect(bits[i] == bits[i + 3], name + " same bits on one and three threads");
 }
 
+// Every fp16 value, and floats around every rounding boundary, through the vector conversions of this level.
+void test_half() {
+  const int64_t count = 1 << 16;
+  std::vector<fp16> halves(count), back(count);
+  Floats floats(3 * count);
+  int64_t lost = 0, changed = 0, misrounded = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    halves[i].bits = uint16_t(i);
+    const float value = to_float(halves[i]), next = to_float(fp16{uint16_t(i + 1)});
+    fp16 scalar;
+    assign(scalar, value);
+    lost += scalar.bits != i && !std::isnan(value);
+    const float middle = value + (next - value) / 2;
+    floats[3 * i] = middle, floats[3 * i + 1] = std::nextafter(middle, value), floats[3 * i + 2] = std::nextafter(middle, next);
+  }
+  const int32_t offsets[] = {0, 1}, row = 0;
+  kernels().combine[2][2](halves.data(), nullptr, offsets, &row, nullptr, back.data(), count, 0, 1);
+  for (int64_t i = 0; i < count; ++i)  // 0 + -0 is 0
+    changed += back[i].bits != i && i != 0x8000 && !std::isnan(to_float(halves[i]));
+  std::vector<fp16> rounded(floats.size());
+  kernels().combine[0][2](floats.data(), nullptr, offsets, &row, nullptr, rounded.data(), int64_t(floats.size()), 0, 1);
+  for (size_t i = 0; i < floats.size(); ++i) {
+    fp16 scalar;
+    assign(scalar, floats[i] + 0.f);
+    misrounded += rounded[i].bits != scalar.bits && !std::isnan(floats[i]);
+  }
+  expect(lost == 0, "every fp16 survives a float: " + std::to_string(lost) + " do not");
+  expect(changed == 0, "every fp16 survives combine: " + std::to_string(changed) + " do not");
+  expect(misrounded == 0, "fp16 is rounded to nearest even: " + std::to_string(misrounded) + " are not");
+}
+
 void test_gating(int64_t T, int64_t H, int64_t E, int64_t K) {
   std::mt19937 rng(3);
   const Floats x = random_values(T * H, 1, rng), weight = random_values(E * H, 0.3f, rng);
@@ -287,7 +318,7 @@ int test_all_levels(const std::string& program) {
 int main(int, char** argv) {
   if (!std::getenv("MOE_KERNELS_ISA")) return test_all_levels(argv[0]);
   using A = Activation;
-  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16}) {
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
     test_layer({40, 64, 4, 80, 96, 48, dtype, A::kSwiGLU, 1}, 2, "mixed");
     test_layer({37, 33, 5, 111, 50, 17, dtype, A::kSwiGLU, 1}, 3, "mixed");   // nothing is a multiple of a vector
     test_layer({60, 48, 6, 120, 40, 0, dtype, A::kGELU, 1}, 2, "mixed");      // no shared expert
@@ -298,6 +329,7 @@ int main(int, char** argv) {
   }
   for (int64_t E : {3, 8, 13}) test_gating(50, 37, E, 2);
   test_expert_choice();
+  test_half();
   Plan plan(1, 2, 1);
   const int32_t outside = 2;
   const float one = 1;

@@ -17,7 +17,7 @@ from ..routing import TokenChoice
 KINDS = ("gate_proj", "up_proj", "down_proj")
 
 
-def replace_moe(model: nn.Module, backend: str = "auto") -> int:
+def replace_moe(model: nn.Module, backend: str = "auto", recompute: bool = False) -> int:
     """Swap, in place, every DiT-MoE block of a model for one that computes with this project.
 
     A block is a module with `gate.weight` (E, H), `experts`, an nn.ModuleList of modules with bias-free nn.Linear
@@ -30,7 +30,9 @@ def replace_moe(model: nn.Module, backend: str = "auto") -> int:
     Args:
         model: any module, the block itself included.
         backend: "auto" or a name out of `backends()`.
-    Returns: the number of blocks swapped. Doing it again is allowed: it takes over `backend` and mends the slabs.
+        recompute: keep no activations for backward, compute them there again: see `moe_mlp`.
+    Returns: the number of blocks swapped. Doing it again is allowed: it takes over `backend` and `recompute`, and mends
+        the slabs.
     Raises: ValueError where no block is found; ValueError, TypeError naming the module path of a block that is not as
         above (biases, unequal experts, other activations, hooks inside ...); RuntimeError for a backend that cannot run
         here. Nothing is changed where it raises.
@@ -44,10 +46,10 @@ def replace_moe(model: nn.Module, backend: str = "auto") -> int:
             f"model: found no DiT-MoE block in {type(model).__name__}, expected modules with gate.weight and experts, "
             "a ModuleList of modules with gate_proj, up_proj and down_proj"
         )
-    configs = [_check_block(path or type(block).__name__, block, backend) for path, block in blocks.items()]
+    routers = [_check_block(path or type(block).__name__, block) for path, block in blocks.items()]
     _check_untied(blocks)
-    for block, config in zip(blocks.values(), configs, strict=True):
-        block.moe_config = config
+    for block, router in zip(blocks.values(), routers, strict=True):
+        block.moe_config = BlockConfig(router, backend, recompute)
         block.__class__ = DiTMoEBlock
         block.rehome()
     return len(blocks)
@@ -59,6 +61,7 @@ class BlockConfig:
 
     router: TokenChoice
     backend: str
+    recompute: bool
 
 
 class DiTMoEBlock(nn.Module):
@@ -78,8 +81,9 @@ class DiTMoEBlock(nn.Module):
         if not torch.compiler.is_compiling():
             self._mend(kinds)
         return moe_forward(
-            x, self.gate.weight, kinds, config.router, "swiglu", config.backend, self.training, return_aux_loss
-        )
+            x, self.gate.weight, kinds, "swiglu", config.backend, config.router, self.training, return_aux_loss,
+            config.recompute,
+        )  # fmt: skip
 
     def expert_weights(self) -> tuple[tuple[list[nn.Parameter] | None, ...], str, str]:
         """Return the four weights of `moe_mlp` as lists, the activation and the backend."""
@@ -138,7 +142,7 @@ def _looks_like_a_block(module: nn.Module) -> bool:
     return has_gate and all(hasattr(experts[0], kind) for kind in KINDS)
 
 
-def _check_block(path: str, block: nn.Module, backend: str) -> BlockConfig:
+def _check_block(path: str, block: nn.Module) -> TokenChoice:
     if "forward" in vars(block):
         raise ValueError(f"{path}: forward was patched on the instance, expected a block that uses its class's")
     gate_weight = block.gate.weight
@@ -159,7 +163,7 @@ def _check_block(path: str, block: nn.Module, backend: str) -> BlockConfig:
         _check_mlp(f"{path}.shared_experts", shared, H, gate_weight)
         known |= {f"shared_experts.{kind}.weight" for kind in KINDS}
     _check_extras(path, block, known)
-    return BlockConfig(_router(path, block, E), backend)
+    return _router(path, block, E)
 
 
 def _check_untied(blocks: dict[str, nn.Module]) -> None:

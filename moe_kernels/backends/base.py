@@ -140,4 +140,7 @@ class Backend(ABC):
         shared_gate_up: Tensor,
         activation: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return dx, drow_weight and the gradients of the four weights (None for a shared expert that is not there)."""
+        """Return dx, drow_weight and the gradients of the four weights (None for a shared expert that is not there).
+
+        gate_up and shared_gate_up are (0,) where the forward did not keep them: they are computed again.
+        """

@@ -137,6 +137,8 @@ class EagerBackend(Backend):
         shared_gate_up: Tensor,
         activation: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        if not gate_up.numel():
+            _, gate_up, shared_gate_up = self.moe_mlp(x, plan, w, activation, True)
         dout_rows = dout.index_select(0, plan.row_token)
         row_weight = plan.row_weight[:, None].to(accumulator(x.dtype))
         dact = self.rows_times(dout_rows, w.down_proj, plan).to(row_weight.dtype)  # before the row's weight

@@ -1,4 +1,4 @@
-"""The C++ CPU backend: every room and the fused layer in csrc/, fp32 and bf16, on torch's own threads."""
+"""The C++ CPU backend: every room and the fused layer in csrc/, fp32, bf16 and fp16, on torch's own threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from ..plan import RoutingPlan
 from .base import Backend, Case, MoEWeights
 
 _POOLED_BYTES = 4 << 20  # from here on malloc maps fresh pages, and page faults cost up to 10 % of a backward
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}
+
+_FLOATS = torch.float32, torch.bfloat16, torch.float16
 
 
 def _view(t: Tensor | None):
@@ -80,8 +82,8 @@ class NativeBackend(Backend):
     def supports(self, case: Case) -> str | None:
         if case.device != "cpu":
             return f"device {case.device}, expected cpu"
-        if case.dtype not in (torch.float32, torch.bfloat16):
-            return f"dtype {case.dtype}, expected torch.float32 or torch.bfloat16"
+        if case.dtype not in _FLOATS:
+            return f"dtype {case.dtype}, expected torch.float32, torch.bfloat16 or torch.float16"
         return None
 
     def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,8 +178,8 @@ class NativeBackend(Backend):
         dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
         grads = [None if t is None else _new(t.shape, t) for t in w]
         self._c.moe_mlp_bwd(
-            _view(dout), _view(x), _views(plan), *(_view(t) for t in w), _view(gate_up),
-            None if w.shared_gate_up_proj is None else _view(shared_gate_up), activation, _view(dx),
+            _view(dout), _view(x), _views(plan), *(_view(t) for t in w),
+            *(_view(t) if t.numel() else None for t in (gate_up, shared_gate_up)), activation, _view(dx),
             _view(drow_weight), *(_view(t) for t in grads), torch.get_num_threads(),
         )  # fmt: skip
         return dx, drow_weight, *grads

@@ -26,6 +26,7 @@ def moe_mlp(
     shared_down_proj: Weights | None = None,
     activation: str = "swiglu",
     backend: str = "auto",
+    recompute: bool = False,
 ) -> Tensor:
     """Run the experts over their tokens and sum what comes back.
 
@@ -40,11 +41,12 @@ def moe_mlp(
         shared_down_proj: (H, Is), or [down]; None exactly when shared_gate_up_proj is.
         activation: "swiglu" or "gelu".
         backend: "auto" or a name out of `backends()`.
+        recompute: do not keep gate_up and shared gate_up for backward, compute them there again: the same gradients.
     Returns: (T, H) in the dtype of x.
     Raises: TypeError, ValueError naming the argument; RuntimeError for views that are not of one slab, and for a second
         derivative.
-    Cost: 6 R H I + 6 T H Is FLOPs (swiglu), twice that backward. Saves x, gate_up (R, 2I), shared gate_up (T, 2Is), the
-        plan and the weights for backward, nothing else.
+    Cost: 6 R H I + 6 T H Is FLOPs (swiglu), twice that backward (with recompute up to three times). Saves x, gate_up
+        (R, 2I), shared gate_up (T, 2Is), the plan and the weights for backward, nothing else.
     Source: reference.moe.moe; the backward identities are SonicMoE's (arXiv 2512.14080).
     """
     _checks.tensor("x", x, "T,H")
@@ -59,7 +61,9 @@ def moe_mlp(
         shared_gate_up, shared_down = check(x, plan, shared_gate_up_proj, shared_down_proj, activation, shared=True)
     differentiable = (x, plan.row_weight, *gate_up, *down, *shared_gate_up, *shared_down)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    return _moe_mlp(x, plan.tensors(), gate_up, down, shared_gate_up, shared_down, activation, save, backend)[0]
+    return _moe_mlp(
+        x, plan.tensors(), gate_up, down, shared_gate_up, shared_down, activation, save, recompute, backend
+    )[0]
 
 
 def pack_weights(weights: Sequence[Weights | None], activation: str, backend: str) -> Callable[[], None] | None:
@@ -78,22 +82,24 @@ def _backend(x: Tensor, w: MoEWeights, activation: str, backend: str) -> Backend
     return choose(backend, Case("moe_mlp", x.dtype, x.device.type, E, H, I, Is, activation))
 
 
-def _kernel(x, plan, gate_up, down, shared_gate_up, shared_down, activation, save_for_backward, backend):
+def _kernel(x, plan, gate_up, down, shared_gate_up, shared_down, activation, save_for_backward, recompute, backend):
     plan = contiguous_plan(plan)
     w = stack(x, plan.num_experts, gate_up, down, shared_gate_up, shared_down)
-    return _backend(x, w, activation, backend).moe_mlp(x.contiguous(), plan, w, activation, save_for_backward)
+    save = save_for_backward and not recompute
+    return _backend(x, w, activation, backend).moe_mlp(x.contiguous(), plan, w, activation, save)
 
 
-def _fake(x, plan, gate_up, down, shared_gate_up, shared_down, activation, save_for_backward, backend):
+def _fake(x, plan, gate_up, down, shared_gate_up, shared_down, activation, save_for_backward, recompute, backend):
     T, H = x.shape
     R, E = plan[2].shape[0], plan[0].shape[0]
-    routed = (R, gate_up_width(gate_up, E)) if save_for_backward else (0,)
-    shared = (T, gate_up_width(shared_gate_up, None)) if save_for_backward and shared_gate_up else (0,)
+    save = save_for_backward and not recompute
+    routed = (R, gate_up_width(gate_up, E)) if save else (0,)
+    shared = (T, gate_up_width(shared_gate_up, None)) if save and shared_gate_up else (0,)
     return x.new_empty((T, H)), x.new_empty(routed), x.new_empty(shared)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, plan, *weights, ctx.activation, ctx.saved, ctx.backend = inputs
+    x, plan, *weights, ctx.activation, ctx.saved, _, ctx.backend = inputs
     ctx.lengths = [len(tensors) for tensors in weights]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -112,7 +118,7 @@ def _backward(ctx: Any, dout: Tensor | None, dgate_up: None, dshared_gate_up: No
         )
     dplan = [None, None, None, drow_weight, None, None, None]
     dweights = [unstack_gradient(g, w) for g, w in zip(gradients, weights, strict=True)]
-    return dx, dplan, *dweights, None, None, None
+    return dx, dplan, *dweights, None, None, None, None
 
 
 def _bwd_kernel(
@@ -142,7 +148,8 @@ def _bwd_fake(
 
 _WEIGHTS = "Tensor[] gate_up_proj, Tensor[] down_proj, Tensor[] shared_gate_up_proj, Tensor[] shared_down_proj"
 _moe_mlp = register(
-    f"moe_mlp(Tensor x, Tensor[] plan, {_WEIGHTS}, str activation, bool save_for_backward, str backend) "
+    f"moe_mlp(Tensor x, Tensor[] plan, {_WEIGHTS}, str activation, bool save_for_backward, "
+    "bool recompute, str backend) "
     "-> (Tensor out, Tensor gate_up, Tensor shared_gate_up)",
     _kernel,
     _fake,
