@@ -9,6 +9,7 @@ import sys
 COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit code, what it does
     "run": ("bench.run", "the main job: train, sample, check and time on real images; writes report/"),
     "peers": ("bench.peers.contest", "the contest: native against every public MoE implementation for CPUs"),
+    "time": ("bench.timing", "time one level of a model: contenders verified, interleaved, compared"),
     "list": ("bench.cases", "print the ids of the benchmark cases"),
     "compare": ("bench.compare", "judge two row files: SAME, FASTER, SLOWER or UNSURE per case"),
     "report": ("bench.report", "render report/ from its rows"),

@@ -44,20 +44,20 @@ def _races(shape, deep, T, dtypes, backends, threads, rounds, seconds, sampling_
     base = Case("layer", "native", shape, "position_skewed", T, "fp32", "fwd", threads)
     for dtype in dtypes:
         for room in ROOMS:
-            yield _race(replace(base, level=room, dtype=dtype), backends, rounds, seconds / 3)
+            yield race_of(replace(base, level=room, dtype=dtype), backends, rounds, seconds / 3)
         for mode in ("fwd", "fwdbwd"):
-            yield _race(replace(base, dtype=dtype, mode=mode), (*backends, *PEERS), rounds, seconds)
-        yield _race(replace(base, level="block", routing="gate", dtype=dtype), (*backends, LOOP), rounds, seconds)
+            yield race_of(replace(base, dtype=dtype, mode=mode), (*backends, *PEERS), rounds, seconds)
+        yield race_of(replace(base, level="block", routing="gate", dtype=dtype), (*backends, LOOP), rounds, seconds)
     yield from _step_races(deep, min(T, 1024), backends, threads, min(rounds, 9), seconds, sampling_steps)
 
 
 def _step_races(shape, T, backends, threads, rounds, seconds, sampling_steps) -> Iterator[tuple[Race, dict]]:
     for level, mode in (("train_step", "fwdbwd"), ("sampling_step", "fwd")):
         case = Case(level, "native", shape, "gate", T, "fp32", mode, threads)
-        yield _race(case, (*backends, LOOP), rounds, seconds, sampling_steps)
+        yield race_of(case, (*backends, LOOP), rounds, seconds, sampling_steps)
 
 
-def _race(case: Case, contenders: Sequence[str], rounds: int, seconds: float, steps: int = 0) -> tuple[Race, dict]:
+def race_of(case: Case, contenders: Sequence[str], rounds: int, seconds: float, steps: int = 0) -> tuple[Race, dict]:
     shape, name = case.shape, replace(case, backend="any").id
     images = case.T // shape.tokens_per_image
     threads = f"{case.threads} thread{'s' * (case.threads > 1)}"

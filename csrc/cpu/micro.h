@@ -55,6 +55,8 @@ inline void multiply_add(vf& acc, const uint32_t* a, vf b) {
 template <class C, bool kColumns, int rows>
 void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, float* out, int64_t ldo, bool add,
            const Walks& walks) {
+  constexpr int kNear = 8 * MR / rows;  // k steps: few rows need the next line sooner
+  constexpr bool kWalks = rows > 4;     // with fewer B comes at the speed of memory, and a walk only delays it (10 %)
   constexpr int kBases = kColumns ? 1 : (rows + 2) / 3;
   const uint32_t* base[kBases];
 #pragma GCC unroll 8
@@ -71,9 +73,9 @@ void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, flo
       if (walk != last) ahead = walk->at, step = walk->step, ++walk;
       for (const int64_t stop = min64(end, k + kWalk); k < stop; ++k) {
         const vf b0 = loadu<vf>(b), b1 = loadu<vf>(b + W);
-        __builtin_prefetch(b + 8 * NR);
-        __builtin_prefetch(b + 8 * NR + W);
-        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(b + kNear * NR);
+        __builtin_prefetch(b + kNear * NR + W);
+        if (kWalks) __builtin_prefetch(ahead, 0, 2);
         ahead += step;
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {

@@ -1,0 +1,84 @@
+"""Time anything of the case list on demand: one level of one model, contenders interleaved and verified first."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from bench import stages, store, workloads
+from bench.cases import BACKENDS, DTYPES, LEVELS, MODES, PEERS, Case
+from bench.progress import say
+from bench.shapes import MODEL_SHAPES, ROUTING_PRESETS
+
+STEPS = {"train_step": "fwdbwd", "sampling_step": "fwd"}  # their only mode
+DEFAULT = ("native", "grouped", stages.LOOP)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    levels = [name for names in LEVELS.values() for name in names]
+    parser.add_argument("level", choices=levels, help="a room, the layer, a block, or a whole step of the model")
+    parser.add_argument("--shapes", default="S/2-8E2A", help="comma-separated model shapes (default: S/2-8E2A)")
+    parser.add_argument("--depth", type=int, help="blocks of the model in a step (default: all)")
+    parser.add_argument("--tokens", default="1024", help="comma-separated; of a step both halves of guidance count")
+    parser.add_argument("--backends", default=",".join(DEFAULT), help=f"some of {', '.join((*BACKENDS, *PEERS))}")
+    parser.add_argument("--dtypes", default="fp32", help="some of fp32, bf16, fp16")
+    parser.add_argument("--modes", default="fwd", help="some of fwd, bwd, fwdbwd; steps have one of their own")
+    parser.add_argument("--routing", default="position_skewed", help=f"gate, or one of {', '.join(ROUTING_PRESETS)}")
+    parser.add_argument("--threads", default=str(len(os.sched_getaffinity(0))), help="comma-separated (default: all)")
+    parser.add_argument("--rounds", type=int, default=9, help="least number of rounds")
+    parser.add_argument("--seconds", type=float, default=10.0, help="more rounds are run until a race took so long")
+    parser.add_argument("--out", type=Path, default=Path("report/times.jsonl"), help="row file, added to")
+
+
+def races(args: argparse.Namespace) -> Iterator[tuple[stages.Race, dict]]:
+    """Yield the races that the arguments ask for; ValueError names what is unknown."""
+
+    def words(option: str, allowed: object) -> list[str]:
+        asked = getattr(args, option).split(",")
+        for word in asked:
+            if word not in allowed:
+                raise ValueError(f"--{option}: got {word!r}, expected some of {', '.join(allowed)}")
+        return asked
+
+    contenders = words("backends", (*BACKENDS, *PEERS))
+    modes = [STEPS[args.level]] if args.level in STEPS else words("modes", MODES)
+    routing = "gate" if args.level in (*LEVELS["block"], *STEPS) else args.routing
+    if routing not in ("gate", *ROUTING_PRESETS):
+        raise ValueError(f"--routing: got {routing!r}, expected one of gate, {', '.join(ROUTING_PRESETS)}")
+    settings = product(
+        words("shapes", MODEL_SHAPES), args.tokens.split(","), words("dtypes", DTYPES), modes, args.threads.split(",")
+    )
+    for name, tokens, dtype, mode, threads in settings:
+        shape = MODEL_SHAPES[name]
+        if args.depth:
+            shape = replace(
+                shape, name=f"{name}, {args.depth} blocks", model=f"{shape.model}x{args.depth}", depth=args.depth
+            )
+        case = Case(args.level, "native", shape, routing, int(tokens), dtype, mode, int(threads))
+        able = [c for c in contenders if not workloads.why_not(replace(case, backend=c))]
+        yield stages.race_of(case, able, args.rounds, args.seconds, steps=50)
+
+
+def line(row: dict) -> str:
+    """Return one row's result in one line."""
+    if row["wrong"]:
+        return f"{row['case']}: wrong: {row['wrong']}"
+    ratios = (f"x{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}] {name}" for name, r in row["speedups"].items())
+    star = "*" * row["figures"]["disturbed"]
+    return f"{row['case']}: {row['figures']['time_us_median'] / 1e3:.4g} ms{star}; {', '.join(ratios)}"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Race, print and keep the rows; returns 1 when a contender is wrong."""
+    rows = []
+    for race, facts in list(races(args)):
+        for row in stages.run(race, facts):
+            store.append(args.out, row)
+            say(line(row))
+            rows.append(row)
+    say(f"rows: {args.out}")
+    return int(any(row["wrong"] for row in rows))
