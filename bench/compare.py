@@ -8,15 +8,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import stats, store
+from bench import inner_loops, stats, store
 from bench.cases import BACKENDS
 
 KINDS = ("time", "contest")
 MACHINE_KEYS = ("cpu", "isa", "gpu")  # times from machines that differ in these say nothing about the code
 FAIL_ON = {
     "slower": "a case is SLOWER",
-    "different": "a case is SLOWER or FASTER",
-    "any": "a case is not SAME, or was added, removed or left out",
+    "different": "a case is SLOWER or FASTER, or inner loops changed",
+    "any": "a case is not SAME, or was added, removed or left out, or inner loops changed",
 }
 LEGEND = (
     f"speedup > 1: head is faster. Median ratio with {stats.LEVEL:.0%} bootstrap interval, Mann-Whitney p after Holm; "
@@ -33,6 +33,7 @@ class Report:
     removed: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    inner_loops: list[str] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -47,7 +48,7 @@ class Report:
             f"{len(x)} {name}"
             for name, x in (("new", self.new), ("removed", self.removed), ("left out", self.skipped))
             if x
-        ]
+        ] + ["inner loops changed"] * bool(self.inner_loops)
         return f"{', '.join(parts) or 'nothing comparable'} of {len(self.verdicts) + len(self.broken)} cases" + (
             f" ({', '.join(extra)})" if extra else ""
         )
@@ -61,7 +62,8 @@ class Report:
             condition
         ]
         changed_set = condition == "any" and bool(self.new or self.removed or self.skipped)
-        return bool(self.broken or seen & bad or changed_set)
+        changed_code = condition != "slower" and bool(self.inner_loops)
+        return bool(self.broken or seen & bad or changed_set or changed_code)
 
     def to_json(self) -> dict:
         return {
@@ -72,6 +74,7 @@ class Report:
             "removed": self.removed,
             "broken": self.broken,
             "skipped": self.skipped,
+            "inner_loops": self.inner_loops,
         }
 
     def to_markdown(self) -> str:
@@ -80,6 +83,7 @@ class Report:
         quiet = [v for v in self.verdicts if v not in loud]
         lines = [f"**{self.headline}**", ""]
         lines += [f"- BROKEN `{case}`: {what}" for case, what in self.broken.items()]
+        lines += [f"- inner loops changed: {what}" for what in self.inner_loops]
         lines += [*_table(sorted(loud, key=lambda v: v.speedup.value)), ""]
         if quiet:
             fold = f"<details><summary>{len(quiet)} cases unchanged or unsure</summary>"
@@ -101,7 +105,8 @@ def compare(base: list[dict], head: list[dict], expression: str = "") -> Report:
     """Compare the timed cases of two lists of rows; of a case measured twice the last row counts.
 
     Args:
-        base, head: rows as `store.read` returns them; only those of the kinds "time" and "contest" are used.
+        base, head: rows as `store.read` returns them; used are those of the kinds "time" and "contest", and the last
+            of kind "inner_loops", whatever the machine and the expression: the file holds the loops of all levels.
         expression: cases to compare, as pytest's -k.
     Returns:
         a Report. Rows of another machine (CPU model, ISA level, GPU), without samples or taken on
@@ -131,7 +136,19 @@ def compare(base: list[dict], head: list[dict], expression: str = "") -> Report:
         why = next(iter(report.skipped.values()), f"{len(sides[0])} cases in base, {len(sides[1])} others in head")
         raise ValueError(f"no comparable case: {why}")
     report.verdicts = stats.verdicts(dict(sorted(pairs.items())), _controls(pairs))
+    _compare_inner_loops(report, base, head)
     return report
+
+
+def _compare_inner_loops(report: Report, base: list[dict], head: list[dict]) -> None:
+    last = [next((r for r in reversed(rows) if r["kind"] == "inner_loops"), None) for rows in (base, head)]
+    if None in last:
+        return
+    reasons = [f"{name}: {row['reason']}" for name, row in zip(("base", "head"), last, strict=True) if row["reason"]]
+    if reasons:
+        report.skipped["inner loops"] = "; ".join(reasons)
+    else:
+        report.inner_loops = inner_loops.changes(*last)
 
 
 def _controls(cases: Collection[str]) -> dict[str, list[str]]:

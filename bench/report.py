@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import pictures, store
+from bench import inner_loops, pictures, store
 from bench.peers import tables
 
 ROOMS = ("gating", "dispatch", "experts", "combine")
@@ -22,6 +22,7 @@ TITLES = {
     "layer": "MoE layer", "block": "transformer block", "train_step": "training step", "sampling_step": "sampling step",
     "gating": "gating", "dispatch": "dispatch", "experts": "experts", "combine": "combine",
 }  # fmt: skip
+LOOP_FIGURES = ("FMA", *inner_loops.FIGURES[1:], "times in the file")
 MODES = {"fwd": "forward", "bwd": "backward", "fwdbwd": "forward + backward"}
 
 
@@ -67,6 +68,7 @@ def view_of(rows: Sequence[dict], images: dict[str, np.ndarray]) -> dict:
     parity = sorted(of["parity"], key=lambda r: (rank(r["backend"]), r["dtype"] != "fp32"))
     races = races_of(of["time"])
     losses = training["losses"] if training else []
+    inner = of["inner_loops"][-1] if of["inner_loops"] else None
     return {
         "headline": headline(rows), "last": rows[-1], "run": run, "training": training, "figures": figures,
         "checks": checks(figures) if figures else [], "curve": curve(losses) if losses else None,
@@ -76,7 +78,9 @@ def view_of(rows: Sequence[dict], images: dict[str, np.ndarray]) -> dict:
         "stages": stages([r for r in races if r["level"] in ROOMS]),
         "loads": load_maps(counts) if counts is not None else [],
         "load_rows": of["load"][-1]["layers"] if of["load"] else [], "names": NAMES, "rooms_order": ROOMS,
-        "contest": tables.view(of["contest"]) if of["contest"] else None,
+        "contest": tables.view(of["contest"]) if of["contest"] else None, "inner_loops": inner,
+        "loop_names": LOOP_FIGURES,
+        "loops": [loop_cells(loop) for loop in inner_loops.widest(inner["loops"])] if inner else [],
     }  # fmt: skip
 
 
@@ -256,6 +260,10 @@ def markdown(view: dict) -> str:
             head, [(r["title"], r["lead"], *(c["text"] for c in r["cells"])) for r in view["contest"]["rows"]]
         )
         lines += [*(f"- {why}" for why in view["contest"]["failures"]), ""]
+    if view["loops"]:
+        lines += table(("inner loop, per step", *view["loop_names"]), view["loops"])
+    elif view["inner_loops"]:
+        lines += [f"Inner loops not counted: {view['inner_loops']['reason']}.", ""]
     last = view["last"]
     lines += [
         f"{last['machine']['cpu']}, {last['machine']['isa']}, {last['date'][:10]}, commit {last['commit'] or 'none'}. "
@@ -271,6 +279,10 @@ def parity_cells(row: dict) -> tuple:
         f"{row['psnr_db']:.1f}",
         f"{signed(row['dfd'])} [{signed(row['low'])}, {signed(row['high'])}]", f"{row['fd_b']:.4f}",
     )  # fmt: skip
+
+
+def loop_cells(loop: dict) -> tuple:
+    return (inner_loops.tile(loop), *(loop[name] for name in (*inner_loops.FIGURES, "times")))
 
 
 def table(head: Sequence[str], cells: Sequence[Sequence]) -> list[str]:

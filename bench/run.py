@@ -26,6 +26,7 @@ from bench import (
     checkpoints,
     digits,
     fid,
+    inner_loops,
     ledger,
     load,
     parity,
@@ -186,6 +187,7 @@ class Job:
         self.ledger.stage(
             "start", lambda: [store.row("run", data=self.data.name, backends=infos, case=vars(self.case))]
         )
+        self.ledger.stage("inner loops", lambda: [inner_loops.row()])
         self.ledger.stage("training", self._training)
         self.ledger.stage("figures", self._figures)
         for dtype in self.size.dtypes:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import measure, store, verify, workloads
+from bench import inner_loops, measure, store, verify, workloads
 from bench.cases import Case
 from bench.peers import libraries, tables
 from bench.peers.libraries import Contender
@@ -281,6 +281,7 @@ def main(args: argparse.Namespace) -> int:
     rounds, seconds = args.rounds or size.rounds, size.seconds if args.seconds is None else args.seconds
     if args.fresh:
         args.out.unlink(missing_ok=True)
+    store.append(args.out, inner_loops.row())
     rows: list[dict] = []
     try:
         for row in _run(cases, contenders, rounds, seconds):
