@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 bench: setup
 	$(BIN)/python -m bench run
 
-# Installs other projects' packages into .peers/, a gigabyte, then takes 20 to 25 minutes.
+# Installs other projects' packages into .peers/, a gigabyte, then takes 35 to 40 minutes.
 peers: setup
 	$(BIN)/python -m bench peers --install all
 	$(BIN)/python -m bench peers

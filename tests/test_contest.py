@@ -175,7 +175,7 @@ def test_wrong_refusing_and_dying_contenders_get_no_number_and_the_others_do(com
     [
         (["--peers", "native,nobody"], "--peers: got 'nobody', expected some of native, native_packed"),
         (["--install", "nobody"], "--install: got 'nobody', expected all or some of transformers"),
-        (["-k", "T17"], "no case selected by -k 'T17' of 22"),
+        (["-k", "T17"], "no case selected by -k 'T17' of 38"),
         (["--threads", "4096"], "--threads: got 4096, expected 1"),
     ],
 )
@@ -201,6 +201,10 @@ def test_settings_given_by_hand_replace_the_plan():
     cases = contest.plan(parser.parse_args(["--shapes", "B/2-8E2A", "--tokens", "32,64", "--dtypes", "bf16"]))
     assert {(c.shape.H, c.T, c.dtype, c.threads) for c in cases} == {(768, 32, "bf16", 1), (768, 64, "bf16", 1)}
     assert {c.mode for c in cases} == {"fwd", "fwdbwd"}
+    cases = contest.plan(parser.parse_args(["--routing", "zipf,uniform", "--modes", "fwd"]))
+    assert {(c.routing, c.T, c.dtype) for c in cases} == {
+        (r, 256, d) for r in ("zipf", "uniform") for d in ("fp32", "bf16")
+    }
 
 
 def test_what_is_not_installed_is_listed_with_its_reason(tmp_path, monkeypatch, capsys):
@@ -258,7 +262,7 @@ def test_contest_rows_can_be_compared_recorded_and_reported(tiny, tmp_path):
     assert verdicts.counts["SAME"] + verdicts.counts["UNSURE"] == 12 and "inference only" in verdicts.to_markdown()
     page = report.write(tiny.parent).read_text()
     assert "<h2>Peers" in page and "oneDNN packed" in page and "ours / best peer" in page
-    assert "| digits T=64 fp32 fwd t1 |" in (tiny.parent / "report.md").read_text()
+    assert "| digits empty_experts T=64 fp32 fwd t1 |" in (tiny.parent / "report.md").read_text()
     (tmp_path / "results").mkdir()
     clean = [{**row, "dirty": False, "commit": "c0ffee" * 6} for row in rows]
     for name, changes in (("clean", {}), ("dirty", {"dirty": True}), ("wrong", {"wrong": "out"})):
@@ -277,7 +281,7 @@ def test_best_peer_errors_and_charts_are_computed_from_the_rows():
         ratio = {"value": 2.0, "low": 1.9, "high": 2.1}
         base = {
             "contender": contender, "title": contender.upper(), "ours": contender == "native", "race": f"T{T}",
-            "model": "S", "T": T, "dtype": "fp32", "mode": "fwd", "threads": 1, "figures": figures, "reason": None,
+            "routing": "uniform", "model": "S", "T": T, "dtype": "fp32", "mode": "fwd", "threads": 1, "figures": figures, "reason": None,
             "wrong": None, "speedup_of": {"native": ratio}, "errors": {"out": {"ours": 3e-7, "torch": 1e-7}},
             "library": "x 1",
         }  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench import inner_loops, measure, store, verify, workloads
-from bench.cases import Case
+from bench.cases import PRESETS, Case
 from bench.peers import libraries, tables
 from bench.peers.libraries import Contender
 from bench.peers.worker import Worker, WorkerError
@@ -38,25 +38,29 @@ PROCESS_BYTES, COPIES, MEMORY_SHARE = 1 << 29, 3, 0.7
 
 @dataclass(frozen=True)
 class Size:
-    """Cases by (shape, tokens, threads), each in every mode and dtype, and how long to time each.
+    """Cases by (shape, tokens, threads, routing), each in every mode and dtype, and how long to time each.
 
     inference_only: shapes whose training step would take most of the time.
     """
 
-    settings: tuple[tuple[str, int, int], ...]
+    settings: tuple[tuple[str, int, int, str], ...]
     rounds: int
     seconds: float
     dtypes: tuple[str, ...] = ("fp32", "bf16")
-    routing: str = "position_skewed"
     contenders: tuple[str, ...] = tuple(libraries.CONTENDERS)
     inference_only: tuple[str, ...] = ()
 
 
 S, B, XL = "S/2-8E2A", "B/2-8E2A", "XL/2-8E2A"
-PLAN = ((S, 256, 1), (S, 1024, 1), (S, 4096, 1), (B, 1024, 1), (XL, 1024, 1), (S, 1024, 2))
+SKEWED = "position_skewed"
+PLAN = (
+    *((S, 256, 1, SKEWED), (S, 1024, 1, SKEWED), (S, 4096, 1, SKEWED)),
+    *((B, 1024, 1, SKEWED), (XL, 1024, 1, SKEWED), (S, 1024, 2, SKEWED)),
+    *((S, 1024, 1, preset) for preset in PRESETS if preset != SKEWED),
+)
 TORCH_ONLY = tuple(c.name for c in libraries.CONTENDERS.values() if not c.library and c.name != "compiled")
 SIZES = {
-    "tiny": Size((("digits", 64, 1),), 3, 0.2, ("fp32",), "empty_experts", TORCH_ONLY),
+    "tiny": Size((("digits", 64, 1, "empty_experts"),), 3, 0.2, ("fp32",), TORCH_ONLY),
     "default": Size(PLAN, 5, 5.0, inference_only=(XL,)),
     "full": Size(PLAN, 9, 20.0),
 }
@@ -204,15 +208,15 @@ def plan(args: argparse.Namespace) -> list[Case]:
     """Return the cases that the arguments ask for; ValueError when there are none, or too many threads."""
     size, cores = SIZES[args.size], len(os.sched_getaffinity(0))
     settings, skipped = [setting for setting in size.settings if setting[2] <= cores], size.inference_only
-    if args.shapes or args.tokens or args.threads:
-        first, skipped = settings[0], ()
-        settings = list(product(args.shapes or first[:1], args.tokens or first[1:2], args.threads or first[2:]))
-    if over := [threads for _, _, threads in settings if threads > cores]:
+    asked = (args.shapes, args.tokens, args.threads, args.routing)
+    if any(asked):
+        settings, skipped = list(product(*(some or [one] for some, one in zip(asked, settings[0], strict=True)))), ()
+    if over := [threads for _, _, threads, _ in settings if threads > cores]:
         raise ValueError(f"--threads: got {over[0]}, expected 1..{cores}, the cores this process may use")
     wanted = store.keyword_filter(args.k)
     cases = [
-        Case("layer", "any", MODEL_SHAPES[shape], size.routing, T, dtype, mode, threads)
-        for shape, T, threads in settings
+        Case("layer", "any", MODEL_SHAPES[shape], routing, T, dtype, mode, threads)
+        for shape, T, threads, routing in settings
         for mode in args.modes or (("fwd",) if shape in skipped else ("fwd", "fwdbwd"))
         for dtype in args.dtypes or size.dtypes
     ]
@@ -248,13 +252,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         choices=list(SIZES),
         default="default",
-        help="tiny: seconds; default: 20 to 25 minutes; full: more",
+        help="tiny: seconds; default: 35 to 40 minutes; full: more",
     )
     shapes = list(MODEL_SHAPES)
     for option, parse, what in (
         ("--shapes", _words(shapes), f"some of {', '.join(shapes)}"),
         ("--tokens", _numbers, "tokens per call"),
         ("--threads", _numbers, "numbers of threads"),
+        ("--routing", _words(PRESETS), f"some of {', '.join(PRESETS)}"),
         ("--dtypes", _words(("fp32", "bf16")), "fp32, bf16"),
         ("--modes", _words(("fwd", "fwdbwd")), "fwd, fwdbwd"),
     ):

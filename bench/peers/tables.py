@@ -29,7 +29,7 @@ def worst_error(row: dict) -> float | None:
 def title(race: Sequence[dict]) -> str:
     """Name a case in a few words."""
     row = race[0]
-    return f"{row['model']} T={row['T']} {row['dtype']} {row['mode']} t{row['threads']}"
+    return f"{row['model']} {row['routing']} T={row['T']} {row['dtype']} {row['mode']} t{row['threads']}"
 
 
 def cell(row: dict | None) -> str:
@@ -84,12 +84,12 @@ def charts(races: Sequence[Sequence[dict]], width: int = 300, height: int = 230)
 
     x is log2 T; labels stand to the right of the lines' ends, moved apart where they would touch.
     """
-    groups: dict[tuple[str, str], list[dict]] = {}
+    groups: dict[tuple[str, str, str], list[dict]] = {}
     for row in (row for race in races for row in race):
         if row["mode"] == "fwd" and row["threads"] == 1 and row["figures"].get("peak_share"):
-            groups.setdefault((row["model"], row["dtype"]), []).append(row)
+            groups.setdefault((row["model"], row["dtype"], row["routing"]), []).append(row)
     out = []
-    for (model, dtype), rows in groups.items():
+    for (model, dtype, _), rows in groups.items():
         tokens = sorted({row["T"] for row in rows})
         if len(tokens) < 2:
             continue
