@@ -16,7 +16,7 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(QUIET) -c constraints.txt torch==2.13.0 $(BUILD_TOOLS) ruff
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install $(QUIET) --no-build-isolation -c constraints.txt -e '.[bench,test]'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install $(QUIET) --no-build-isolation -c constraints.txt -e '.[bench,test,triton]'
 	touch $@
 
 bench: setup
@@ -27,8 +27,10 @@ peers: setup
 	$(BIN)/python -m bench peers --install all
 	$(BIN)/python -m bench peers
 
+# The second run has Triton's kernels interpreted, on the CPU; a process either interprets or compiles.
 test: setup
 	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests -k triton
 
 lint: setup
 	$(BIN)/ruff check .

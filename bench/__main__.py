@@ -1,4 +1,4 @@
-"""python -m bench run|peers|list|compare|report|record|env"""
+"""python -m bench run|peers|time|list|compare|report|record|static-gate|env"""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit
     "compare": ("bench.compare", "judge two row files: SAME, FASTER, SLOWER or UNSURE per case"),
     "report": ("bench.report", "render report/ from its rows"),
     "record": ("bench.record", "keep a run's rows under results/ and what they verify"),
+    "static-gate": (
+        "bench.static_gate",
+        "check the machine code of every Triton kernel, compiled for absent GPUs",
+    ),
     "env": ("bench.store", "print machine, ISA, threads, OpenMP runtime, versions, backends"),
 }
 

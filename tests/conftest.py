@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import error_rule
+from tests.interpreter import enable_bfloat16
 from tests.trap_cases import poison
 
 SESSION_SEED = int(os.environ.get("MOE_TEST_SEED", random.SystemRandom().randrange(10**6)))
@@ -27,6 +28,11 @@ ALLOCATORS = (
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: leave torch's allocators alone (torch.compile reads their code)")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        enable_bfloat16()
 
 
 def pytest_report_header() -> str:

@@ -17,6 +17,7 @@ BACKENDS = tuple(info.name for info in moe_kernels.backends() if info.available)
 DTYPES = {
     "eager": (torch.float32, torch.bfloat16, torch.float64),
     "native": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
 SCALES = (1e-3, 1.0, 30.0)
 CONTENDERS = [

@@ -281,9 +281,9 @@ def test_best_peer_errors_and_charts_are_computed_from_the_rows():
         ratio = {"value": 2.0, "low": 1.9, "high": 2.1}
         base = {
             "contender": contender, "title": contender.upper(), "ours": contender == "native", "race": f"T{T}",
-            "routing": "uniform", "model": "S", "T": T, "dtype": "fp32", "mode": "fwd", "threads": 1, "figures": figures, "reason": None,
-            "wrong": None, "speedup_of": {"native": ratio}, "errors": {"out": {"ours": 3e-7, "torch": 1e-7}},
-            "library": "x 1",
+            "routing": "uniform", "model": "S", "T": T, "dtype": "fp32", "mode": "fwd", "threads": 1,
+            "figures": figures, "reason": None, "wrong": None, "speedup_of": {"native": ratio},
+            "errors": {"out": {"ours": 3e-7, "torch": 1e-7}}, "library": "x 1",
         }  # fmt: skip
         return {**base, **changes}
 

@@ -78,6 +78,14 @@ def test_reference_needs_torch_only():
     ]
 
 
+def test_triton_kernels_know_triton_and_torch_only():
+    """The adapter, __init__.py, is what knows the rest of the product."""
+    folder, may = ROOT / "moe_kernels/backends/triton", {"triton", "torch", *sys.stdlib_module_names}
+    for path in folder.glob("*.py"):
+        outside = {m for m in imports(path) if m.partition(".")[0] not in may}
+        assert path.name == "__init__.py" or all(m.startswith("moe_kernels.backends.triton.") for m in outside), path
+
+
 def test_statistics_know_no_torch():
     """Nor does what bench/stats.py pulls in from bench."""
     seen, queue = set(), [ROOT / "bench/stats.py"]
@@ -116,8 +124,8 @@ def test_import_is_light():
 import sys, torch
 before = set(sys.modules)
 import moe_kernels
-moe_kernels.backends()
 print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+moe_kernels.backends()
 print(len({line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rpartition("/")[2]}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

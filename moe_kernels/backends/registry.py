@@ -12,7 +12,12 @@ from typing import NamedTuple
 from .base import Backend, Case
 
 ENVIRONMENT = "MOE_KERNELS_BACKEND"
-CLASSES = {"native": "NativeBackend", "grouped": "GroupedBackend", "eager": "EagerBackend"}  # in the order of "auto"
+CLASSES = {  # in the order of "auto": native takes the CPU, triton NVIDIA GPUs
+    "native": "NativeBackend",
+    "triton": "TritonBackend",
+    "grouped": "GroupedBackend",
+    "eager": "EagerBackend",
+}
 
 
 class BackendInfo(NamedTuple):

@@ -1,0 +1,271 @@
+"""The static gate: every Triton kernel compiled for GPUs that are not here, and what the machine code says.
+
+The backend runs on meta tensors while launches compile instead: exactly the kernels, tiles and specialisations that a
+user's call would launch. Registers and memory come from cuobjdump, instructions from nvdisasm; both are in Triton's
+wheel. The figures are kept in results/static_gate.json under a hash of sources and compiler: while it holds, nothing is
+compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from bench import store
+from bench.progress import say
+from bench.shapes import MODEL_SHAPES, MoEShape
+
+FILE = store.ROOT / "results" / "static_gate.json"
+KERNELS = store.ROOT / "moe_kernels" / "backends" / "triton"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+TENSOR_CORES = ("bf16", "fp16", "tf32")
+GEMMS = ("experts_fwd_up", "experts_rows_times", "experts_bwd_dact", "experts_bwd_dweight")
+MATRIX = {80: "hmma", 90: "hgmma", 100: "utcmma"}  # the instruction a product must consist of
+COUNTED = {
+    "hmma": r"\bHMMA\b|\bHMMA\.",
+    "hgmma": r"\bHGMMA\b|\bHGMMA\.",
+    "utcmma": r"\bUTC\w*MMA",
+    "tma": r"\bUTMA(?:LDG|STG)",
+    "cp_async": r"\bLDGSTS",
+    "local": r"\b(?:LDL|STL)\b|\b(?:LDL|STL)\.",
+}
+GPUS = {80: ("NVIDIA A100-SXM4-80GB", 108), 90: ("NVIDIA H200", 132), 100: ("NVIDIA B200", 148)}
+THREADS, REGISTERS = 2048, 65536  # of a processor
+MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # its bytes of shared memory; a block takes a KiB for itself
+SETTINGS = (  # sm, shape, tokens, dtypes
+    *((90, shape, T, tuple(DTYPES)) for shape in ("S/2-8E2A", "XL/2-8E2A") for T in (512, 8192)),
+    *((sm, "S/2-8E2A", 8192, ("bf16", "tf32")) for sm in (80, 100)),
+)
+TINY = ((90, "digits", 64, ("bf16",)),)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a kernel without running it. local counts instructions that touch local memory: spills."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    warps: int
+    blocks: int  # at once on a processor, by registers, shared memory and threads
+    instructions: int
+    hmma: int
+    hgmma: int
+    utcmma: int
+    tma: int
+    cp_async: int
+    local: int
+
+
+# Whether a figure that grows (1) or shrinks (-1) is a breach of the budget. Registers count through `blocks`.
+WORSE = {"local": 1, "stack_bytes": 1, "blocks": -1, "hmma": -1, "hgmma": -1, "utcmma": -1, "tma": -1}
+
+
+def source_hash() -> str:
+    """Return the hash of what the figures depend on: kernels, tiles, what is compiled and counted, Triton's version."""
+    import triton
+
+    digest = hashlib.sha256(repr((triton.__version__, SETTINGS, COUNTED)).encode())
+    for path in (*sorted(KERNELS.glob("*.py")), *sorted(KERNELS.glob("*.json"))):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def compile_all(settings: Sequence[tuple]) -> Iterator[tuple[str, Facts]]:
+    """Compile what each setting launches, on all cores; yield name, as sm90-S2-T512-bf16-combine_fwd.0, and facts."""
+    each = [(sm, shape, T, dtype) for sm, shape, T, dtypes in settings for dtype in dtypes]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        for compiled in pool.map(compile_one, each):
+            yield from compiled
+
+
+def compile_one(setting: tuple[int, str, int, str]) -> list[tuple[str, Facts]]:
+    """Compile what one model of a size launches in one dtype, for one architecture."""
+    sm, shape, T, dtype = setting
+    seen: dict[str, int] = {}
+    out = []
+    with compiling(sm) as kernels:
+        launch_all(MODEL_SHAPES[shape], T, dtype)
+    for kernel in kernels:
+        number = seen[kernel.name] = seen.get(kernel.name, -1) + 1
+        out.append((f"sm{sm}-{MODEL_SHAPES[shape].model}-T{T}-{dtype}-{kernel.name}.{number}", facts(kernel, sm)))
+    return out
+
+
+@contextmanager
+def compiling(sm: int) -> Iterator[list]:
+    """Let launches compile for that architecture without running; the kernels are collected, each once."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from moe_kernels.backends.triton import tiles
+
+    if triton.knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET: got 1, expected it unset: interpreted kernels cannot be compiled")
+    driver = mock.Mock()
+    driver.get_current_target.return_value = GPUTarget("cuda", sm, 32)
+    driver.get_current_device.return_value = f"sm_{sm}"
+    driver.get_current_stream.return_value = 0
+    kernels, launch = {}, JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        kernels.setdefault(kernel.hash, kernel)
+        return kernel
+
+    name, processors = GPUS[sm]
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(tiles, "META", tiles.Device(name, sm, processors)),
+    ):
+        found: list = []
+        yield found
+        found += kernels.values()
+
+
+def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
+    """Call every room and the layer, forward and backward, on tensors without storage."""
+    from moe_kernels.backends.base import MoEWeights
+    from moe_kernels.backends.triton import TritonBackend
+
+    def new(*sizes: int, dtype: torch.dtype = DTYPES[dtype]) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    backend, parts = TritonBackend(), 2 if shape.activation == "swiglu" else 1
+    H, I, Is, E, K, f32 = shape.H, shape.I, shape.Is, shape.E, shape.K, torch.float32
+    weights = MoEWeights(new(E, parts * I, H), new(E, H, I), new(parts * Is, H), new(H, Is))
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    try:
+        x, gate_weight = new(T, H), new(E, H)
+        topk_weights, topk_ids, probs = backend.gating(x, gate_weight, K)
+        backend.gating_bwd(new(T, K, dtype=f32), new(T, E, dtype=f32), x, gate_weight, topk_ids, probs)
+        plan = backend.dispatch(topk_ids, topk_weights, E)
+        for save in (False, True):
+            _, gate_up, shared_gate_up = backend.moe_mlp(x, plan, weights, shape.activation, save)
+        backend.moe_mlp_bwd(x, x, plan, weights, gate_up, shared_gate_up, shape.activation)
+        y_rows, gate_up = backend.experts(x, plan, *weights[:2], shape.activation, True)
+        backend.experts_bwd(y_rows, x, plan, gate_up, *weights[:2], shape.activation)
+        backend.combine(y_rows, plan, x)
+        backend.combine_bwd(x, y_rows, plan)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def facts(kernel, sm: int) -> Facts:
+    """Read a compiled kernel's machine code."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        knobs = triton.knobs.nvidia
+        usage = _run(knobs.cuobjdump.path, "-res-usage", file.name)
+        code = _run(knobs.nvdisasm.path, "-c", file.name)
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    each_warp = -(-registers * 32 // 256) * 256  # registers come in units of 256 a warp
+    blocks = min(THREADS // (32 * warps), REGISTERS // (each_warp * warps), MEMORY[sm] // (shared + 1024))
+    counts = {name: len(re.findall(pattern, code)) for name, pattern in COUNTED.items()}
+    lines = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
+    return Facts(registers, stack, shared, warps, blocks, lines, **counts)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def breaches(name: str, got: Facts) -> list[str]:
+    """Return what no kernel may do, whatever the budget says."""
+    sm, _, _, dtype, kernel = name.split("-")
+    kernel = kernel.partition(".")[0]
+    out = []
+    if got.local or got.stack_bytes:
+        out.append(f"{name}: {got.local} local-memory instructions, {got.stack_bytes} bytes of stack, expected none")
+    matrix = MATRIX[int(sm[2:])]
+    if kernel in GEMMS and dtype in TENSOR_CORES and not getattr(got, matrix):
+        out.append(f"{name}: no {matrix.upper()}, expected the product on tensor cores")
+    return out
+
+
+def worse(name: str, budget: Facts, got: Facts) -> list[str]:
+    """Say which figures of a kernel got worse than the committed ones."""
+    pairs = [(key, getattr(budget, key), getattr(got, key)) for key in WORSE]
+    return [f"{name}: {key} {was} -> {now}" for key, was, now in pairs if (now - was) * WORSE[key] > 0]
+
+
+def table(entries: dict[str, Facts]) -> str:
+    """Return one line per kernel."""
+    heads = [field.name for field in fields(Facts)]
+    rows = [["kernel", *heads], *([name, *(str(getattr(f, h)) for h in heads)] for name, f in entries.items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def load(path: Path = FILE) -> tuple[str, dict[str, Facts]]:
+    """Return the hash and the kernels of the committed file, empty where there is none."""
+    if not path.exists():
+        return "", {}
+    data = json.loads(path.read_text())
+    return data["hash"], {name: Facts(**entry) for name, entry in data["kernels"].items()}
+
+
+def save(entries: dict[str, Facts], path: Path = FILE) -> None:
+    import triton
+
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(asdict(entry))}" for name, entry in entries.items())
+    path.write_text(f'{{"hash": "{source_hash()}", "triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help="compile everything even where the sources are unchanged")
+    parser.add_argument("--size", choices=("tiny", "default"), default="default", help="tiny: one model, no budget")
+    parser.add_argument("--update", action="store_true", help=f"write results/{FILE.name}")
+    parser.add_argument(
+        "-k", metavar="EXPR", default="", help="show kernels whose name matches words with and, or, not"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check every kernel; return 1 with the lines that say what is broken or got worse."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("triton: got no such package, expected it installed (pip install .[triton])")
+    known_hash, budget = load()
+    tiny = args.size == "tiny"
+    fresh = tiny or args.all or args.update or known_hash != source_hash()
+    entries = dict(compile_all(TINY if tiny else SETTINGS)) if fresh else budget
+    wanted = store.keyword_filter(args.k)
+    say(table({name: entry for name, entry in entries.items() if wanted(name)}))
+    failures = [line for name, entry in entries.items() for line in breaches(name, entry)]
+    if fresh and not tiny and not args.update:
+        failures += [line for name in entries.keys() & budget for line in worse(name, budget[name], entries[name])]
+        if entries != budget:
+            failures.append("kernels changed: look at the table, then python -m bench static-gate --update")
+    if args.update:
+        save(entries)
+    say(
+        "\n".join(
+            ["", *failures, f"{len(entries)} kernels {'compiled' if fresh else 'unchanged since the last compilation'}"]
+        )
+    )
+    return int(bool(failures))

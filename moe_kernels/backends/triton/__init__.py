@@ -1,0 +1,155 @@
+"""The Triton backend: every room and the fused layer on NVIDIA GPUs, sm_80 and newer, never waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...plan import RoutingPlan
+from ..base import Backend, Case, MoEWeights
+from ..eager import EagerBackend
+from . import launches
+
+_FLOATS = torch.float32, torch.bfloat16, torch.float16
+_INTERPRETED = triton.knobs.runtime.interpret
+
+
+def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the device of the tensors, whichever is the current one."""
+
+    @wraps(method)
+    def run(self: TritonBackend, *args: Any) -> Any:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if device.type != "cuda":
+            return method(self, *args)
+        with torch.cuda.device(device):
+            return method(self, *args)
+
+    return run
+
+
+class TritonBackend(Backend):
+    """Kernels of this folder. Under TRITON_INTERPRET=1 they run on CPU tensors, for tests: thousands of times slower.
+
+    float32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 says so. Expert choice selects by torch's
+    sort.
+    """
+
+    name = "triton"
+
+    def why_not(self) -> str:
+        if _INTERPRETED or torch.cuda.is_available():
+            return ""
+        return "no CUDA device (TRITON_INTERPRET=1 lets the kernels run on the CPU, for tests)"
+
+    def supports(self, case: Case) -> str | None:
+        expected = "cpu" if _INTERPRETED else "cuda"
+        if case.device != expected:
+            return f"device {case.device}, expected {expected}"
+        if case.dtype not in _FLOATS:
+            return f"dtype {case.dtype}, expected torch.float32, torch.bfloat16 or torch.float16"
+        return None
+
+    @_on_device
+    def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        topk_weights, topk_ids, probs = launches.gating_fwd(x, gate_weight, top_k)
+        if x.device.type == "cpu" and not bool(probs.isfinite().all()):
+            row = int((~probs.isfinite()).any(1).nonzero()[0])
+            raise ValueError(f"x, gate_weight: got non-finite router logits (token {row}), expected finite ones")
+        return topk_weights, topk_ids, probs
+
+    @_on_device
+    def gating_bwd(
+        self,
+        dtopk_weights: Tensor | None,
+        dprobs: Tensor | None,
+        x: Tensor,
+        gate_weight: Tensor,
+        topk_ids: Tensor,
+        probs: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return launches.gating_bwd(dtopk_weights, dprobs, x, gate_weight, topk_ids, probs)
+
+    @_on_device
+    def dispatch(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> RoutingPlan:
+        T, R, E = topk_ids.shape[0], topk_ids.numel(), num_experts
+        new = topk_ids.new_empty if R else topk_ids.new_zeros
+        plan = [new(n) for n in (E, E + 1, R, R, R, T + 1, R)]
+        plan[3] = topk_weights.new_empty(R)
+        if R:
+            launches.dispatch_plan(topk_ids, topk_weights, plan)
+        return RoutingPlan.from_tensors(plan)
+
+    def dispatch_expert_choice(self, affinities: Tensor, capacity: int, tokens_per_group: int) -> RoutingPlan:
+        return EagerBackend().dispatch_expert_choice(affinities, capacity, tokens_per_group)
+
+    @_on_device
+    def experts(
+        self, x: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor, activation: str, save: bool
+    ) -> tuple[Tensor, Tensor]:
+        act, gate_up = launches.up(x, plan, (gate_up_proj, None), (down_proj, None), save)
+        return launches.rows_times(act, (down_proj, None), plan, x, k_inner=True)[0], gate_up[0]
+
+    @_on_device
+    def experts_bwd(
+        self,
+        dy_rows: Tensor,
+        x: Tensor,
+        plan: RoutingPlan,
+        gate_up: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        w = MoEWeights(gate_up_proj, down_proj)
+        gradients = self._backward(dy_rows, x, plan, w, (gate_up, x.new_empty(0)), combined=False)
+        return gradients[0], gradients[2], gradients[3]
+
+    @_on_device
+    def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
+        out = y_rows.new_empty((plan.num_tokens, y_rows.shape[1]))
+        return launches.sum_rows((y_rows, shared), plan, out, weighted=True)
+
+    @_on_device
+    def combine_bwd(self, dout: Tensor, y_rows: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+        return launches.combine_bwd(dout, y_rows, plan)
+
+    @_on_device
+    def moe_mlp(
+        self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        act, gate_up = launches.up(x, plan, w[::2], w[1::2], save)
+        y_rows = launches.rows_times(act, w[1::2], plan, x, k_inner=True)
+        return launches.sum_rows(y_rows, plan, torch.empty_like(x), weighted=True), *gate_up
+
+    @_on_device
+    def moe_mlp_bwd(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        plan: RoutingPlan,
+        w: MoEWeights,
+        gate_up: Tensor,
+        shared_gate_up: Tensor,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        saved = (gate_up, shared_gate_up)
+        if not gate_up.numel():
+            saved = launches.up(x, plan, w[::2], w[1::2], save=True)[1]
+        return self._backward(dout, x, plan, w, saved, combined=True)
+
+    @staticmethod
+    def _backward(dout: Tensor, x: Tensor, plan: RoutingPlan, w: MoEWeights, gate_up: launches.Pair, combined: bool):
+        """Return what moe_mlp_bwd returns; without `combined` dout is (R, H), the gradient of y_rows."""
+        dgate_up, act, parts = launches.dact(dout, x, plan, w[1::2], gate_up, combined)
+        dgate_up_proj = launches.dweight(dgate_up, (x, x), plan, w[::2], gather=(False, True))
+        ddown_proj = launches.dweight((dout, dout), act, plan, w[1::2], gather=(combined, False))
+        dx_rows = launches.rows_times(dgate_up, w[::2], plan, x, k_inner=False)
+        drow_weight = torch.empty_like(plan.row_weight)
+        dx = launches.sum_rows(dx_rows, plan, torch.empty_like(x), False, parts, drow_weight)
+        return dx, drow_weight, dgate_up_proj[0], ddown_proj[0], dgate_up_proj[1], ddown_proj[1]

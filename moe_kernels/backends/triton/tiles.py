@@ -1,0 +1,110 @@
+"""Tile sizes as data: tiles.json by device and case, else a heuristic. Nothing is tuned at run time."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+FILE = Path(__file__).with_name("tiles.json")
+INTERPRETED = "interpreter"
+
+
+class Tile(NamedTuple):
+    """Sizes of one program's tile and how Triton is to run it."""
+
+    m: int
+    n: int
+    k: int
+    group: int  # tiles in m that share a band, see groups.swizzle
+    warps: int
+    stages: int
+
+    def arguments(self) -> dict[str, int]:
+        """Return the keyword arguments of a launch."""
+        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "GROUP": self.group}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
+@cache
+def table() -> dict[str, dict[str, list[int]]]:
+    """Return tiles.json: device name -> key of `choose` -> the fields of Tile. `python -m bench tune` writes it."""
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+class Device(NamedTuple):
+    """What a launch has to know of where it runs."""
+
+    name: str  # as torch calls the GPU
+    capability: int  # 90 for sm_90
+    processors: int
+
+
+CPU = Device(INTERPRETED, 0, 3)  # few processors, so that each interpreted program walks several tiles
+META = Device("NVIDIA H200", 90, 132)  # what meta tensors stand for: kernels compiled for a GPU that is not there
+
+
+def device_of(t: Tensor) -> Device:
+    """Return the device of a tensor."""
+    if t.is_cuda:
+        return _gpu(t.device.index)
+    return META if t.is_meta else CPU
+
+
+@cache
+def _gpu(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.name, 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return what `choose` calls the arithmetic of a product: bf16, fp16, tf32 (where torch allows it) or fp32."""
+    if dtype == torch.float32:
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+@cache
+def choose(kernel: str, device: Device, precision: str, rows: int, n: int, k: int) -> Tile:
+    """Return the tile of a grouped product.
+
+    Args:
+        kernel: "up", "rows_times", "dact" or "dweight".
+        precision: see `precision`.
+        rows: mean rows per expert; only its power of two counts.
+        n, k: width of the result and of what is summed over; of "dweight" the two widths of the result.
+    """
+    if device.name == INTERPRETED:
+        return Tile(64 if kernel == "dweight" else 16, 64, 32, 2, 4, 1)
+    rows = triton.next_power_of_2(max(rows, 1))
+    if found := table().get(device.name, {}).get(key(kernel, precision, rows, n, k)):
+        return Tile(*found)
+    return heuristic(kernel, device.capability, precision, rows, n)
+
+
+def key(kernel: str, precision: str, rows: int, n: int, k: int) -> str:
+    """Return the name of a shape class in tiles.json."""
+    return f"{kernel}-{precision}-R{rows}-N{n}-K{k}"
+
+
+def heuristic(kernel: str, capability: int, precision: str, rows: int, n: int) -> Tile:
+    """Return a tile for a shape that nobody tuned: as large as fits, without spills (bench/static_gate.py checks it).
+
+    A depth of 128 bytes fills a line of shared memory as the tensor cores read it. Two products at once ("up"), or an
+    epilogue with many operands ("dact"), leave registers for two groups of four warps only.
+    """
+    depth = 32 if precision in ("tf32", "fp32") else 64
+    if precision == "fp32":  # no tensor cores
+        return Tile(64, 64, depth, 8, 8, 3)
+    if capability not in (80, 90, 100, 103):  # 100 KiB of shared memory
+        return Tile(64, 64, depth, 8, 4, 3)
+    m = 128 if rows > 64 or kernel == "dweight" else 64
+    wide = 128 if n > 64 else 64
+    if capability == 80:
+        return Tile(m, 64 if kernel in ("up", "dact") else wide, 32, 8, 8, 4)
+    return Tile(m, wide, depth, 8, 8 if kernel in ("up", "dact") or precision == "tf32" else 4, 3)
