@@ -1,4 +1,4 @@
-"""python -m bench run|peers|time|list|compare|report|record|static-gate|env"""
+"""python -m bench run|peers|time|gpu|tune|list|compare|report|record|static-gate|env"""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit
     "run": ("bench.run", "the main job: train, sample, check and time on real images; writes report/"),
     "peers": ("bench.peers.contest", "the contest: native against every public MoE implementation for CPUs"),
     "time": ("bench.timing", "time one level of a model: contenders verified, interleaved, compared"),
+    "gpu": ("bench.gpu.command", "everything for the half hour with a GPU: build, test, bench, e2e, profile"),
+    "tune": ("bench.gpu.tune", "choose tile sizes of the Triton kernels on the GPU at hand"),
     "list": ("bench.cases", "print the ids of the benchmark cases"),
     "compare": ("bench.compare", "judge two row files: SAME, FASTER, SLOWER or UNSURE per case"),
     "report": ("bench.report", "render report/ from its rows"),

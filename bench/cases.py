@@ -1,6 +1,6 @@
 """The one case list of tests, benchmarks and reports: level x backend x shape x routing x dtype x mode x threads.
 
-experts-native-S2-uniform-T4096_H384_I1536_Is768_E8_K2-bf16-fwd-t1
+experts-native-S2-uniform-T4096_H384_I1536_Is768_E8_K2-bf16-fwd-t1 on one thread of a CPU; -cuda at the end on a GPU
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from types import SimpleNamespace
 
@@ -21,15 +22,23 @@ from bench.store import keyword_filter
 
 ROOMS = ("gating", "dispatch", "experts", "combine")
 LEVELS = {"op": ROOMS, "layer": ("layer",), "block": ("block",), "step": ("train_step", "sampling_step")}
-BACKENDS = ("native", "grouped", "eager")
+BACKENDS = ("native", "triton", "grouped", "eager")
+ONLY_ON = {"native": "cpu", "triton": "cuda"}  # interpreted on a CPU, Triton's kernels are for tests, not for speed
+DEVICES = ("cpu", "cuda")
 PEERS = ("sorted_loop", "authors_tp1", "authors_tp2")  # their path: inference for fwd, training for bwd and fwdbwd
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+    "tf32": torch.float32,  # on a GPU: products of float32 in TF32 (bench/workloads.py, arithmetic)
+}
 MODES = ("fwd", "bwd", "fwdbwd")
 PRESETS = tuple(name for name in ROUTING_PRESETS if name != "real")
 LOGIT_MARGIN = 1e-3
 _ID = re.compile(
     r"(?P<level>\w+)-(?P<backend>\w+)-(?P<model>\w+)-(?P<routing>\w+)-T(?P<T>\d+)_(?P<sizes>\w+)"
-    r"-(?P<dtype>\w+)-(?P<mode>\w+)-t(?P<threads>\d+)"
+    r"-(?P<dtype>\w+)-(?P<mode>\w+)-(?:t(?P<threads>\d+)|(?P<device>cuda))"
 )
 
 
@@ -51,6 +60,7 @@ class Case:
     dtype: str
     mode: str
     threads: int = 1
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return self.id
@@ -58,14 +68,16 @@ class Case:
     @property
     def id(self) -> str:
         what = f"{self.level}-{self.backend}-{self.shape.model}-{self.routing}-T{self.T}_{self.shape}"
-        return f"{what}-{self.dtype}-{self.mode}-t{self.threads}"
+        return f"{what}-{self.dtype}-{self.mode}-{f't{self.threads}' if self.device == 'cpu' else self.device}"
 
     @classmethod
     def from_id(cls, text: str) -> Case:
         """Return the case of an id, its shape among MODEL_SHAPES; ValueError names what does not fit."""
         match = _ID.fullmatch(text)
         if match is None:
-            raise ValueError(f"case id: got {text!r}, expected level-backend-model-routing-T.._H.._I..-dtype-mode-t..")
+            raise ValueError(
+                f"case id: got {text!r}, expected level-backend-model-routing-T.._H.._I..-dtype-mode-t.. (or -cuda)"
+            )
         fields = match.groupdict()
         for name, allowed in (("dtype", DTYPES), ("mode", MODES), ("level", sum(LEVELS.values(), ()))):
             if fields[name] not in allowed:
@@ -74,7 +86,8 @@ class Case:
         shapes = [s for s in MODEL_SHAPES.values() if (s.model, str(s)) == (model, sizes)]
         if not shapes:
             raise ValueError(f"case id {text!r}: got shape {model} {sizes}, expected one of {', '.join(MODEL_SHAPES)}")
-        return cls(shape=shapes[0], **{**fields, "T": int(fields["T"]), "threads": int(fields["threads"])})
+        fields |= {"T": int(fields["T"]), "threads": int(fields["threads"] or 1), "device": fields["device"] or "cpu"}
+        return cls(shape=shapes[0], **fields)
 
     @property
     def rows(self) -> int:
@@ -135,11 +148,16 @@ class Case:
         return (block, tokens) if level == "block" else (s.depth * block, s.depth * tokens)
 
 
+def backends_on(device: str) -> tuple[str, ...]:
+    """Return the backends whose speed on a device, "cpu" or "cuda", means something."""
+    return tuple(name for name in BACKENDS if ONLY_ON.get(name, device) == device)
+
+
 def make_inputs(case: Case, seed: int = 0, dtype: torch.dtype | None = None) -> SimpleNamespace:
-    """Draw everything a layer case needs, never zeros.
+    """Draw everything a layer case needs, never zeros: on the CPU, whatever the device of the case.
 
     Args:
-        case: gives shape, T and routing preset ("gate": the picks of a softmax gate on x).
+        case: gives shape, T, device and routing preset ("gate": the picks of a softmax gate on x).
         seed: same seed, same numbers, in every dtype up to rounding.
         dtype: of x and the weights; the case's own by default.
     Returns:
@@ -148,7 +166,24 @@ def make_inputs(case: Case, seed: int = 0, dtype: torch.dtype | None = None) -> 
         Tokens whose router logits nearly tie are replaced, so that every precision picks the same experts.
     Raises: ValueError for an unknown routing preset.
     """
-    s, T, dtype = case.shape, case.T, dtype or case.torch_dtype
+    dtype = dtype or case.torch_dtype
+    if case.device == "cpu":
+        return _inputs(case, seed, dtype)
+    drawn = vars(_drawn_for_gpu(replace(case, backend="", mode="fwd"), seed))
+    own = {"topk_ids": torch.int32, "topk_weights": torch.promote_types(dtype, torch.float32)}
+    return SimpleNamespace(
+        **{name: None if t is None else t.to(case.device, own.get(name, dtype), copy=True) for name, t in drawn.items()}
+    )
+
+
+@lru_cache(maxsize=1)
+def _drawn_for_gpu(case: Case, seed: int) -> SimpleNamespace:
+    """Keep the numbers for the next contender: drawing them takes a CPU longer than a GPU needs for the race."""
+    return _inputs(case, seed, case.torch_dtype)
+
+
+def _inputs(case: Case, seed: int, dtype: torch.dtype) -> SimpleNamespace:
+    s, T = case.shape, case.T
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float) -> Tensor:
@@ -209,7 +244,7 @@ SIZES: dict[str, dict] = {  # models and tokens per call, presets of the layer l
 
 
 def all_cases(size: str | None = None) -> tuple[Case, ...]:
-    """Return the cases of a size: tiny (seconds), small (minutes), full; by default MOE_BENCH_SIZE, or tiny."""
+    """Return the CPU cases of a size: tiny (seconds), small (minutes), full; by default MOE_BENCH_SIZE, or tiny."""
     size = size or os.environ.get("MOE_BENCH_SIZE", "tiny")
     if size not in SIZES:
         raise ValueError(f"MOE_BENCH_SIZE: got {size!r}, expected one of {', '.join(SIZES)}")
@@ -223,7 +258,7 @@ def all_cases(size: str | None = None) -> tuple[Case, ...]:
 
 
 def _room_cases(base: Case) -> Iterator[Case]:
-    for room, backend in product(ROOMS, BACKENDS):
+    for room, backend in product(ROOMS, backends_on("cpu")):
         if room == "dispatch":  # integers: no dtype, no gradient worth timing
             yield replace(base, level=room, backend=backend)
             continue
@@ -234,7 +269,8 @@ def _room_cases(base: Case) -> Iterator[Case]:
 def _layer_cases(base: Case, routings: tuple[str, ...]) -> Iterator[Case]:
     if recorded_routing() == (base.shape.E, base.shape.K):
         routings = (*routings, "real")
-    for routing, dtype, mode, backend in product(routings, ("fp32", "bf16"), ("fwd", "fwdbwd"), (*BACKENDS, *PEERS)):
+    contenders = (*backends_on("cpu"), *PEERS)
+    for routing, dtype, mode, backend in product(routings, ("fp32", "bf16"), ("fwd", "fwdbwd"), contenders):
         yield replace(base, backend=backend, routing=routing, dtype=dtype, mode=mode)
 
 
@@ -242,13 +278,11 @@ def _model_cases(base: Case) -> Iterator[Case]:
     """Block and steps, of the models the oracle has; a whole model of more than S's size is no CPU benchmark."""
     if not base.shape.num_heads:
         return
-    base = replace(base, routing="gate")
-    for dtype, mode, backend in product(("fp32", "bf16"), ("fwd", "fwdbwd"), (*BACKENDS, *PEERS)):
+    base, contenders = replace(base, routing="gate"), (*backends_on("cpu"), *PEERS)
+    for dtype, mode, backend in product(("fp32", "bf16"), ("fwd", "fwdbwd"), contenders):
         yield replace(base, level="block", backend=backend, dtype=dtype, mode=mode)
     if base.shape.H <= MODEL_SHAPES["S/2-8E2A"].H:
-        for backend, (level, mode) in product(
-            (*BACKENDS, *PEERS), (("train_step", "fwdbwd"), ("sampling_step", "fwd"))
-        ):
+        for backend, (level, mode) in product(contenders, (("train_step", "fwdbwd"), ("sampling_step", "fwd"))):
             yield replace(base, level=level, backend=backend, mode=mode)
 
 
@@ -275,7 +309,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(dict.fromkeys([*LEVELS, *sum(LEVELS.values(), ())])),
         help="one level or room",
     )
-    parser.add_argument("--backend", default="", choices=[*BACKENDS, *PEERS], help="one backend or peer")
+    parser.add_argument("--backend", default="", choices=[*backends_on("cpu"), *PEERS], help="one backend or peer")
     parser.add_argument("--size", choices=list(SIZES), help="default: MOE_BENCH_SIZE, or tiny")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from bench import progress, store
@@ -58,8 +58,8 @@ class Ledger:
         os.replace(spare, self.path)
 
 
-def source_digest() -> str:
+def source_digest(suffixes: Collection[str] = (".py", ".so")) -> str:
     """Hash the code that rows depend on: the oracle, the product with its extension, the instrument less its report."""
     files = [p for room in ("reference", "moe_kernels", "bench") for p in sorted((ROOT / room).rglob("*"))]
-    code = [p for p in files if p.suffix in (".py", ".so") and p.stem not in ("report", "pictures")]
+    code = [p for p in files if p.suffix in suffixes and p.stem not in ("report", "pictures", "verified")]
     return hashlib.sha256(b"".join(p.read_bytes() for p in code)).hexdigest()[:12]

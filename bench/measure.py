@@ -1,7 +1,7 @@
 """The one timer: verify, warm up, interleave, and say on which clock and how quietly the numbers were taken.
 
 On a CPU one thread is compared by the process's CPU time, which other load does not disturb; several threads by the
-wall time of the rounds in which they really had the cores. On a GPU by CUDA events.
+wall time of the rounds in which they really had the cores. On a GPU by CUDA events around every call, with a cold L2.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ QUIET_SHARE = 0.9  # cpu / (threads x wall) of a round in which the threads had 
 MIN_QUIET = 5
 MAX_ROUNDS = 200
 MIN_CALL_S = 1e-3  # shorter calls are repeated within a round
+MIN_EVENTS_S = 1e-4  # on a GPU, whose events resolve half a microsecond
+FLUSH_BYTES = 256 << 20  # written between calls on a GPU: twice the L2 of the largest (126 MB, B200)
+LEAD_CYCLES = 4_000_000  # 2 ms: longer than a CPU takes to launch the layer's forward and backward
 Verify = Callable[[str, Any], str | None]
 Timer = Callable[[Callable[[], Any], int, str], tuple[float, float, Any]]
 
@@ -91,6 +95,8 @@ class Samples:
             "cpu_share": round(self.cpu_share, 3),
             "disturbed": self.disturbed,
         }
+        if self.clock == "cuda":
+            out |= {"cache": "cold", "issue_us": stats.summarise(self.cpu_s).median * 1e6}
         if flops:
             out["gflops"] = flops / s.median / 1e9
         if nbytes:
@@ -114,20 +120,45 @@ def threads(n: int) -> Iterator[None]:
 def time_calls(fn: Callable[[], Any], calls: int = 1, device: str = "cpu") -> tuple[float, float, Any]:
     """Call fn `calls` times; return wall and process CPU seconds per call, and the last result."""
     if device.startswith("cuda"):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        cpu = time.process_time()
-        start.record()
-        for _ in range(calls):
-            result = fn()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls, (time.process_time() - cpu) / calls, result
+        return _time_on_gpu(fn, calls, device)
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(calls):
         result = fn()
     wall = time.perf_counter() - wall
     return wall / calls, (time.process_time() - cpu) / calls, result
+
+
+def time_queued(fn: Callable[[], Any], calls: int = 1, device: str = "cpu") -> tuple[float, float, Any]:
+    """Do as `time_calls`, but on a GPU let it start on a call LEAD_CYCLES late: kernels' time, not that of launching.
+
+    So it is inside a model whose CPU runs ahead; whoever waits for the GPU cannot. What the CPU takes per call is
+    `issue_us` among the figures.
+    """
+    return _time_on_gpu(fn, calls, device, LEAD_CYCLES) if device.startswith("cuda") else time_calls(fn, calls, device)
+
+
+def _time_on_gpu(fn: Callable[[], Any], calls: int, device: str, lead: int = 0) -> tuple[float, float, Any]:
+    """Time each call by itself, with the L2 overwritten before: in a model a layer finds none of its operands there."""
+    flush = _flush_buffer(device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    torch.cuda.synchronize(device)
+    cpu = 0.0
+    for start, end in events:
+        flush.zero_()
+        if lead:
+            torch.cuda._sleep(lead)
+        start.record()
+        cpu -= time.process_time()
+        result = fn()
+        cpu += time.process_time()
+        end.record()
+    torch.cuda.synchronize(device)
+    return sum(start.elapsed_time(end) for start, end in events) / 1e3 / calls, cpu / calls, result
+
+
+@cache
+def _flush_buffer(device: str) -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
 
 def interleave(
@@ -154,7 +185,7 @@ def interleave(
         threads: torch's threads during the calls. device: "cpu" or "cuda".
         precision: stop early once the interval of every contender's ratio to the first is narrower than this.
         timer: (contender, calls, device) -> wall and CPU seconds per call, and the result: where contenders run in
-            other processes. min_call_s: shorter calls are repeated within a round (MIN_CALL_S).
+            other processes. min_call_s: shorter calls are repeated within a round (MIN_CALL_S, or MIN_EVENTS_S).
     Returns:
         Samples per contender, in the given order.
     Raises: ValueError for no contenders, min_rounds < 1 or threads < 1.
@@ -162,11 +193,13 @@ def interleave(
     if not contenders or min_rounds < 1:
         raise ValueError(f"contenders, min_rounds: got {len(contenders)} and {min_rounds}, expected at least 1 of each")
     samples = {name: Samples(name, threads, device) for name in contenders}
+    if min_call_s is None:
+        min_call_s = MIN_EVENTS_S if device.startswith("cuda") else MIN_CALL_S
     with _threads(threads), _no_gc():
         for name, fn in contenders.items():
             samples[name].wrong = _check(verify, name, fn)
             if not samples[name].wrong:
-                _set_calls(samples[name], fn, timer, MIN_CALL_S if min_call_s is None else min_call_s)
+                _set_calls(samples[name], fn, timer, min_call_s)
         racing = [name for name in contenders if not samples[name].wrong]
         still = {name: contenders[name] for name in racing}
         results = _race(still, samples, min_rounds, max_seconds, precision, timer)

@@ -1,18 +1,29 @@
-"""Progress bars on a terminal, plain lines elsewhere."""
+"""Progress bars on a terminal, plain lines elsewhere. A machine without tqdm gets plain lines."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 def say(text: str) -> None:
     """Print one line at once, without tearing a progress bar."""
-    from tqdm import tqdm
-
+    tqdm = _tqdm()
+    if tqdm is None:
+        print(text, flush=True)
+        return
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm
 
 
 def track(items: Iterable, label: str, total: int | None = None, every_s: float = 10.0) -> Iterator:
@@ -20,9 +31,7 @@ def track(items: Iterable, label: str, total: int | None = None, every_s: float 
     if total is None:
         items = list(items)
         total = len(items)
-    if sys.stdout.isatty():
-        from tqdm import tqdm
-
+    if sys.stdout.isatty() and (tqdm := _tqdm()):
         yield from tqdm(items, desc=label, total=total, file=sys.stdout, leave=False)
         return
     said = time.monotonic()

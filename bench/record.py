@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench import store
+from bench import ledger, store
+from bench.gpu.command import SOURCES, bad
 
+GPU_ROWS = "rows_cuda_default.jsonl"
 ROOT = Path(__file__).parents[1]
 
 
@@ -57,6 +59,26 @@ def record_contest(report: Path, root: Path = ROOT) -> Path:
     return target
 
 
+def record_gpu(folder: Path, root: Path = ROOT) -> Path:
+    """Copy what `bench gpu` wrote to results/DATE_GPU-ISA_COMMIT_gpu.jsonl and return that path.
+
+    A machine that is lent has no git: its rows get the commit of this checkout, whose sources they must name. Rows of
+    other sources, from before something was mended, are left out.
+    Raises: ValueError for a checkout that is not clean, no row of its sources, one of ours that failed or is wrong.
+    """
+    source, commit = ledger.source_digest(SOURCES), store.commit()
+    if commit["commit"] is None or commit["dirty"]:
+        raise ValueError(f"{root}: got a dirty tree or no commit, expected a clean checkout")
+    rows = [row for row in store.read(folder / GPU_ROWS) if row["source"] == source]
+    if not rows:
+        raise ValueError(f"{folder / GPU_ROWS}: got no row of the sources {source}, expected a run of this checkout")
+    if failed := [row for row in rows if bad(row)]:
+        raise ValueError(f"{folder / GPU_ROWS}: {failed[0].get('case') or failed[0]['stage']} failed or is wrong")
+    target = root / "results" / f"{_name(rows[0] | commit)}_gpu.jsonl"
+    target.write_text("".join(json.dumps(row | commit, separators=(",", ":")) + "\n" for row in rows))
+    return target
+
+
 def _machine(row: dict[str, Any]) -> str:
     return f"{row['machine']['gpu'] or row['machine']['cpu']} {row['machine']['isa']}"
 
@@ -78,15 +100,17 @@ def _note(path: Path, passed: list[dict[str, Any]], where: str) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `python -m bench record`."""
     parser.add_argument(
-        "report", type=Path, nargs="?", default=Path("report"), help="folder of a finished run or contest"
+        "report", type=Path, nargs="?", default=Path("report"), help="folder of a finished run, contest or GPU run"
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Record the run, the contest, or both, and print where."""
-    contest = (args.report / "peers.jsonl").exists()
-    if (args.report / "rows.jsonl").exists() or not contest:
+    """Record the run, the contest, what a GPU gave, or all of them, and print where."""
+    contest, gpu = ((args.report / name).exists() for name in ("peers.jsonl", GPU_ROWS))
+    if (args.report / "rows.jsonl").exists() or not (contest or gpu):
         print(f"recorded in {record(args.report)}")
     if contest:
         print(f"recorded in {record_contest(args.report)}")
+    if gpu:
+        print(f"recorded in {record_gpu(args.report)}")
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import inner_loops, pictures, store
+from bench import inner_loops, pictures, static_gate, store
 from bench.peers import tables
 
 ROOMS = ("gating", "dispatch", "experts", "combine")
@@ -79,7 +79,8 @@ def view_of(rows: Sequence[dict], images: dict[str, np.ndarray]) -> dict:
         "loads": load_maps(counts) if counts is not None else [],
         "load_rows": of["load"][-1]["layers"] if of["load"] else [], "names": NAMES, "rooms_order": ROOMS,
         "contest": tables.view(of["contest"]) if of["contest"] else None, "inner_loops": inner,
-        "loop_names": LOOP_FIGURES,
+        "loop_names": LOOP_FIGURES, "gate_names": static_gate.SUMMARY,
+        "gate": static_gate.summary(static_gate.load()[1]),
         "loops": [loop_cells(loop) for loop in inner_loops.widest(inner["loops"])] if inner else [],
     }  # fmt: skip
 
@@ -264,6 +265,7 @@ def markdown(view: dict) -> str:
         lines += table(("inner loop, per step", *view["loop_names"]), view["loops"])
     elif view["inner_loops"]:
         lines += [f"Inner loops not counted: {view['inner_loops']['reason']}.", ""]
+    lines += table(("GPU", "kernel", *view["gate_names"]), view["gate"])
     last = view["last"]
     lines += [
         f"{last['machine']['cpu']}, {last['machine']['isa']}, {last['date'][:10]}, commit {last['commit'] or 'none'}. "

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import moe_kernels
 from bench import (
+    cases,
     checkpoints,
     digits,
     fid,
@@ -108,8 +109,8 @@ def terminable() -> Iterator[None]:
 
 
 def choose_backends(names: str | None) -> list[str]:
-    """Return the asked for backends, by default all available ones; ValueError names what is unknown or cannot run."""
-    infos = {info.name: info for info in moe_kernels.backends()}
+    """Return the asked for backends, by default all that this CPU has; ValueError names what is unknown or absent."""
+    infos = {info.name: info for info in moe_kernels.backends() if info.name in cases.backends_on("cpu")}
     asked = [name for name in infos if infos[name].available] if names is None else names.split(",")
     for name in asked:
         if name not in infos:

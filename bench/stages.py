@@ -60,7 +60,7 @@ def _step_races(shape, T, backends, threads, rounds, seconds, sampling_steps) ->
 def race_of(case: Case, contenders: Sequence[str], rounds: int, seconds: float, steps: int = 0) -> tuple[Race, dict]:
     shape, name = case.shape, replace(case, backend="any").id
     images = case.T // shape.tokens_per_image
-    threads = f"{case.threads} thread{'s' * (case.threads > 1)}"
+    threads = f"{case.threads} thread{'s' * (case.threads > 1)}" if case.device == "cpu" else "GPU"
     what = f"{shape.name}, T={case.T}, {case.routing.replace('_', '-')} routing, {threads}"
     facts = {
         "race": name, "level": case.level, "mode": case.mode, "dtype": case.dtype, "T": case.T, "threads": case.threads,

@@ -158,9 +158,18 @@ def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
         topk_weights, topk_ids, probs = backend.gating(x, gate_weight, K)
         backend.gating_bwd(new(T, K, dtype=f32), new(T, E, dtype=f32), x, gate_weight, topk_ids, probs)
         plan = backend.dispatch(topk_ids, topk_weights, E)
+        backend.dispatch_bwd(plan.row_weight, plan.row_pick, T * K)
         for save in (False, True):
             _, gate_up, shared_gate_up = backend.moe_mlp(x, plan, weights, shape.activation, save)
         backend.moe_mlp_bwd(x, x, plan, weights, gate_up, shared_gate_up, shape.activation)
+        L = min(T, shape.tokens_per_image)
+        images, vector = x.view(T // L, L, H), new(T // L, H)
+        *_, moments = backend.modulated_gating(images, vector, vector, gate_weight, K, 1e-6, x.dtype)
+        backend.modulated_gating_bwd(
+            x, topk_weights, None, images, vector, vector, gate_weight, topk_ids, probs, moments, x.dtype
+        )
+        backend.gated_moe_mlp(x, plan, weights, shape.activation, True, x, vector)
+        backend.gated_residual_bwd(x, x, vector)
         y_rows, gate_up = backend.experts(x, plan, *weights[:2], shape.activation, True)
         backend.experts_bwd(y_rows, x, plan, gate_up, *weights[:2], shape.activation)
         backend.combine(y_rows, plan, x)
@@ -220,6 +229,25 @@ def table(entries: dict[str, Facts]) -> str:
         "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     )
+
+
+SUMMARY = ("variants", "registers", "shared KiB", "blocks", "instructions", "tensor-core", "spills")
+
+
+def summary(entries: dict[str, Facts]) -> list[tuple]:
+    """Return a row per architecture and kernel: SUMMARY, the worst of all variants."""
+    groups: dict[tuple[str, str], list[Facts]] = {}
+    for name, entry in entries.items():
+        sm, *_, kernel = name.split("-")
+        groups.setdefault((sm.replace("sm", "sm_"), kernel.partition(".")[0]), []).append(entry)
+    return [
+        (
+            *key, len(all_), max(f.registers for f in all_), max(f.shared_bytes for f in all_) // 1024,
+            min(f.blocks for f in all_), max(f.instructions for f in all_),
+            sum(f.hmma + f.hgmma + f.utcmma > 0 for f in all_), sum(f.local + f.stack_bytes > 0 for f in all_),
+        )
+        for key, all_ in groups.items()
+    ]  # fmt: skip
 
 
 def load(path: Path = FILE) -> tuple[str, dict[str, Facts]]:

@@ -10,12 +10,12 @@ from itertools import product
 from pathlib import Path
 
 from bench import stages, store, workloads
-from bench.cases import BACKENDS, DTYPES, LEVELS, MODES, PEERS, Case
+from bench.cases import BACKENDS, DEVICES, DTYPES, LEVELS, MODES, PEERS, Case
 from bench.progress import say
 from bench.shapes import MODEL_SHAPES, ROUTING_PRESETS
 
 STEPS = {"train_step": "fwdbwd", "sampling_step": "fwd"}  # their only mode
-DEFAULT = ("native", "grouped", stages.LOOP)
+DEFAULT = {"cpu": ("native", "grouped", stages.LOOP), "cuda": ("triton", "grouped", stages.LOOP)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default="S/2-8E2A", help="comma-separated model shapes (default: S/2-8E2A)")
     parser.add_argument("--depth", type=int, help="blocks of the model in a step (default: all)")
     parser.add_argument("--tokens", default="1024", help="comma-separated; of a step both halves of guidance count")
-    parser.add_argument("--backends", default=",".join(DEFAULT), help=f"some of {', '.join((*BACKENDS, *PEERS))}")
-    parser.add_argument("--dtypes", default="fp32", help="some of fp32, bf16, fp16")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument("--backends", help=f"some of {', '.join((*BACKENDS, *PEERS))}")
+    parser.add_argument("--dtypes", default="fp32", help="some of fp32, bf16, fp16; on a GPU tf32, too")
     parser.add_argument("--modes", default="fwd", help="some of fwd, bwd, fwdbwd; steps have one of their own")
     parser.add_argument("--routing", default="position_skewed", help=f"gate, or one of {', '.join(ROUTING_PRESETS)}")
     parser.add_argument("--threads", default=str(len(os.sched_getaffinity(0))), help="comma-separated (default: all)")
@@ -44,7 +45,7 @@ def races(args: argparse.Namespace) -> Iterator[tuple[stages.Race, dict]]:
                 raise ValueError(f"--{option}: got {word!r}, expected some of {', '.join(allowed)}")
         return asked
 
-    contenders = words("backends", (*BACKENDS, *PEERS))
+    contenders = words("backends", (*BACKENDS, *PEERS)) if args.backends else DEFAULT[args.device]
     modes = [STEPS[args.level]] if args.level in STEPS else words("modes", MODES)
     routing = "gate" if args.level in (*LEVELS["block"], *STEPS) else args.routing
     if routing not in ("gate", *ROUTING_PRESETS):
@@ -58,8 +59,11 @@ def races(args: argparse.Namespace) -> Iterator[tuple[stages.Race, dict]]:
             shape = replace(
                 shape, name=f"{name}, {args.depth} blocks", model=f"{shape.model}x{args.depth}", depth=args.depth
             )
-        case = Case(args.level, "native", shape, routing, int(tokens), dtype, mode, int(threads))
+        case = Case(args.level, "any", shape, routing, int(tokens), dtype, mode, int(threads), args.device)
         able = [c for c in contenders if not workloads.why_not(replace(case, backend=c))]
+        if not able:
+            reason = workloads.why_not(replace(case, backend=contenders[0]))
+            raise ValueError(f"--backends: nobody of {', '.join(contenders)} can run {case}: {reason}")
         yield stages.race_of(case, able, args.rounds, args.seconds, steps=50)
 
 

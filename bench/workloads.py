@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from itertools import groupby
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import moe_kernels
 from bench import measure, store
-from bench.cases import BACKENDS, PEERS, Case, make_inputs
+from bench.cases import BACKENDS, ONLY_ON, PEERS, Case, make_inputs
 from bench.peers import loops
 from bench.rooms import OPS
 from bench.verify import BOUND, Check, judge
@@ -47,13 +47,33 @@ class Workload:
 
 
 def why_not(case: Case) -> str | None:
-    """Say why a case cannot run here, or None: its backend is not available, or does not take its dtype."""
+    """Say why a case cannot run here, or None: no such device, its backend is not available or not for its dtype."""
+    if case.device == "cuda" and not torch.cuda.is_available():
+        return "this machine has no CUDA device"
+    if case.dtype == "tf32" and case.device != "cuda":
+        return "only GPUs have TF32"
+    if ONLY_ON.get(case.backend, case.device) != case.device:
+        return f"backend {case.backend} runs on {ONLY_ON[case.backend]}"
     reason = next((info.reason for info in _backends() if info.name == case.backend and not info.available), None)
     if reason:
         return f"backend {case.backend} is not available: {reason}"
     if case.backend == "native" and case.dtype not in ("fp32", "bf16"):
         return f"backend native does not take {case.dtype}"
     return None
+
+
+@contextmanager
+def arithmetic(dtype: str) -> Iterator[None]:
+    """Let GPUs compute products of float32 in TF32 if that is the dtype of a case, and only then."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = dtype == "tf32"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
 
 
 @cache
@@ -81,10 +101,12 @@ def build(case: Case, how: str | None = None) -> Workload:
 def _build_op(case: Case, how: str) -> Workload:
     op, s = OPS[case.level], case.shape
     p = make_inputs(case, dtype=_dtype(case, how))
-    p.shape, generator = s, torch.Generator().manual_seed(1)
+    p.shape = s
     p.plan = moe_kernels.dispatch(p.topk_ids, p.topk_weights, s.E, "eager")
     p.row_weight = p.plan.row_weight.clone()
-    p.y_rows, p.shared = (_draw(n, s.H, case=case, generator=generator).to(p.x) for n in (case.rows, case.T))
+    if case.level == "combine":
+        generator = torch.Generator().manual_seed(1)
+        p.y_rows, p.shared = (_draw(n, s.H, case=case, generator=generator).to(p.x) for n in (case.rows, case.T))
     leaves = {name: getattr(p, name) for name in op.leaves if getattr(p, name) is not None}
     if how in PEERS:
         return build_loop(case, how)
@@ -102,18 +124,21 @@ def build_loop(case: Case, how: str, wrap: Callable[[Callable], Callable] = lamb
     return _workload(case, how, lambda: [call(*given)], OPS["layer"].outputs, leaves, _stack_experts)
 
 
-def build_layer(case: Case, prepare: Callable[[SimpleNamespace], Run]) -> Workload:
+def build_layer(
+    case: Case, prepare: Callable[[SimpleNamespace], Run], merge: Callable[[Named], Named] = lambda named: named
+) -> Workload:
     """Build a layer case for somebody else's code.
 
     Args:
         prepare: from the inputs (`make_inputs`, and the shape) to the forward that is timed. What it does itself, such
             as packing weights, is not; it may put parameters of its own in the place of the inputs.
+        merge: from the gradients by name to those of the inputs' layout.
     """
     p = make_inputs(case)
     p.shape = case.shape
     forward, op = prepare(p), OPS["layer"]
     leaves = {name: getattr(p, name) for name in op.leaves if getattr(p, name) is not None}
-    return _workload(case, case.backend, forward, op.outputs, leaves)
+    return _workload(case, case.backend, forward, op.outputs, leaves, merge)
 
 
 def _dtype(case: Case, how: str) -> torch.dtype:
@@ -128,7 +153,7 @@ def _needs_autocast(case: Case, how: str) -> bool:
 
 
 def _autocast(case: Case, how: str) -> Any:
-    return torch.autocast("cpu", case.torch_dtype) if _needs_autocast(case, how) else nullcontext()
+    return torch.autocast(case.device, case.torch_dtype) if _needs_autocast(case, how) else nullcontext()
 
 
 def _draw(*size: int, case: Case, generator: torch.Generator) -> Tensor:
@@ -158,7 +183,7 @@ def _workload(
 
     tensors = [leaf.requires_grad_() for leaf in leaves.values()]
     kept, generator = graph(), torch.Generator().manual_seed(2)
-    douts = [_draw(*y.shape, case=case, generator=generator).to(y.dtype) for y in kept]
+    douts = [_draw(*y.shape, case=case, generator=generator).to(y) for y in kept]
     if case.mode != "bwd":
         kept = []  # its saved tensors would lie about
 
@@ -209,9 +234,12 @@ def _config(case: Case) -> DiTMoEConfig:
     return DiTMoEConfig(s.depth, s.H, s.num_heads, qk_norm=s.qk_norm, **latent, **experts)
 
 
-def _module(cls: type[nn.Module], case: Case, how: str) -> nn.Module:
-    """Build the oracle's module, nothing in it zero (adaLN-Zero would hide the MoE), and swap its MoE."""
-    with torch.random.fork_rng(devices=[]):
+def build_model(cls: type[nn.Module], case: Case, how: str) -> nn.Module:
+    """Build the oracle's module, nothing in it zero (adaLN-Zero would hide the MoE), and swap its MoE.
+
+    On a GPU its own generator draws the weights: billions of them would take a CPU minutes.
+    """
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.device(case.device):
         torch.manual_seed(0)
         module = cls(_config(case))
         for parameter in module.parameters():
@@ -227,15 +255,16 @@ def _module(cls: type[nn.Module], case: Case, how: str) -> nn.Module:
 
 
 def _build_block(case: Case, how: str) -> Workload:
-    block, generator = _module(DiTBlock, case, how), torch.Generator().manual_seed(1)
+    block, generator = build_model(DiTBlock, case, how), torch.Generator().manual_seed(1)
     L, H = case.shape.tokens_per_image, case.shape.H
     B = case.T // L
-    x, condition = (_draw(*size, H, case=case, generator=generator).to(_dtype(case, how)) for size in ((B, L), (B,)))
+    to = dict(device=case.device, dtype=_dtype(case, how))
+    x, condition = (_draw(*size, H, case=case, generator=generator).to(**to) for size in ((B, L), (B,)))
     leaves = {"x": x, "condition": condition, **dict(block.named_parameters())}
-    return _workload(case, how, lambda: [block(x, condition)], ("out",), leaves, _group_parameters)
+    return _workload(case, how, lambda: [block(x, condition)], ("out",), leaves, group_parameters)
 
 
-def _group_parameters(named: Named) -> Named:
+def group_parameters(named: Named) -> Named:
     """Join gradients into the router's, the experts' and the rest: single ones are too small for a fair error."""
     groups: dict[str, list[Tensor]] = {}
     for name, gradient in named.items():
@@ -248,19 +277,20 @@ def _group_parameters(named: Named) -> Named:
     return {kind: torch.cat(parts) for kind, parts in groups.items()}
 
 
-def _latents(case: Case, how: str, B: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def latents(case: Case, how: str, B: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw (x0, noise, t, y) of B images."""
     config, generator = _config(case), torch.Generator().manual_seed(1)
     size = (B, config.in_channels, config.input_size, config.input_size)
-    x0, noise = (_draw(*size, case=case, generator=generator).to(_dtype(case, how)) for _ in range(2))
-    t = torch.rand(B, generator=generator).to(torch.float64 if how == "oracle" else torch.float32)
-    return x0, noise, t, torch.randint(config.num_classes, (B,), generator=generator)
+    dtype = _dtype(case, how)
+    x0, noise = (_draw(*size, case=case, generator=generator).to(case.device, dtype) for _ in range(2))
+    t = torch.rand(B, generator=generator).to(case.device, torch.float64 if how == "oracle" else torch.float32)
+    return x0, noise, t, torch.randint(config.num_classes, (B,), generator=generator).to(case.device)
 
 
 def _build_train_step(case: Case, how: str) -> Workload:
     """Rectified-flow loss, backward, AdamW: its learning rate 0 does all the work and leaves the weights alone."""
-    model = _module(DiTMoE, case, how)
-    x0, noise, t, y = _latents(case, how, case.T // case.shape.tokens_per_image)
+    model = build_model(DiTMoE, case, how)
+    x0, noise, t, y = latents(case, how, case.T // case.shape.tokens_per_image)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=0.0, fused=True)
 
@@ -274,14 +304,14 @@ def _build_train_step(case: Case, how: str) -> Workload:
 
     def named(result: Sequence[Tensor]) -> Named:
         pairs = zip(trained.items(), result, strict=True)
-        return _group_parameters({f"d{n}": torch.zeros_like(p) if g is None else g for (n, p), g in pairs})
+        return group_parameters({f"d{n}": torch.zeros_like(p) if g is None else g for (n, p), g in pairs})
 
     return Workload(case, run, named)
 
 
 def _build_sampling_step(case: Case, how: str) -> Workload:
-    model = _module(DiTMoE, case, how)
-    _, noise, t, y = _latents(case, how, case.T // (2 * case.shape.tokens_per_image))
+    model = build_model(DiTMoE, case, how)
+    _, noise, t, y = latents(case, how, case.T // (2 * case.shape.tokens_per_image))
     return _workload(case, how, lambda: [model.forward_with_guidance(noise, t, y, GUIDANCE)], ("velocity",), {})
 
 
@@ -291,7 +321,7 @@ def check(case: Case, named: Named, bound: float = BOUND) -> Check:
     e_torch is the eager backend's error; for eager itself and the peers that of the oracle's code in the case's dtype.
     From the block up gates may pick differently in different precision: whole tensors are judged.
     """
-    rival = "eager" if case.backend in ("native", "grouped") else "plain"
+    rival = "eager" if case.backend in BACKENDS and case.backend != "eager" else "plain"
     expected = (_expected(_key(case), how) for how in ("oracle", rival))
     return judge(named, *expected, slices=case.level in OPS, bound=bound)
 
@@ -315,11 +345,18 @@ def race(cases: Iterable[Case], min_rounds: int = 15, max_seconds: float = 5.0) 
     """
     runnable = [case for case in cases if not why_not(case)]
     for _, group in groupby(sorted(runnable, key=_race_key), key=_race_key):
-        yield from _race({case.backend: case for case in group}, min_rounds, max_seconds)
+        contenders = {case.backend: case for case in group}
+        with arithmetic(next(iter(contenders.values())).dtype):
+            yield from _race(contenders, min_rounds, max_seconds)
 
 
 def _race_key(case: Case) -> str:
     return replace(case, backend="any").id
+
+
+def timer_of(case: Case) -> measure.Timer:
+    """Return the timer of a case: of rooms and layers the kernels count, of blocks and steps their launches too."""
+    return measure.time_queued if case.level in OPS else measure.time_calls
 
 
 def _race(group: dict[str, Case], min_rounds: int, max_seconds: float) -> Iterator[dict]:
@@ -330,9 +367,10 @@ def _race(group: dict[str, Case], min_rounds: int, max_seconds: float) -> Iterat
         checks[name] = check(group[name], works[name].named(result))
         return checks[name].wrong
 
-    n_threads = next(iter(group.values())).threads
+    first = next(iter(group.values()))
     runs = {name: work.run for name, work in works.items()}
-    samples = measure.interleave(runs, min_rounds, max_seconds, verify, threads=n_threads)
+    how = {"threads": first.threads, "device": first.device, "timer": timer_of(first)}
+    samples = measure.interleave(runs, min_rounds, max_seconds, verify, **how)
     for name, s in samples.items():
         others = [o for o in samples.values() if o is not s and not o.wrong and not s.wrong]
         yield store.row(

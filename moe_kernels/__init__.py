@@ -3,7 +3,7 @@
 from .adapters import replace_moe
 from .backends import BackendInfo, backends
 from .layer import MoELayer
-from .ops import aux_loss, combine, dispatch, dispatch_expert_choice, experts, gating, moe_mlp
+from .ops import aux_loss, combine, dispatch, dispatch_expert_choice, experts, gating, modulated_gating, moe_mlp
 from .packing import packed_weights
 from .plan import RoutingPlan
 from .routing import ExpertChoice, TokenChoice
@@ -23,6 +23,7 @@ __all__ = [
     "dispatch_expert_choice",
     "experts",
     "gating",
+    "modulated_gating",
     "moe_mlp",
     "packed_weights",
     "replace_moe",

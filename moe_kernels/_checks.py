@@ -42,6 +42,19 @@ def positive(name: str, value: int) -> None:
         raise ValueError(f"{name}: got {value}, expected at least 1")
 
 
+def router(gate_weight: object, like: Tensor, hidden_size: int, top_k: object) -> None:
+    """Check a router's weight (E, H) and its number of picks, 0 to E."""
+    tensor("gate_weight", gate_weight, "E,H", like=like)
+    E, _ = gate_weight.shape
+    positive("H", hidden_size)
+    positive("num_experts", E)
+    shape("gate_weight", gate_weight.shape, (E, hidden_size), "E,H")
+    if not isinstance(top_k, int) or isinstance(top_k, bool):
+        raise TypeError(f"top_k: got {type(top_k).__name__}, expected an int")
+    if not 0 <= top_k <= E:
+        raise ValueError(f"top_k: got {top_k}, expected 0 to num_experts = {E}")
+
+
 def activation(name: str) -> int:
     """Return how many rows of gate_up_proj make one unit of the intermediate size."""
     if name not in ACTIVATIONS:

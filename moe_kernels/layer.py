@@ -101,6 +101,30 @@ class MoELayer(nn.Module):
             x, self.gate_weight, *self.expert_weights(), self.router, self.training, return_aux_loss, self.recompute
         )
 
+    def forward_adaln(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, return_aux_loss: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Apply the layer as a DiT block with adaLN does, LayerNorm, modulation, gate and residual included.
+
+        out = x + gate_b layer(LayerNorm(x) (1 + scale_b) + shift_b), b the image.
+
+        Args:
+            x: (B, L, H) images of L tokens, in the dtype of the parameters, or of any dtype under autocast.
+            shift, scale, gate: (B, H), of any float dtype. LayerNorm has no parameters, and 1e-6 is its epsilon.
+            return_aux_loss: as in `forward`.
+        Returns: out (B, L, H) in the dtype of x; with return_aux_loss (out, aux).
+        Raises: TypeError, ValueError naming the argument; TypeError for a router without `picks` and `plan`.
+        Cost: as `forward`; where the backend fuses (triton) x is read once in front, the residual once behind.
+        Source: reference.dit.DiTBlock.
+        """
+        for name in ("picks", "plan"):
+            if not hasattr(self.router, name):
+                raise TypeError(f"router: got {type(self.router).__name__} without {name!r}, expected one with it")
+        return moe_forward(
+            x, self.gate_weight, *self.expert_weights(), self.router, self.training, return_aux_loss, self.recompute,
+            (shift, scale, gate),
+        )  # fmt: skip
+
     def expert_weights(self) -> tuple[Sequence[Any], str, str]:
         """Return the four weights of `moe_mlp`, the activation and the backend."""
         weights = self.gate_up_proj, self.down_proj, self.shared_gate_up_proj, self.shared_down_proj
@@ -126,8 +150,12 @@ def moe_forward(
     training: bool,
     return_aux_loss: bool,
     recompute: bool,
+    modulation: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute what MoELayer.forward documents, from any form of the weights that `moe_mlp` takes."""
+    """Compute what MoELayer.forward documents, from any form of the weights that `moe_mlp` takes.
+
+    modulation: shift, scale and gate for what MoELayer.forward_adaln documents.
+    """
     if not isinstance(x, Tensor) or x.dim() < 1:
         raise TypeError(f"x: got {f'shape {tuple(x.shape)}' if isinstance(x, Tensor) else type(x)}, expected (..., H)")
     H = gate_weight.shape[1]
@@ -135,14 +163,16 @@ def moe_forward(
     tokens = x.reshape(-1, H)
     scaled = getattr(router, "aux_loss_mode", None) == "scaled"
     inject = training and torch.is_grad_enabled() and not scaled
-    plan, aux = router.route(
-        tokens,
-        gate_weight,
-        backend,
-        tokens_per_image=x.shape[-2] if x.dim() > 1 else 1,
-        with_aux=inject or return_aux_loss,
-    )
-    y = ops.moe_mlp(tokens, plan, *weights, activation=activation, backend=backend, recompute=recompute)
+    how = {"tokens_per_image": x.shape[-2] if x.dim() > 1 else 1, "with_aux": inject or return_aux_loss}
+    around = {}
+    if modulation is None:
+        plan, aux = router.route(tokens, gate_weight, backend, **how)
+    else:
+        shift, scale, gate = modulation
+        around = {"residual": tokens, "gate": gate}
+        tokens, *scores = ops.modulated_gating(x, shift, scale, gate_weight, router.picks, backend=backend)
+        plan, aux = router.plan(*scores, backend, **how)
+    y = ops.moe_mlp(tokens, plan, *weights, activation=activation, backend=backend, recompute=recompute, **around)
     if inject and aux is not None:
         y = _InjectGradient.apply(y, aux)
     y = y.reshape(x.shape)

@@ -14,7 +14,7 @@ AUX_LOSS_MODES = ("injected", "scaled")
 
 
 class Router(Protocol):
-    """What MoELayer asks of a router."""
+    """What MoELayer asks of a router; `forward_adaln` asks for `picks` and `plan` instead, see TokenChoice."""
 
     def route(
         self,
@@ -74,8 +74,26 @@ class TokenChoice:
         Cost: as `gating` and `dispatch`; no host syncs on a GPU.
         Source: reference.routing.token_choice, reference.routing.aux_loss.
         """
-        topk_weights, topk_ids, probs = ops.gating(x, gate_weight, self.top_k, backend)
-        plan = ops.dispatch(topk_ids, topk_weights, gate_weight.shape[0], backend)
+        scores = ops.gating(x, gate_weight, self.picks, backend)
+        return self.plan(*scores, backend, tokens_per_image=tokens_per_image, with_aux=with_aux)
+
+    @property
+    def picks(self) -> int:
+        """How many experts `gating` is to pick for each token."""
+        return self.top_k
+
+    def plan(
+        self,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        probs: Tensor,
+        backend: str = "auto",
+        *,
+        tokens_per_image: int | None = None,
+        with_aux: bool = True,
+    ) -> tuple[RoutingPlan, Tensor | None]:
+        """Turn what `gating` or `modulated_gating` returned into what `route` returns."""
+        plan = ops.dispatch(topk_ids, topk_weights, probs.shape[1], backend)
         if not with_aux:
             return plan, None
         return plan, ops.aux_loss(probs, plan.expert_counts, self.top_k, self.aux_loss_alpha)
@@ -119,7 +137,26 @@ class ExpertChoice:
         Cost: as these two; no host syncs on a GPU.
         Source: reference.routing.expert_choice.
         """
-        group = self.tokens_per_group or tokens_per_image or max(x.shape[0], 1)
-        capacity = max(1, int(group * self.capacity_factor / gate_weight.shape[0]))
-        _, _, affinities = ops.gating(x, gate_weight, 0, backend)
+        scores = ops.gating(x, gate_weight, self.picks, backend)
+        return self.plan(*scores, backend, tokens_per_image=tokens_per_image, with_aux=with_aux)
+
+    @property
+    def picks(self) -> int:
+        """How many experts `gating` is to pick for each token: none, the experts pick."""
+        return 0
+
+    def plan(
+        self,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        affinities: Tensor,
+        backend: str = "auto",
+        *,
+        tokens_per_image: int | None = None,
+        with_aux: bool = True,
+    ) -> tuple[RoutingPlan, Tensor | None]:
+        """Turn what `gating` or `modulated_gating` returned into what `route` returns."""
+        T, E = affinities.shape
+        group = self.tokens_per_group or tokens_per_image or max(T, 1)
+        capacity = max(1, int(group * self.capacity_factor / E))
         return ops.dispatch_expert_choice(affinities, capacity, group, backend), None

@@ -7,13 +7,14 @@ import random
 import sys
 import zlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from tests import error_rule
 from tests.interpreter import enable_bfloat16
-from tests.trap_cases import poison
+from tests.trap_cases import DEVICE, poison
 
 SESSION_SEED = int(os.environ.get("MOE_TEST_SEED", random.SystemRandom().randrange(10**6)))
 ALLOCATORS = (
@@ -24,10 +25,16 @@ ALLOCATORS = (
     (torch.Tensor, "new_empty"),
     (torch.Tensor, "new_empty_strided"),
 )
+collect_ignore = [] if find_spec("hypothesis") else ["test_reference_routing.py", "test_routing_properties.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: leave torch's allocators alone (torch.compile reads their code)")
+    if DEVICE != "cpu":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(f"MOE_TEST_DEVICE: got {DEVICE!r}, expected 'cpu': torch sees no GPU here")
+        torch.set_default_device(DEVICE)  # before the modules with tensors among their constants are collected
+        torch.backends.cuda.matmul.allow_tf32 = False  # containers switch it on in the environment
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -36,7 +43,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_report_header() -> str:
-    return f"MOE_TEST_SEED={SESSION_SEED}"
+    left_out = f", without hypothesis: not {', '.join(collect_ignore)}" if collect_ignore else ""
+    return f"MOE_TEST_SEED={SESSION_SEED} MOE_TEST_DEVICE={DEVICE}{left_out}"
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

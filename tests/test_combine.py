@@ -6,7 +6,7 @@ import torch
 
 from moe_kernels import combine
 from tests.contenders import combine_loop, each_backend, each_contender, each_trap, gradients, judge_trap, plan_of
-from tests.trap_cases import LAYOUTS, Trap, make_problem
+from tests.trap_cases import LAYOUTS, Trap, make_problem, sample
 
 
 def combine_compute(trap, dtype, scale=1.0):
@@ -15,7 +15,8 @@ def combine_compute(trap, dtype, scale=1.0):
         g = torch.Generator().manual_seed(seed)
         shapes = {"y_rows": len(problem.rows()), "shared": trap.T}
         tensors = {
-            n: (torch.randn(rows, trap.H, generator=g) * scale * trap.magnitude).to(dtype) for n, rows in shapes.items()
+            n: (sample(torch.randn, rows, trap.H, generator=g) * scale * trap.magnitude).to(dtype)
+            for n, rows in shapes.items()
         }
         tensors = {name: LAYOUTS[trap.layout](t) for name, t in tensors.items() if name == "y_rows" or trap.Is}
         if how == "oracle":

@@ -22,7 +22,7 @@ from reference.moe import SparseMoeBlock
 from tests.contenders import BACKENDS, each_backend, moe_compute, plan_of
 from tests.error_rule import judge
 from tests.test_replace_moe import assert_slabs
-from tests.trap_cases import PLAIN, make_problem
+from tests.trap_cases import DEVICE, PLAIN, make_problem
 
 
 def make_layer(backend, router=None, seed=0, **kwargs):
@@ -42,6 +42,18 @@ def assert_same(got, expected):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+class AdaLN(torch.nn.Module):
+    """The layer with what adaLN puts around it, the vectors of two images being parameters."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.modulation = torch.nn.Parameter(torch.randn(3, 2, 32))
+
+    def forward(self, x):
+        return self.layer.forward_adaln(x, *self.modulation)
+
+
 def replaced_block(backend):
     torch.manual_seed(0)
     block = SparseMoeBlock(32, 24, 5, 2, 16)
@@ -54,6 +66,7 @@ MODULES = {
     "scaled": lambda backend: make_layer(backend, TokenChoice(2, aux_loss_mode="scaled")),
     "expert_choice": lambda backend: make_layer(backend, ExpertChoice()),
     "replaced": replaced_block,
+    "adaln": lambda backend: AdaLN(make_layer(backend)),
 }
 each_module = pytest.mark.parametrize("module", MODULES)
 
@@ -113,7 +126,7 @@ def test_nothing_between_the_ops_waits_for_the_device(module, backend):
 @each_backend
 def test_opcheck_on_every_op(backend):
     with Recorder() as recorder:
-        for module in (make_layer(backend), make_layer(backend, ExpertChoice())):
+        for module in (make_layer(backend), make_layer(backend, ExpertChoice()), AdaLN(make_layer(backend))):
             forward_backward(module, torch.randn(2, 6, 32))
         problem, _ = make_problem(PLAIN, 0, torch.float32).with_leaves()
         plan = plan_of(problem, backend)
@@ -133,7 +146,7 @@ def test_autocast(backend, seed):
     in_fp32 = moe_compute(PLAIN, torch.float32)
 
     def compute(seed, how):
-        with torch.autocast("cpu", torch.bfloat16, enabled=how != "oracle"):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=how != "oracle"):
             result = in_fp32(seed, how if how != "eager" or backend == "eager" else "loop")
         assert how in ("oracle", "loop") or all(t.dtype == torch.float32 for n, t in result.items() if n != "out")
         return {name: t.double() for name, t in result.items()}
@@ -145,7 +158,7 @@ def test_autocast(backend, seed):
 def test_autocast_of_the_layer_routes_in_fp32(backend):
     layer, x = make_layer(backend), torch.randn(40, 32)
     _, ids, probs = gating(x, layer.gate_weight, 2, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         again = gating(x, layer.gate_weight, 2, backend=backend)
         y = layer(x)
     assert torch.equal(again[1], ids) and torch.equal(again[2], probs) and y.dtype == torch.bfloat16
@@ -257,6 +270,7 @@ def grads_of(module, x):
     return [p.grad.clone() for p in module.parameters()]
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="its processes compute on the CPU")
 def test_ddp_with_two_processes(tmp_path):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.multiprocessing.spawn(ddp_worker, (str(tmp_path / "rendezvous"),), nprocs=2)

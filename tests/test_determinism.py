@@ -17,9 +17,12 @@ from tests.test_experts import experts_compute
 from tests.test_gating import gating_compute
 from tests.trap_cases import Trap, make_problem
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Long enough for several chunks a thread (several tiles a program), widths that leave remainders.
-SHAPE = {"T": 75 if INTERPRETED else 389, "H": 72, "I": 88, "Is": 56, "E": 6}
+# Long enough for several chunks a thread, widths that leave remainders.
+SHAPE = {"T": 389, "H": 72, "I": 88, "Is": 56, "E": 6}
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1",
+    reason="Triton's interpreter runs one program after another, in one thread",
+)
 TRAPS = {
     "random": Trap("random", "", **SHAPE),
     "one_expert": Trap("one_expert", "", **SHAPE | {"K": 1}, picks="one_expert"),
@@ -47,7 +50,7 @@ def test_same_bits_twice(room, trap, backend, dtype, seed):
     compute = ROOMS[room](trap, dtype)
     with threads(2):
         first = compute(seed, backend)
-        for _ in range(1 if INTERPRETED else 3):
+        for _ in range(3):
             assert_same_bits(compute(seed, backend), first)
 
 
@@ -63,7 +66,6 @@ def test_same_bits_at_any_thread_count(room, trap, dtype, seed):
             assert_same_bits(compute(seed, "native"), alone)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter keeps the program's index in a global")
 @each_backend
 def test_same_bits_from_several_python_threads_at_once(backend, seed):
     """Workspaces and packs are not shared between calls that run at the same time (the GIL is released)."""

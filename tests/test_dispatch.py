@@ -7,7 +7,7 @@ import torch
 
 from moe_kernels import dispatch
 from tests.contenders import each_backend, plan_of
-from tests.trap_cases import TRAPS, make_problem
+from tests.trap_cases import TRAPS, make_problem, sample
 
 
 def assert_plan(plan, rows, source, num_tokens, num_experts):
@@ -46,8 +46,8 @@ def test_many_tokens_equal_a_stable_sort(backend, seed):
     """Longer than any block of a histogram."""
     g = torch.Generator().manual_seed(seed)
     T, E, K = 5003, 16, 2
-    ids = torch.rand(T, E, generator=g).topk(K).indices.int()
-    plan = dispatch(ids, torch.rand(T, K, generator=g), E, backend=backend)
+    ids = sample(torch.rand, T, E, generator=g).topk(K).indices.int()
+    plan = dispatch(ids, sample(torch.rand, T, K, generator=g), E, backend=backend)
     order = ids.flatten().long().sort(stable=True).indices
     plan.validate()
     assert torch.equal(plan.row_pick.long(), order) and torch.equal(plan.row_token.long(), order // K)

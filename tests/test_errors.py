@@ -14,7 +14,7 @@ from moe_kernels import MoELayer, combine, dispatch, dispatch_expert_choice, exp
 from moe_kernels.backends import registry
 from moe_kernels.weights import load, save, stack_dit_moe, unstack_dit_moe
 from tests.contenders import BACKENDS, each_backend, moe_ours, needs_native, plan_of
-from tests.trap_cases import PLAIN, make_problem
+from tests.trap_cases import DEVICE, PLAIN, make_problem
 
 T, H, I, E, K = 6, 16, 8, 4, 2
 X, GATE = torch.ones(T, H), torch.ones(E, H)
@@ -52,16 +52,12 @@ BAD_INPUTS = [  # op, argument, value, what the message must show
     ("gating", "x", X.int(), "int32"),
     ("gating", "x", [[1.0]], "list"),
     ("gating", "x", X.to("meta"), "meta"),
-    ("gating", "x", X * float("nan"), "finite"),
-    ("gating", "x", X * float("inf"), "finite"),
     ("gating", "x", X[:, :0], "0"),
     ("gating", "gate_weight", GATE[:0], "0"),
     ("gating", "gate_weight", GATE.bool(), "bool"),
     ("gating", "top_k", E + 1, str(E + 1)),
     ("gating", "top_k", -1, "-1"),
     ("gating", "top_k", 1.5, "float"),
-    ("dispatch", "topk_ids", IDS + E - 1, str(E)),
-    ("dispatch", "topk_ids", IDS - 1, "-1"),
     ("dispatch", "topk_ids", IDS.float(), "float32"),
     ("dispatch", "topk_ids", IDS[:, 0], r"\(6,\)"),
     ("dispatch", "topk_ids", IDS[:3], r"\((3|6), 2\)"),
@@ -70,7 +66,6 @@ BAD_INPUTS = [  # op, argument, value, what the message must show
     ("dispatch", "num_experts", 0, "0"),
     ("dispatch", "num_experts", 4.0, "float"),
     ("dispatch_expert_choice", "affinities", AFFINITIES[0], r"\(4,\)"),
-    ("dispatch_expert_choice", "affinities", AFFINITIES * float("nan"), "finite"),
     ("dispatch_expert_choice", "capacity", 0, "0"),
     ("dispatch_expert_choice", "capacity", T + 1, str(T + 1)),
     ("dispatch_expert_choice", "tokens_per_group", 4, "4"),
@@ -103,11 +98,18 @@ BAD_INPUTS = [  # op, argument, value, what the message must show
     ("moe_mlp", "shared_down_proj", None, "None"),
     ("moe_mlp", "shared_down_proj", SHARED_DOWN.T, r"\(8, 16\)"),
 ]
+BAD_VALUES = [  # not looked for on a GPU, which would have to be waited for: see test_triton.py
+    ("gating", "x", X * float("nan"), "finite"),
+    ("gating", "x", X * float("inf"), "finite"),
+    ("dispatch", "topk_ids", IDS + E - 1, str(E)),
+    ("dispatch", "topk_ids", IDS - 1, "-1"),
+    ("dispatch_expert_choice", "affinities", AFFINITIES * float("nan"), "finite"),
+]
 RELATED = {"x": "x|gate_weight|plan|gate_up_proj|H", "gate_weight": "gate_weight|num_experts", "topk_ids": r"topk_\w+"}
 
 
 @each_backend
-@pytest.mark.parametrize(("op", "argument", "value", "shown"), BAD_INPUTS)
+@pytest.mark.parametrize(("op", "argument", "value", "shown"), BAD_INPUTS + (BAD_VALUES if DEVICE == "cpu" else []))
 def test_bad_input(op, argument, value, shown, backend):
     function, arguments = CALLS[op]
     with pytest.raises((ValueError, TypeError)) as raised:

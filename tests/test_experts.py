@@ -7,7 +7,7 @@ import torch
 import reference.moe
 from moe_kernels import experts
 from tests.contenders import each_contender, each_trap, experts_loop, gradients, judge_trap, plan_of
-from tests.trap_cases import make_problem
+from tests.trap_cases import make_problem, sample
 
 LEAVES = ("x", "gate_up_proj", "down_proj")
 
@@ -23,11 +23,10 @@ def experts_compute(trap, dtype, scale=1.0):
         else:
             weights = (problem.gate_up_proj, problem.down_proj)
             y_rows = experts(problem.x, plan_of(problem, how), *weights, activation=trap.activation, backend=how)
-        dy_rows = torch.randn(y_rows.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-            dtype
-        )
+        g = torch.Generator().manual_seed(seed)
+        dy_rows = sample(torch.randn, y_rows.shape, generator=g, dtype=torch.float64).to(dtype)
         if trap.layout == "expanded_dout":
-            dy_rows = torch.ones((), dtype=dtype).expand(y_rows.shape)
+            dy_rows = dy_rows.new_ones(()).expand(y_rows.shape)
         return gradients(y_rows, {name: leaves[name] for name in LEAVES}, dy_rows)
 
     return compute

@@ -9,7 +9,7 @@ import reference.routing
 from moe_kernels import aux_loss, gating
 from tests.contenders import SCALES, each_backend, each_contender
 from tests.error_rule import judge
-from tests.trap_cases import draw_router, strided
+from tests.trap_cases import draw_router, sample, strided
 
 SHAPES = {  # T, H, E, K
     "plain": (37, 32, 5, 2),
@@ -39,7 +39,7 @@ def gating_compute(shape, dtype, scale=1.0, layout=lambda t: t):
     def compute(seed, how):
         x, gate_weight = (layout(t) for t in draw_router(T, H, E, K, dtype, scale, seed))
         g = torch.Generator().manual_seed(seed)
-        dweights, dprobs = (torch.randn(T, n, generator=g, dtype=torch.float64) for n in (K, E))
+        dweights, dprobs = (sample(torch.randn, T, n, generator=g, dtype=torch.float64) for n in (K, E))
         if how == "oracle":
             x, gate_weight = x.double(), gate_weight.double()
         x, gate_weight = x.detach().requires_grad_(), gate_weight.detach().requires_grad_()

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-import moe_kernels
 from bench import parity
 from bench.checkpoints import Recipe
 from bench.digits import Dataset, load_digits, train_classifier
@@ -15,8 +14,10 @@ from bench.load import count_load, mutual_information
 from bench.parity import DTYPES, SABOTAGES, Case, Ladder, replaced
 from reference.dit import DiTMoE
 from reference.moe import moe
+from tests.contenders import each_backend
+from tests.trap_cases import DEVICE
 
-AVAILABLE = [info.name for info in moe_kernels.backends() if info.available]
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the ladder of the main job stands on the CPU")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def baseline(ladder, request) -> parity.Baseline:
     return ladder.baseline(DTYPES[request.param])
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@each_backend
 def test_backends_are_at_parity(ladder, baseline, backend):
     record, samples = ladder.climb(replaced(baseline.model, backend), baseline)
     assert record["verdict"] == "PARITY", record

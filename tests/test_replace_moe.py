@@ -18,6 +18,7 @@ from reference.dit import DiTMoE, DiTMoEConfig
 from reference.moe import SparseMoeBlock
 from tests.contenders import BACKENDS, each_backend
 from tests.error_rule import judge
+from tests.trap_cases import sample
 
 ROOT = Path(__file__).parents[1]
 CONFIG = DiTMoEConfig(
@@ -38,8 +39,8 @@ def make_model(seed: int) -> DiTMoE:
 
 def make_batch(seed: int, dtype: torch.dtype = torch.float32):
     g = torch.Generator().manual_seed(seed)
-    x, target = torch.randn(2, 3, 8, 8, generator=g), torch.randn(2, 6, 8, 8, generator=g)
-    return x.to(dtype), torch.rand(2, generator=g).to(dtype), torch.tensor([1, 4]), target.to(dtype)
+    x, target = (sample(torch.randn, 2, channels, 8, 8, generator=g) for channels in (3, 6))
+    return x.to(dtype), sample(torch.rand, 2, generator=g).to(dtype), torch.tensor([1, 4]), target.to(dtype)
 
 
 def step(model, batch, optimizer=None):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import reference.routing
 from moe_kernels import combine, dispatch, dispatch_expert_choice, gating
 from tests.contenders import each_backend
+from tests.trap_cases import sample
 
 quick = settings(derandomize=True, deadline=None, max_examples=40)
 seeds = st.integers(0, 10**6)
@@ -21,8 +22,8 @@ def picks(draw):
     K, T = draw(st.integers(1, E)), draw(st.integers(0, 40))
     g = torch.Generator().manual_seed(draw(seeds))
     bonus = draw(st.sampled_from([0.0, 0.5, 2.0])) * (torch.arange(E) < E // 2)
-    ids = (torch.rand(T, E, generator=g) + bonus).argsort(descending=True)[:, :K]
-    return ids.to(draw(st.sampled_from([torch.int32, torch.int64]))), torch.rand(T, K, generator=g), E
+    ids = (sample(torch.rand, T, E, generator=g) + bonus).argsort(descending=True)[:, :K]
+    return ids.to(draw(st.sampled_from([torch.int32, torch.int64]))), sample(torch.rand, T, K, generator=g), E
 
 
 @each_backend
@@ -45,7 +46,7 @@ def test_a_plan_loses_and_invents_no_row(backend, drawn):
 @given(picks(), seeds)
 def test_experts_renamed_rename_the_groups_and_nothing_else(backend, drawn, seed):
     ids, weights, E = drawn
-    names = torch.randperm(E, generator=torch.Generator().manual_seed(seed))
+    names = sample(torch.randperm, E, generator=torch.Generator().manual_seed(seed))
     plan, renamed = (dispatch(i, weights, E, backend=backend) for i in (ids, names[ids.long()].to(ids.dtype)))
     for e in range(E):
         (a, b), (c, d) = plan.expert_offsets[e : e + 2], renamed.expert_offsets[names[e] : names[e] + 2]
@@ -71,7 +72,7 @@ def test_combine_undoes_dispatch(backend, drawn):
 def test_gating_picks_the_largest_and_the_lower_on_ties(backend, T, E, H, seed):
     """Small whole numbers: logits are exact in any order of summation, ties are frequent."""
     g = torch.Generator().manual_seed(seed)
-    x, gate_weight = (torch.randint(-1, 2, (n, H), generator=g).float() for n in (T, E))
+    x, gate_weight = (sample(torch.randint, -1, 2, (n, H), generator=g).float() for n in (T, E))
     K = seed % E + 1
     weights, ids, probs = gating(x, gate_weight, K, backend=backend)
     _, exact_ids, exact_probs = reference.routing.token_choice(x.double(), gate_weight.double(), K)
@@ -88,7 +89,7 @@ def test_gating_picks_the_largest_and_the_lower_on_ties(backend, T, E, H, seed):
 def test_expert_choice_takes_capacity_from_every_group(backend, groups, tokens_per_group, E, data):
     T, capacity = groups * tokens_per_group, data.draw(st.integers(1, tokens_per_group))
     g = torch.Generator().manual_seed(data.draw(seeds))
-    affinities = torch.randint(0, 4, (T, E), generator=g) / 4
+    affinities = sample(torch.randint, 0, 4, (T, E), generator=g) / 4
     plan = dispatch_expert_choice(affinities, capacity, tokens_per_group, backend=backend)
     plan.validate()
     assert plan.expert_counts.tolist() == [groups * capacity] * E
@@ -102,7 +103,7 @@ def test_expert_choice_takes_capacity_from_every_group(backend, groups, tokens_p
 @given(st.integers(1, 30), st.integers(1, 16), seeds)
 def test_oracle_and_plan_agree_on_expert_choice(T, E, seed):
     g = torch.Generator().manual_seed(seed)
-    x, gate_weight = torch.randn(T, 6, generator=g).double(), torch.randn(E, 6, generator=g).double()
+    x, gate_weight = (sample(torch.randn, n, 6, generator=g).double() for n in (T, E))
     affinities, picks = reference.routing.expert_choice(x, gate_weight, min(2.0, E), T)
     capacity = reference.routing.expert_capacity(T, min(2.0, E), E)
     plan = dispatch_expert_choice(affinities, capacity, T, backend="eager")

@@ -1,6 +1,7 @@
 """python -m bench time: what is asked for is raced and kept; what is unknown is named."""
 
 import pytest
+import torch
 
 from bench import store
 from bench.__main__ import main
@@ -37,3 +38,11 @@ def test_modes_and_dtypes_are_crossed_and_what_cannot_run_is_left_out(tmp_path):
 def test_bad_arguments_are_named(argv, match, capsys):
     assert main(["time", "sampling_step" if "--tokens" in argv else "layer", *argv]) == 2
     assert match in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_named(capsys):
+    assert main(["time", "layer", "--device", "cuda"]) == 2
+    said = capsys.readouterr().err
+    assert "--backends: nobody of triton, grouped, authors_tp1 can run layer-any-S2-position_skewed-T1024" in said
+    assert said.endswith("-fp32-fwd-cuda: this machine has no CUDA device\n")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+DEVICE = os.environ.get("MOE_TEST_DEVICE", "cpu")  # cpu or cuda: where the tests compute
 LEAVES = ("x", "routing", "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj")
 LOGIT_MARGIN = 0.05
 
@@ -111,13 +115,18 @@ class Problem:
         return torch.zeros_like(self.routing, dtype=torch.bool).scatter(0, order, True)
 
 
+def sample(draw: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    """Call torch.rand, torch.randn ... with a CPU generator; the same numbers, then moved to DEVICE, everywhere."""
+    return draw(*args, **options, device="cpu").to(DEVICE)
+
+
 def make_problem(trap: Trap, seed: int, dtype: torch.dtype, scale: float = 1.0) -> Problem:
     g = torch.Generator().manual_seed(seed)
     T, H, E = trap.T, trap.H, trap.E
     wide = 2 if trap.activation == "swiglu" else 1
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=g) * std).to(dtype)
+        return (sample(torch.randn, shape, generator=g) * std).to(dtype)
 
     probs = draw_logits(trap, g).softmax(-1).to(torch.float64 if dtype == torch.float64 else torch.float32)
     if trap.picks == "expert_choice":
@@ -141,8 +150,8 @@ def make_problem(trap: Trap, seed: int, dtype: torch.dtype, scale: float = 1.0) 
 
 def draw_logits(trap: Trap, generator: torch.Generator) -> Tensor:
     """Draw (T, E) router logits whose neighbours in the sorted order differ by a margin: no near ties."""
-    logits = torch.argsort(torch.rand(trap.T, trap.E, generator=generator), dim=-1).float()
-    logits = logits * 3 * LOGIT_MARGIN + torch.rand(logits.shape, generator=generator) * LOGIT_MARGIN
+    logits = sample(torch.rand, trap.T, trap.E, generator=generator).argsort(dim=-1).float()
+    logits = logits * 3 * LOGIT_MARGIN + sample(torch.rand, logits.shape, generator=generator) * LOGIT_MARGIN
     if trap.picks == "empty_experts":
         logits[:, ::3] -= 20
     elif trap.picks == "one_expert":
@@ -153,26 +162,26 @@ def draw_logits(trap: Trap, generator: torch.Generator) -> Tensor:
 def draw_router(T: int, H: int, E: int, K: int, dtype: torch.dtype, scale: float, seed: int) -> tuple[Tensor, Tensor]:
     """Draw x (T, H) and gate_weight (E, H); tokens whose K + 1 largest logits nearly tie are drawn again."""
     g = torch.Generator().manual_seed(seed)
-    gate_weight = (torch.randn(E, H, generator=g) * 0.1 * H**-0.5).to(dtype)
-    x = torch.empty(T, H, dtype=dtype)
-    near = torch.ones(T, dtype=torch.bool)
+    gate_weight = (sample(torch.randn, E, H, generator=g) * 0.1 * H**-0.5).to(dtype)
+    x = gate_weight.new_empty(T, H)
+    near = x.new_ones(T, dtype=torch.bool)
     while near.any():
-        x[near] = (torch.randn(int(near.sum()), H, generator=g) * scale).to(dtype)
+        x[near] = (sample(torch.randn, int(near.sum()), H, generator=g) * scale).to(dtype)
         top = (x.double() @ gate_weight.double().T).sort(dim=-1, descending=True).values
-        gap = (-top[:, : K + 1].diff(dim=-1)).amin(-1) if E > 1 else torch.ones(T)
+        gap = (-top[:, : K + 1].diff(dim=-1)).amin(-1) if E > 1 else top.new_ones(T)
         near = gap < 2e-6 + 1e-4 * top.abs().amax()
     return x, gate_weight
 
 
 def strided(t: Tensor) -> Tensor:
     """Return t with poison between its elements."""
-    buffer = torch.full((*t.shape, 2), poison(t.dtype), dtype=t.dtype)
+    buffer = t.new_full((*t.shape, 2), poison(t.dtype))
     return buffer[..., 0].copy_(t)
 
 
 def embedded(t: Tensor, offset: int) -> Tensor:
     """Return t inside a larger buffer full of poison, `offset` elements from its start."""
-    buffer = torch.full((t.numel() + offset + 4096,), poison(t.dtype), dtype=t.dtype)
+    buffer = t.new_full((t.numel() + offset + 4096,), poison(t.dtype))
     return buffer[offset : offset + t.numel()].view(t.shape).copy_(t)
 
 

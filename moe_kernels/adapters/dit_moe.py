@@ -77,12 +77,23 @@ class DiTMoEBlock(nn.Module):
 
     def forward(self, x: Tensor, return_aux_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Apply the block to (..., H); arguments and results as in MoELayer.forward."""
+        return self._forward(x, return_aux_loss, None)
+
+    def forward_adaln(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, return_aux_loss: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Apply norm, modulation, block, gate and residual; arguments and results as in MoELayer.forward_adaln."""
+        return self._forward(x, return_aux_loss, (shift, scale, gate))
+
+    def _forward(
+        self, x: Tensor, return_aux_loss: bool, modulation: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         kinds, config = self._weights(), self.moe_config
         if not torch.compiler.is_compiling():
             self._mend(kinds)
         return moe_forward(
             x, self.gate.weight, kinds, "swiglu", config.backend, config.router, self.training, return_aux_loss,
-            config.recompute,
+            config.recompute, modulation,
         )  # fmt: skip
 
     def expert_weights(self) -> tuple[tuple[list[nn.Parameter] | None, ...], str, str]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import accumulator
 from ..plan import RoutingPlan
 
 
@@ -87,6 +88,10 @@ class Backend(ABC):
     def dispatch_expert_choice(self, affinities: Tensor, capacity: int, tokens_per_group: int) -> RoutingPlan:
         """(T,E) -> plan with R = E capacity T/tokens_per_group rows; the lower token index wins a tie."""
 
+    def dispatch_bwd(self, drow_weight: Tensor, row_pick: Tensor, count: int) -> Tensor:
+        """Return (count,): the gradients of the weights (T,K) or affinities (T,E) that the rows were picked from."""
+        return drow_weight.new_zeros(count).scatter(0, row_pick.long(), drow_weight)
+
     @abstractmethod
     def experts(
         self, x: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor, activation: str, save: bool
@@ -144,3 +149,72 @@ class Backend(ABC):
 
         gate_up and shared_gate_up are (0,) where the forward did not keep them: they are computed again.
         """
+
+    # What adaLN puts around the layer. A backend that can fuse it overrides these; here it is plain torch around the
+    # rooms above.
+
+    def modulated_gating(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate_weight: Tensor, top_k: int, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return tokens = LayerNorm(x) (1 + scale_b) + shift_b, (B,L,H) -> (T,H) in `dtype`, what `gating` makes of
+        them, and moments (2,T): mean and reciprocal deviation of each token, in the accumulation dtype."""
+        wide = x.to(accumulator(x.dtype))
+        mean = wide.mean(-1, keepdim=True)
+        reciprocal = ((wide - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
+        tokens = _modulate((wide - mean) * reciprocal, shift, scale).to(dtype).view(-1, x.shape[-1])
+        return tokens, *self.gating(tokens, gate_weight, top_k), torch.stack([mean.flatten(), reciprocal.flatten()])
+
+    def modulated_gating_bwd(
+        self,
+        dtokens: Tensor | None,
+        dtopk_weights: Tensor | None,
+        dprobs: Tensor | None,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        gate_weight: Tensor,
+        topk_ids: Tensor,
+        probs: Tensor,
+        moments: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return dx (B,L,H), dshift and dscale (B,H), dgate_weight (E,H), each in the dtype of what it belongs to."""
+        mean, reciprocal = moments.view(2, *x.shape[:2], 1)
+        normal = (x.to(mean.dtype) - mean) * reciprocal
+        total, dgate_weight = torch.zeros_like(normal), torch.zeros_like(gate_weight)
+        if dtokens is not None:
+            total = total + dtokens.view(x.shape)
+        if dtopk_weights is not None or dprobs is not None:
+            tokens = _modulate(normal, shift, scale).to(dtype).view(-1, x.shape[-1])
+            through, dgate_weight = self.gating_bwd(dtopk_weights, dprobs, tokens, gate_weight, topk_ids, probs)
+            total = total + through.view(x.shape)
+        dnormal = total * (1 + scale[:, None].to(total.dtype))
+        along = (dnormal * normal).mean(-1, keepdim=True)
+        dx = reciprocal * (dnormal - dnormal.mean(-1, keepdim=True) - normal * along)
+        dshift, dscale = total.sum(1), (total * normal).sum(1)
+        return dx.to(x.dtype), dshift.to(shift.dtype), dscale.to(scale.dtype), dgate_weight
+
+    def gated_moe_mlp(
+        self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool, residual: Tensor, gate: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return out = residual + gate_b y (T,H) in the dtype of residual, the rest of moe_mlp's results, and y."""
+        y, gate_up, shared_gate_up = self.moe_mlp(x, plan, w, activation, save)
+        wide = accumulator(residual.dtype)
+        out = residual + _images(y, gate).to(wide).mul(gate[:, None].to(wide)).view(y.shape)
+        return out.to(residual.dtype), gate_up, shared_gate_up, y
+
+    def gated_residual_bwd(self, dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """Return dy = gate_b dout (T,H) in the dtype of y, and dgate (B,H), the sums of dout y over each image."""
+        wide = _images(dout.to(accumulator(dout.dtype)), gate)
+        dgate = (wide * _images(y, gate).to(wide.dtype)).sum(1)
+        return (wide * gate[:, None].to(wide.dtype)).to(y.dtype).view(y.shape), dgate.to(gate.dtype)
+
+
+def _modulate(normal: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return normal * (1 + scale[:, None].to(normal.dtype)) + shift[:, None].to(normal.dtype)
+
+
+def _images(t: Tensor, gate: Tensor) -> Tensor:
+    """(T, H) -> (B, L, H)."""
+    B, H = gate.shape
+    return t.view(B, t.shape[0] // max(B, 1), H)

@@ -1,9 +1,19 @@
 """The rooms as public functions, registered with torch.library under the namespace `moe_kernels`."""
 
+from .adaln import modulated_gating
 from .combine import combine
 from .dispatch import dispatch, dispatch_expert_choice
 from .experts import experts
 from .gating import aux_loss, gating
 from .moe_mlp import moe_mlp
 
-__all__ = ["aux_loss", "combine", "dispatch", "dispatch_expert_choice", "experts", "gating", "moe_mlp"]
+__all__ = [
+    "aux_loss",
+    "combine",
+    "dispatch",
+    "dispatch_expert_choice",
+    "experts",
+    "gating",
+    "modulated_gating",
+    "moe_mlp",
+]

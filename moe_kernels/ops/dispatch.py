@@ -25,7 +25,8 @@ def dispatch(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, backend: 
         num_experts: E.
         backend: "auto" or a name out of `backends()`.
     Returns: a RoutingPlan with R = T K rows; row_weight is float32 (float64 for float64 topk_weights).
-    Raises: TypeError, ValueError naming the argument; ValueError for ids out of range (CPU only).
+    Raises: TypeError, ValueError naming the argument; ValueError for ids out of range (CPU only: it would make a GPU
+        wait; there `triton` clamps them to [0, E)).
     Cost: O(T K) reads and writes; no host syncs on a GPU.
     Source: reference.moe.moe loops over experts instead.
     """
@@ -102,7 +103,7 @@ def _fake_plan(weights: Tensor, T: int, E: int, R: int) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.shape, ctx.dtype = inputs[0].shape, inputs[0].dtype
+    ctx.shape, ctx.dtype, ctx.backend = inputs[0].shape, inputs[0].dtype, inputs[-1]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[4])
 
@@ -112,8 +113,17 @@ def _backward(ctx: Any, drow_weight: Tensor | None, *_: None):
         return None, None, None, None
     (row_pick,) = ctx.saved_tensors
     T, N = ctx.shape
-    dweights = drow_weight.new_zeros(T * N).scatter(0, row_pick.long(), drow_weight)
+    dweights = _dispatch_bwd(drow_weight, row_pick, T * N, ctx.backend)
     return dweights.view(T, N).to(ctx.dtype), None, None, None
+
+
+def _bwd_kernel(drow_weight: Tensor, row_pick: Tensor, count: int, backend: str) -> Tensor:
+    case = Case("dispatch", drow_weight.dtype, drow_weight.device.type)
+    return choose(backend, case).dispatch_bwd(drow_weight.contiguous(), row_pick.contiguous(), count)
+
+
+def _bwd_fake(drow_weight: Tensor, row_pick: Tensor, count: int, backend: str) -> Tensor:
+    return drow_weight.new_empty((count,))
 
 
 def _expert_choice_kernel(affinities: Tensor, capacity: int, tokens_per_group: int, backend: str):
@@ -132,6 +142,9 @@ def _expert_choice_fake(affinities: Tensor, capacity: int, tokens_per_group: int
 _PLAN = (
     "(Tensor row_weight, Tensor expert_counts, Tensor expert_offsets, Tensor row_token, Tensor row_pick, "
     "Tensor token_row_offsets, Tensor token_rows)"
+)
+_dispatch_bwd = register(
+    "dispatch_bwd(Tensor drow_weight, Tensor row_pick, SymInt count, str backend) -> Tensor", _bwd_kernel, _bwd_fake
 )
 _dispatch = register(
     f"dispatch(Tensor topk_weights, Tensor topk_ids, int num_experts, str backend) -> {_PLAN}",

@@ -33,16 +33,8 @@ def gating(x: Tensor, gate_weight: Tensor, top_k: int, backend: str = "auto") ->
     Source: reference.routing.token_choice.
     """
     _checks.tensor("x", x, "T,H")
-    _checks.tensor("gate_weight", gate_weight, "E,H", like=x)
     _, H = x.shape
-    E, _ = gate_weight.shape
-    _checks.positive("H", H)
-    _checks.positive("num_experts", E)
-    _checks.shape("gate_weight", gate_weight.shape, (E, H), "E,H")
-    if not isinstance(top_k, int) or isinstance(top_k, bool):
-        raise TypeError(f"top_k: got {type(top_k).__name__}, expected an int")
-    if not 0 <= top_k <= E:
-        raise ValueError(f"top_k: got {top_k}, expected 0 to num_experts = {E}")
+    _checks.router(gate_weight, x, H, top_k)
     return _gating(x, gate_weight, top_k, backend)
 
 

@@ -27,10 +27,13 @@ def moe_mlp(
     activation: str = "swiglu",
     backend: str = "auto",
     recompute: bool = False,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Run the experts over their tokens and sum what comes back.
 
-    out_t = shared(x_t) + sum over the rows r of t of row_weight_r expert_e(x_t).
+    y_t = shared(x_t) + sum over the rows r of t of row_weight_r expert_e(x_t); out = y, or residual + gate_b y with the
+    gate of the token's image b (adaLN).
 
     Args:
         x: (T, H) tokens; float32, bfloat16, float16 or float64. Under autocast x is cast to its dtype; weights may then
@@ -42,11 +45,14 @@ def moe_mlp(
         activation: "swiglu" or "gelu".
         backend: "auto" or a name out of `backends()`.
         recompute: do not keep gate_up and shared gate_up for backward, compute them there again: the same gradients.
-    Returns: (T, H) in the dtype of x.
+        residual: (T, H), or None; the same dtypes, not necessarily that of x.
+        gate: (B, H) for B images of T / B consecutive tokens; None exactly when residual is.
+    Returns: (T, H) in the dtype of x, or of residual.
     Raises: TypeError, ValueError naming the argument; RuntimeError for views that are not of one slab, and for a second
         derivative.
     Cost: 6 R H I + 6 T H Is FLOPs (swiglu), twice that backward (with recompute up to three times). Saves x, gate_up
-        (R, 2I), shared gate_up (T, 2Is), the plan and the weights for backward, nothing else.
+        (R, 2I), shared gate_up (T, 2Is), the plan and the weights for backward; with a gate, the gate and y; nothing
+        else.
     Source: reference.moe.moe; the backward identities are SonicMoE's (arXiv 2512.14080).
     """
     _checks.tensor("x", x, "T,H")
@@ -59,11 +65,30 @@ def moe_mlp(
     shared_gate_up, shared_down = [], []
     if shared_gate_up_proj is not None:
         shared_gate_up, shared_down = check(x, plan, shared_gate_up_proj, shared_down_proj, activation, shared=True)
-    differentiable = (x, plan.row_weight, *gate_up, *down, *shared_gate_up, *shared_down)
+    _check_gate(x, residual, gate)
+    given = [t for t in (residual, gate) if t is not None]
+    differentiable = (x, plan.row_weight, *gate_up, *down, *shared_gate_up, *shared_down, *given)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
     return _moe_mlp(
-        x, plan.tensors(), gate_up, down, shared_gate_up, shared_down, activation, save, recompute, backend
+        x, plan.tensors(), gate_up, down, shared_gate_up, shared_down, given, activation, save, recompute, backend
     )[0]
+
+
+def _check_gate(x: Tensor, residual: Tensor | None, gate: Tensor | None) -> None:
+    if (residual is None) != (gate is None):
+        raise ValueError(
+            f"{'gate' if gate is None else 'residual'}: got None, expected both residual and gate, or none"
+        )
+    if gate is None:
+        return
+    T, H = x.shape
+    _checks.tensor("residual", residual, "T,H", like=x)
+    _checks.shape("residual", residual.shape, (T, H), "T,H")
+    _checks.tensor("gate", gate, "B,H", like=x)
+    B, _ = gate.shape
+    _checks.shape("gate", gate.shape, (B, H), "B,H")
+    if T % max(B, 1) or (T and not B):
+        raise ValueError(f"gate: got {B} images, expected a divisor of T = {T}")
 
 
 def pack_weights(weights: Sequence[Weights | None], activation: str, backend: str) -> Callable[[], None] | None:
@@ -82,20 +107,31 @@ def _backend(x: Tensor, w: MoEWeights, activation: str, backend: str) -> Backend
     return choose(backend, Case("moe_mlp", x.dtype, x.device.type, E, H, I, Is, activation))
 
 
-def _kernel(x, plan, gate_up, down, shared_gate_up, shared_down, activation, save_for_backward, recompute, backend):
+def _kernel(
+    x, plan, gate_up, down, shared_gate_up, shared_down, gated, activation, save_for_backward, recompute, backend
+):
     plan = contiguous_plan(plan)
     w = stack(x, plan.num_experts, gate_up, down, shared_gate_up, shared_down)
     save = save_for_backward and not recompute
-    return _backend(x, w, activation, backend).moe_mlp(x.contiguous(), plan, w, activation, save)
+    chosen = _backend(x, w, activation, backend)
+    if not gated:
+        return *chosen.moe_mlp(x.contiguous(), plan, w, activation, save), x.new_empty(0)
+    residual, gate = (t.contiguous() for t in gated)
+    *results, y = chosen.gated_moe_mlp(x.contiguous(), plan, w, activation, save, residual, gate)
+    return *results, y if save_for_backward else x.new_empty(0)
 
 
-def _fake(x, plan, gate_up, down, shared_gate_up, shared_down, activation, save_for_backward, recompute, backend):
+def _fake(
+    x, plan, gate_up, down, shared_gate_up, shared_down, gated, activation, save_for_backward, recompute, backend
+):
     T, H = x.shape
     R, E = plan[2].shape[0], plan[0].shape[0]
     save = save_for_backward and not recompute
     routed = (R, gate_up_width(gate_up, E)) if save else (0,)
     shared = (T, gate_up_width(shared_gate_up, None)) if save and shared_gate_up else (0,)
-    return x.new_empty((T, H)), x.new_empty(routed), x.new_empty(shared)
+    out = gated[0].new_empty((T, H)) if gated else x.new_empty((T, H))
+    y = (T, H) if gated and save_for_backward else (0,)
+    return out, x.new_empty(routed), x.new_empty(shared), x.new_empty(y)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -103,22 +139,38 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.lengths = [len(tensors) for tensors in weights]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
+    weights[-1] = weights[-1][1:]  # the residual's gradient is that of the output
     ctx.save_for_backward(x, *output[1:], *plan, *(tensor for tensors in weights for tensor in tensors))
 
 
-def _backward(ctx: Any, dout: Tensor | None, dgate_up: None, dshared_gate_up: None):
+def _backward(ctx: Any, dout: Tensor | None, dgate_up: None, dshared_gate_up: None, dy: None):
     require_saved(ctx.saved)
-    x, gate_up, shared_gate_up, *rest = ctx.saved_tensors
+    x, gate_up, shared_gate_up, y, *rest = ctx.saved_tensors
     plan, flat = rest[:7], iter(rest[7:])
-    weights = [[next(flat) for _ in range(length)] for length in ctx.lengths]
+    weights = [[next(flat) for _ in range(length)] for length in ctx.lengths[:4]]
+    gate = next(flat, None)
+    dgated = [None] * ctx.lengths[4]
     dx, drow_weight, *gradients = [None] * 6
     if dout is not None:
+        if gate is not None:
+            dresidual = dout
+            dout, dgate = _gated_residual_bwd(dout, y, gate, ctx.backend)
+            dgated = [dresidual, dgate]
         dx, drow_weight, *gradients = _moe_mlp_bwd(
             dout, x, plan, *weights, gate_up, shared_gate_up, ctx.activation, ctx.backend
         )
     dplan = [None, None, None, drow_weight, None, None, None]
     dweights = [unstack_gradient(g, w) for g, w in zip(gradients, weights, strict=True)]
-    return dx, dplan, *dweights, None, None, None, None
+    return dx, dplan, *dweights, dgated, None, None, None, None
+
+
+def _gated_kernel(dout: Tensor, y: Tensor, gate: Tensor, backend: str):
+    case = Case("combine", y.dtype, y.device.type, hidden_size=y.shape[1])
+    return choose(backend, case).gated_residual_bwd(dout.contiguous(), y, gate.contiguous())
+
+
+def _gated_fake(dout: Tensor, y: Tensor, gate: Tensor, backend: str):
+    return y.new_empty(y.shape), gate.new_empty(gate.shape)
 
 
 def _bwd_kernel(
@@ -148,9 +200,9 @@ def _bwd_fake(
 
 _WEIGHTS = "Tensor[] gate_up_proj, Tensor[] down_proj, Tensor[] shared_gate_up_proj, Tensor[] shared_down_proj"
 _moe_mlp = register(
-    f"moe_mlp(Tensor x, Tensor[] plan, {_WEIGHTS}, str activation, bool save_for_backward, "
+    f"moe_mlp(Tensor x, Tensor[] plan, {_WEIGHTS}, Tensor[] gated, str activation, bool save_for_backward, "
     "bool recompute, str backend) "
-    "-> (Tensor out, Tensor gate_up, Tensor shared_gate_up)",
+    "-> (Tensor out, Tensor gate_up, Tensor shared_gate_up, Tensor y)",
     _kernel,
     _fake,
     _setup_context,
@@ -161,4 +213,9 @@ _moe_mlp_bwd = register(
     "str activation, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_kernel,
     _bwd_fake,
+)
+_gated_residual_bwd = register(
+    "gated_residual_bwd(Tensor dout, Tensor y, Tensor gate, str backend) -> (Tensor, Tensor)",
+    _gated_kernel,
+    _gated_fake,
 )

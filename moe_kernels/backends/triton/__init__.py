@@ -58,9 +58,7 @@ class TritonBackend(Backend):
     @_on_device
     def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         topk_weights, topk_ids, probs = launches.gating_fwd(x, gate_weight, top_k)
-        if x.device.type == "cpu" and not bool(probs.isfinite().all()):
-            row = int((~probs.isfinite()).any(1).nonzero()[0])
-            raise ValueError(f"x, gate_weight: got non-finite router logits (token {row}), expected finite ones")
+        _check_finite(probs)
         return topk_weights, topk_ids, probs
 
     @_on_device
@@ -84,6 +82,10 @@ class TritonBackend(Backend):
         if R:
             launches.dispatch_plan(topk_ids, topk_weights, plan)
         return RoutingPlan.from_tensors(plan)
+
+    @_on_device
+    def dispatch_bwd(self, drow_weight: Tensor, row_pick: Tensor, count: int) -> Tensor:
+        return launches.dispatch_bwd(drow_weight, row_pick, count)
 
     def dispatch_expert_choice(self, affinities: Tensor, capacity: int, tokens_per_group: int) -> RoutingPlan:
         return EagerBackend().dispatch_expert_choice(affinities, capacity, tokens_per_group)
@@ -143,13 +145,45 @@ class TritonBackend(Backend):
             saved = launches.up(x, plan, w[::2], w[1::2], save=True)[1]
         return self._backward(dout, x, plan, w, saved, combined=True)
 
+    @_on_device
+    def modulated_gating(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate_weight: Tensor, top_k: int, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        tokens, *scores, moments = launches.modulated_gating(x, shift, scale, gate_weight, top_k, eps, dtype)
+        _check_finite(scores[2])
+        return tokens, *scores, moments
+
+    @_on_device
+    def modulated_gating_bwd(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return launches.modulated_gating_bwd(*args)
+
+    @_on_device
+    def gated_moe_mlp(
+        self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool, residual: Tensor, gate: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        act, gate_up = launches.up(x, plan, w[::2], w[1::2], save)
+        y_rows, y = launches.rows_times(act, w[1::2], plan, x, k_inner=True), torch.empty_like(x)
+        return launches.sum_rows_gated(y_rows, plan, residual, gate, y), *gate_up, y
+
+    @_on_device
+    def gated_residual_bwd(self, dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        return launches.gated_residual_bwd(dout, y, gate)
+
     @staticmethod
     def _backward(dout: Tensor, x: Tensor, plan: RoutingPlan, w: MoEWeights, gate_up: launches.Pair, combined: bool):
         """Return what moe_mlp_bwd returns; without `combined` dout is (R, H), the gradient of y_rows."""
         dgate_up, act, parts = launches.dact(dout, x, plan, w[1::2], gate_up, combined)
-        dgate_up_proj = launches.dweight(dgate_up, (x, x), plan, w[::2], gather=(False, True))
-        ddown_proj = launches.dweight((dout, dout), act, plan, w[1::2], gather=(combined, False))
+        dgate_up_proj, pending = launches.dweight(dgate_up, (x, x), plan, w[::2], gather=(False, True))
+        ddown_proj, more = launches.dweight((dout, dout), act, plan, w[1::2], gather=(combined, False))
+        launches.sum_in_order(*pending, *more)
         dx_rows = launches.rows_times(dgate_up, w[::2], plan, x, k_inner=False)
         drow_weight = torch.empty_like(plan.row_weight)
         dx = launches.sum_rows(dx_rows, plan, torch.empty_like(x), False, parts, drow_weight)
         return dx, drow_weight, dgate_up_proj[0], ddown_proj[0], dgate_up_proj[1], ddown_proj[1]
+
+
+def _check_finite(probs: Tensor) -> None:
+    """Refuse logits that were not finite, where looking makes nobody wait: in the interpreter."""
+    if probs.device.type == "cpu" and not bool(probs.isfinite().all()):
+        row = int((~probs.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"x, gate_weight: got non-finite router logits (token {row}), expected finite ones")

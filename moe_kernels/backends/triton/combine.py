@@ -13,19 +13,26 @@ def combine_fwd(
     token_row_offsets,
     token_rows,
     shared,
+    residual,
+    gate,
     out,
+    y,
     partial_drow_weight,
     drow_weight,
     T,
+    L,
     H: tl.constexpr,
     WEIGHTED: tl.constexpr,
     HAS_SHARED: tl.constexpr,
+    GATED: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """out_t = sum over the rows r of t, ascending, of row_weight_r rows_r, then + shared_t; float32 inside.
+    """y_t = sum over the rows r of t, ascending, of row_weight_r rows_r, then + shared_t; float32 inside.
+
+    out = y, or with GATED residual + gate_b y, b the image of L tokens, and y besides.
 
     In the backward of the layer rows are dx_rows, unweighted, and every row also gets its
     drow_weight = sum of its PARTS partial sums, in order: each row belongs to exactly one token.
@@ -55,6 +62,10 @@ def combine_fwd(
     live = live_t[:, None] & live_h[None, :]
     if HAS_SHARED:
         total += tl.load(shared + at, mask=live, other=0.0).to(tl.float32)
+    if GATED:
+        tl.store(y + at, total, mask=live)
+        factor = tl.load(gate + (tokens // L).to(tl.int64)[:, None] * H + h[None, :], mask=live, other=0.0)
+        total = tl.load(residual + at, mask=live, other=0.0).to(tl.float32) + factor.to(tl.float32) * total
     tl.store(out + at, total, mask=live)
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from . import combine, dispatch, experts, gating, sums, tiles
+from . import adaln, combine, dispatch, experts, gating, sums, tiles
 
 Pair = tuple[Tensor, Tensor | None]  # of the routed experts and of the shared one
 OCCUPANCY = 2  # programs of a grouped product on a processor
-HISTOGRAM = 8192  # elements of the (picks, experts) table of a dispatch program
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+HISTOGRAM = 4096  # elements of the (picks, experts) table of a dispatch program
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -29,11 +31,17 @@ def padded(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-def sum_in_order(partials: Tensor, out: Tensor) -> None:
-    """out = partials[0] + partials[1] + ..."""
-    n = out.numel()
-    block = min(1024, triton.next_power_of_2(n))
-    launch(sums.ordered_sum, (triton.cdiv(n, block),), partials, out, partials.shape[0], n, block)
+def sum_in_order(*sums_: tuple[Tensor, Tensor]) -> None:
+    """For each (partials, out): out = partials[0] + partials[1] + ...; two of them a launch."""
+    for i in range(0, len(sums_), 2):
+        partials, out = sums_[i]
+        others, other_out = sums_[i + 1] if i + 1 < len(sums_) else (partials, out)
+        n, other_n = out.numel(), other_out.numel() if i + 1 < len(sums_) else 0
+        block = min(1024, padded(max(n, other_n)))
+        launch(
+            sums.ordered_sum, (triton.cdiv(n, block) + triton.cdiv(other_n, block),), partials, out,
+            partials.shape[0], n, others, other_out, others.shape[0], other_n, block,
+        )  # fmt: skip
 
 
 def _router_blocks(E: int) -> dict[str, int]:
@@ -69,7 +77,7 @@ def gating_bwd(
         topk_ids, probs, dx, partials, T, chunk, H, E, K, dtopk_weights is not None, dprobs is not None, **blocks,
         num_warps=4,
     )  # fmt: skip
-    sum_in_order(partials, dgate_weight)
+    sum_in_order((partials, dgate_weight))
     return dx, dgate_weight
 
 
@@ -77,12 +85,22 @@ def dispatch_plan(topk_ids: Tensor, topk_weights: Tensor, plan: list[Tensor]) ->
     """Fill the tensors of a plan."""
     R, K, E = topk_ids.numel(), topk_ids.shape[1], plan[0].shape[0]
     block = max(16, HISTOGRAM // padded(E))
-    blocks = triton.cdiv(R, block)
-    counts = topk_ids.new_empty((blocks, padded(E)))
-    launch(dispatch.dispatch_count, (blocks,), topk_ids, counts, R, padded(E), block)
+    chunk = block * triton.cdiv(R, block * OCCUPANCY * tiles.device_of(topk_ids).processors)
+    programs = triton.cdiv(R, chunk)
+    counts = topk_ids.new_empty((programs, padded(E)))
+    launch(dispatch.dispatch_count, (programs,), topk_ids, counts, R, chunk, E, padded(E), block)
     launch(
-        dispatch.dispatch_place, (blocks,), topk_ids, topk_weights, counts, *plan, R, blocks, E, K, padded(E), block, 64
-    )
+        dispatch.dispatch_place, (programs,), topk_ids, topk_weights, counts, *plan, R, chunk, E, K, padded(E), block,
+        64,
+    )  # fmt: skip
+
+
+def dispatch_bwd(drow_weight: Tensor, row_pick: Tensor, count: int) -> Tensor:
+    """Return (count,): each row's gradient at its pick, zero where no row came from."""
+    R = row_pick.numel()
+    out = drow_weight.new_empty(count) if R == count else drow_weight.new_zeros(count)
+    launch(dispatch.dispatch_bwd, (triton.cdiv(R, 1024),), drow_weight, row_pick, out, R, 1024)
+    return out
 
 
 def _tile(kernel: str, x: Tensor, plan, n: int, k: int) -> tiles.Tile:
@@ -158,8 +176,12 @@ def dact(dout: Tensor, x: Tensor, plan, down_proj: Pair, gate_up: Pair, combined
     return (dgate_up, shared_dgate_up), (act, shared_act), parts
 
 
-def dweight(left: Pair, right: Pair, plan, weight: Pair, gather: tuple[bool, bool]) -> Pair:
-    """Return the gradients of a weight (E, M, N) and of its shared counterpart: sums over rows of left^T right.
+def dweight(
+    left: Pair, right: Pair, plan, weight: Pair, gather: tuple[bool, bool]
+) -> tuple[Pair, list[tuple[Tensor, Tensor]]]:
+    """Compute the gradients of a weight (E, M, N) and of its shared counterpart: sums over rows of left^T right.
+
+    Returns them, and what `sum_in_order` has to do before they are ready.
 
     gather: which side has a row per token instead of a row per routed row. The rows of a group are split into parts,
     summed in order, where there are few tiles; the shared expert has more rows than a routed one, and more parts.
@@ -180,25 +202,37 @@ def dweight(left: Pair, right: Pair, plan, weight: Pair, gather: tuple[bool, boo
         _or(shared_out, out), partials, shared_partials, T, M, shared_m, N, shared_n, E, *gather, split, shared_split,
         _input_precision(out), **tile.arguments(),
     )  # fmt: skip
-    if split > 1:
-        sum_in_order(partials, out)
+    pending = [(partials, out)] if split > 1 else []
     if shared_split > 1 and shared_out is not None:
-        sum_in_order(shared_partials, shared_out)
-    return out, shared_out
+        pending.append((shared_partials, shared_out))
+    return (out, shared_out), pending
 
 
 def sum_rows(
     rows: Pair, plan, out: Tensor, weighted: bool, parts: Tensor | None = None, drow_weight: Tensor | None = None
 ) -> Tensor:
     """Fill `out` with every token's sum of its rows, and of the shared one; with `parts` fill drow_weight from them."""
+    _combine(rows, plan, (out, out, out, out), 1, weighted, False, parts, drow_weight)
+    return out
+
+
+def sum_rows_gated(rows: Pair, plan, residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """Return residual + gate_b y, and fill y with every token's weighted sum of its rows and the shared one."""
+    out = torch.empty_like(residual)
+    _combine(rows, plan, (residual, gate, out, y), out.shape[0] // max(gate.shape[0], 1), True, True, None, None)
+    return out
+
+
+def _combine(rows: Pair, plan, operands, L: int, weighted: bool, gated: bool, parts, drow_weight) -> None:
+    """Launch combine_fwd; operands are residual, gate, out and y."""
+    out = operands[2]
     (T, H), num_parts = out.shape, _width(parts)
     block_h = min(512, triton.next_power_of_2(H))
     launch(
         combine.combine_fwd, (triton.cdiv(T, 8), triton.cdiv(H, block_h)), rows[0], plan.row_weight,
-        plan.token_row_offsets, plan.token_rows, _or(rows[1], out), out, _or(parts, out), _or(drow_weight, out), T, H,
-        weighted, rows[1] is not None, num_parts, triton.next_power_of_2(max(num_parts, 1)), 8, block_h,
+        plan.token_row_offsets, plan.token_rows, _or(rows[1], out), *operands, _or(parts, out), _or(drow_weight, out),
+        T, L, H, weighted, rows[1] is not None, gated, num_parts, triton.next_power_of_2(max(num_parts, 1)), 8, block_h,
     )  # fmt: skip
-    return out
 
 
 def combine_bwd(dout: Tensor, y_rows: Tensor, plan) -> tuple[Tensor, Tensor]:
@@ -209,3 +243,73 @@ def combine_bwd(dout: Tensor, y_rows: Tensor, plan) -> tuple[Tensor, Tensor]:
         drow_weight, R, H, 16, min(512, triton.next_power_of_2(H)),
     )  # fmt: skip
     return dy_rows, drow_weight
+
+
+def modulated_gating(
+    x: Tensor, shift: Tensor, scale: Tensor, gate_weight: Tensor, top_k: int, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return tokens, topk_weights, topk_ids, probs and moments."""
+    (B, L, H), E = x.shape, gate_weight.shape[0]
+    T, f32 = B * L, torch.float32
+    tokens, probs, moments = (x.new_empty(s, dtype=d) for s, d in (((T, H), dtype), ((T, E), f32), ((2, T), f32)))
+    topk_weights, topk_ids = x.new_empty((T, top_k), dtype=f32), x.new_empty((T, top_k), dtype=torch.int32)
+    blocks = _router_blocks(E) | {"BLOCK_T": 16}
+    launch(
+        adaln.adaln_fwd_gating, (triton.cdiv(T, 16),), x, shift, scale, gate_weight, tokens, topk_weights, topk_ids,
+        probs, moments, T, L, eps, H, E, top_k, **blocks, num_warps=4,
+    )  # fmt: skip
+    return tokens, topk_weights, topk_ids, probs, moments
+
+
+def modulated_gating_bwd(
+    dtokens: Tensor | None,
+    dtopk_weights: Tensor | None,
+    dprobs: Tensor | None,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    gate_weight: Tensor,
+    topk_ids: Tensor,
+    probs: Tensor,
+    moments: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, dshift, dscale and dgate_weight."""
+    (B, L, H), E, K = x.shape, gate_weight.shape[0], topk_ids.shape[1]
+    dx, sums_, blocks = torch.empty_like(x), torch.empty_like(moments), _router_blocks(E) | {"BLOCK_T": 16}
+    chunk, chunks = _chunks(x, B, L, 16)
+    dmodulation = x.new_empty((2, chunks, B, H), dtype=torch.float32)
+    dweight = x.new_empty((chunks * B, E, H), dtype=torch.float32)
+    gradients = _or(dtokens, x), _or(dtopk_weights, probs), _or(dprobs, probs)
+    flags = dtokens is not None, dtopk_weights is not None, dprobs is not None
+    launch(
+        adaln.adaln_bwd_sums, (triton.cdiv(B * L, 16),), *gradients, x, scale, gate_weight, topk_ids, probs, moments,
+        sums_, B * L, L, H, E, K, *flags, **blocks, num_warps=4,
+    )  # fmt: skip
+    launch(
+        adaln.adaln_bwd_gating, (B, chunks, triton.cdiv(H, blocks["BLOCK_H"])), *gradients, x, shift, scale,
+        gate_weight, topk_ids, probs, moments, sums_, dx, dmodulation, dweight, B * L, L, B, chunk, H, E, K, *flags,
+        _TRITON[dtype], **blocks, num_warps=4,
+    )  # fmt: skip
+    results = [torch.empty_like(t) for t in (shift, scale, gate_weight)]
+    sum_in_order(*zip((*dmodulation, dweight), results, strict=True))
+    return dx, *results
+
+
+def gated_residual_bwd(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dy and dgate."""
+    (B, H), dy, dgate = gate.shape, torch.empty_like(y), torch.empty_like(gate)
+    L = y.shape[0] // max(B, 1)
+    chunk, chunks = _chunks(y, B, L, 32)
+    partials = y.new_empty((chunks, B, H), dtype=torch.float32)
+    grid = (B, chunks, triton.cdiv(H, 128))
+    launch(adaln.adaln_bwd_gate, grid, dout, y, gate, dy, partials, L, B, chunk, H, 32, 128, num_warps=4)
+    sum_in_order((partials, dgate))
+    return dy, dgate
+
+
+def _chunks(t: Tensor, B: int, L: int, block: int) -> tuple[int, int]:
+    """Return the tokens of a chunk and the chunks of an image: a few programs for every processor."""
+    wanted = max(1, 4 * tiles.device_of(t).processors // max(B, 1))
+    chunk = block * max(1, triton.cdiv(L, block * wanted))
+    return chunk, triton.cdiv(L, chunk)

@@ -20,11 +20,16 @@ def exact_exp(x):
 
 
 @triton.jit
-def ordered_sum(partials, out, COUNT, N, BLOCK: tl.constexpr):
-    """out[i] = partials[0, i] + partials[1, i] + ..., float32 (COUNT, N) -> (N,) in the dtype of out."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = i < N
+def ordered_sum(partials, out, count, n, other_partials, other_out, other_count, other_n, BLOCK: tl.constexpr):
+    """out[i] = partials[0, i] + partials[1, i] + ..., float32 (count, n) -> (n,) in the dtype of out; twice at once."""
+    blocks = tl.cdiv(n, BLOCK)
+    other = tl.program_id(0) >= blocks
+    size = tl.where(other, other_n, n)
+    source, into = tl.where(other, other_partials, partials), tl.where(other, other_out, out)
+    first = tl.where(other, tl.program_id(0) - blocks, tl.program_id(0)).to(tl.int64) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    live = i < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(COUNT):
-        total += tl.load(partials + tl.cast(part, tl.int64) * N + i, mask=live, other=0.0)
-    tl.store(out + i, total, mask=live)
+    for part in range(tl.where(other, other_count, count)):
+        total += tl.load(source + tl.cast(part, tl.int64) * size + i, mask=live, other=0.0)
+    tl.store(into + i, total, mask=live)

@@ -1,0 +1,1 @@
+"""The half hour with a GPU, prepared: one command, rehearsed on a CPU."""

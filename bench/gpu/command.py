@@ -1,0 +1,239 @@
+"""Everything for the half hour with a GPU in one command: build, test, bench, end to end, profile.
+
+Every stage ends inside its budget, writes rows as it goes, and skips what the folder has already: the machine may be
+gone between two of them. On a CPU the same path is rehearsed at tiny size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench import ledger, store
+from bench.cases import DEVICES, Case
+from bench.gpu import plan, profiles, race, steps, tables
+from bench.gpu.contenders import contenders_of
+from bench.progress import say
+
+STAGES = ("build", "test", "bench", "e2e", "profile")
+LEAST_S = 5.0  # what a case is expected to take before one has run
+NOTHING_SELECTED = 5  # pytest's exit code
+SOURCES = (".py", ".json")  # not .so: built on the machine, and native is no contender there
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder of rows and logs; what it has is not run again")
+    parser.add_argument("--stage", choices=STAGES, help="one stage (default: all)")
+    parser.add_argument("--device", choices=DEVICES, default="cuda", help="cpu: the rehearsal")
+    parser.add_argument("--size", choices=list(plan.SIZES), default="default")
+    parser.add_argument("--wheel", type=Path, help="of this project, built elsewhere; by default it is built here")
+    parser.add_argument("--minutes", type=float, default=8.5, help="budget of each stage")
+
+
+class Budget:
+    """The time of a stage. A piece of work is begun if one like the longest so far still fits."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+        self.clock, self.end, self.longest = clock, clock() + seconds, LEAST_S
+
+    @property
+    def left(self) -> float:
+        return self.end - self.clock()
+
+    def spend(self, work: Callable[[], object]) -> bool:
+        """Do a piece of work and return True, or return False because it may not fit any more."""
+        if self.left < self.longest:
+            return False
+        start = self.clock()
+        work()
+        self.longest = max(self.longest, self.clock() - start)
+        return True
+
+
+class Job:
+    """One run of the command: its folder, its rows, the budget of the stage it is in."""
+
+    def __init__(self, args: argparse.Namespace):
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device: got cuda, expected cpu: this machine has no CUDA device")
+        if args.wheel and not args.wheel.is_file():
+            raise ValueError(f"--wheel: got {args.wheel}, expected a wheel of this project")
+        self.args, self.size, self.out = args, plan.SIZES[args.size], args.out
+        path = self.out / f"rows_{args.device}_{args.size}.jsonl"
+        self.ledger = ledger.Ledger(path, {"size": args.size})
+        self.source = ledger.source_digest(SOURCES)
+        self.budget = Budget(60 * args.minutes)
+
+    def run(self, stage: str) -> None:
+        say(f"== {stage}")
+        self.budget = Budget(60 * self.args.minutes)
+        getattr(self, f"_{stage}")()
+
+    def _done(self, name: str) -> bool:
+        """Tell whether a piece of work is in the folder; one that failed, or found one of ours wrong, is not done."""
+        rows = self.ledger.complete(name)
+        return bool(rows) and not any(map(bad, rows))
+
+    def _once(self, name: str, produce: Callable[[], Iterable[dict]]) -> list[dict]:
+        """Return the rows of a piece of work, made now or before."""
+        if not self._done(name):
+            self.ledger.rows = [row for row in self.ledger.rows if row["stage"] != name]
+        return self.ledger.stage(name, lambda: [{**row, "source": self.source} for row in produce()])
+
+    def _each(self, stage: str, cases: Sequence[Case], produce: Callable[[Case], Iterator[dict]]) -> None:
+        """Work through cases in the order of their importance until the budget is spent; say what was dropped."""
+        self.budget.longest = LEAST_S
+        names = {f"{stage} {case.id}": case for case in cases}
+        missing = [name for name in names if not self._done(name)]
+        for at, name in enumerate(missing):
+            if not self.budget.spend(lambda name=name: self._case(name, produce, names[name])):
+                say(f"out of time, dropped {len(missing) - at} of {len(cases)} cases: {', '.join(missing[at:])}")
+                return
+
+    def _case(self, name: str, produce: Callable[[Case], Iterator[dict]], case: Case) -> None:
+        """Run a case. One that raises is noted, and the others go on, unless the GPU itself is lost."""
+
+        def rows_of() -> list[dict]:
+            try:
+                rows = list(produce(case)) or [store.row("failure", summary=f"{case.id}: nothing came", failed=True)]
+            except Exception as error:
+                what = f"{case.id}: {type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+                rows = [store.row("failure", summary=what, failed=True)]
+            self._look_after_gpu(case, rows)
+            return rows
+
+        rows = self._once(name, rows_of)
+        say({"time": tables.line, "profile": profiles.table}.get(rows[0]["kind"], tables.table)(rows))
+
+    def _look_after_gpu(self, case: Case, rows: Sequence[dict]) -> None:
+        """Free memory; raise OSError where somebody's fault took the CUDA context down, and note who it was."""
+        if self.args.device == "cpu":
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            # Once it is down everybody raises: the first who had not been verified yet did it.
+            first = next((row for row in rows if row.get("wrong") and not row.get("errors")), {})
+            who, why = first.get("contender", ""), first.get("wrong") or str(error).splitlines()[0]
+            summary = f"{who or 'somebody'} took the GPU's context down in {case.id}: {why}"
+            self._once(f"lost {time.time():.0f}", lambda: [store.row("lost", contender=who, summary=summary)])
+            raise OSError(f"{summary}; the same command goes on without it, or with it once it is mended") from error
+
+    def _lost(self) -> set[str]:
+        """Return who took the GPU down with the very sources that are here now."""
+        rows = self.ledger.rows
+        return {row["contender"] for row in rows if row["kind"] == "lost" and row["source"] == self.source}
+
+    def _build(self) -> None:
+        """Install the extension, from a wheel or by building one, and put it beside this checkout's Python too."""
+        if self.args.device == "cpu":
+            say("cpu: skipped, the rehearsal runs on what is installed")
+            return
+        self._once("build", self._install)
+
+    def _install(self) -> Iterator[dict]:
+        wheel, pip = self.args.wheel, [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        code, start = 0, time.monotonic()
+        if wheel is None:
+            options = ["--no-build-isolation", "--no-deps", "-w", str(self.out)]
+            code = self._logged("build.log", [*pip, "wheel", "-v", *options, str(store.ROOT)])
+            wheel = next(iter(sorted(self.out.glob("moe_kernels-*.whl"))), None)
+        if not code and wheel:
+            code = self._logged("build.log", [*pip, "install", "--no-deps", "--force-reinstall", str(wheel)])
+        if not code and wheel:
+            with zipfile.ZipFile(wheel) as archive:
+                modules = [name for name in archive.namelist() if name.startswith("moe_kernels/_C")]
+                archive.extractall(store.ROOT, modules)
+        failed = bool(code) or wheel is None
+        summary = "failed, see build.log" if failed else f"{wheel.name} installed"
+        say(f"build: {summary}")
+        yield store.row("build", summary=summary, failed=failed, seconds=round(time.monotonic() - start, 1))
+
+    def _test(self) -> None:
+        """Run the tests of the Triton backend, each file in a process of its own: on the GPU, or interpreted."""
+        missing = [name for name in self.size.tests if not self._done(f"test {name}")]
+        for at, name in enumerate(missing):
+            if self.budget.left < LEAST_S:
+                say(f"out of time, dropped tests/test_{', test_'.join(missing[at:])}")
+                return
+            self._once(f"test {name}", lambda name=name: self._pytest(name))
+
+    def _pytest(self, name: str) -> Iterator[dict]:
+        start, log = time.monotonic(), self.out / "test.log"
+        command = [sys.executable, "-m", "pytest", "-q", f"tests/test_{name}.py", "-k", "triton"]
+        code = self._logged(log.name, command, plan.TEST_ENVIRONMENT[self.args.device])
+        summary = f"{name}: {log.read_text(errors='replace').strip().splitlines()[-1]}"
+        say(f"test {summary}")
+        failed = code not in (0, NOTHING_SELECTED)
+        yield store.row("test", summary=summary, failed=failed, seconds=round(time.monotonic() - start, 1))
+
+    def _logged(self, log: str, command: Sequence[str], environment: dict[str, str] | None = None) -> int:
+        """Run a command inside the budget, its output at the end of a log; return the exit code, 124 for no time."""
+        with (self.out / log).open("ab") as file:
+            try:
+                done = subprocess.run(
+                    command, cwd=store.ROOT, env={**os.environ, **(environment or {})}, stdout=file, stderr=file,
+                    timeout=max(1.0, self.budget.left), check=False,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                file.write(b"\nstopped: out of time\n")
+                return 124
+        return done.returncode
+
+    def _bench(self) -> None:
+        size, device = self.size, self.args.device
+        roof = race.ceilings(device, size.side, size.seconds)
+        say(tables.roof_line(roof))
+        self._once(f"ceilings {time.time():.0f}", lambda: [store.row("ceilings", device=device, **roof)])
+
+        def produce(case: Case, compiled: bool = False) -> Iterator[dict]:
+            contenders = [c for c in contenders_of(case, compiled) if c.name not in self._lost()]
+            for row in race.race(case, contenders, roof, size.rounds, size.seconds):
+                yield {**row, "race": row["race"] + "-compiled" * compiled}
+
+        first, rest = plan.layers_and_rooms(size, device)
+        self._each("bench", first, produce)
+        self._each("compiled", plan.compiled(size, device), partial(produce, compiled=True))
+        self._each("bench", rest, produce)
+
+    def _e2e(self) -> None:
+        size = self.size
+
+        def produce(case: Case) -> Iterator[dict]:
+            return steps.race(case, size.rounds, size.seconds, self._lost())
+
+        self._each("e2e", plan.whole_models(size, self.args.device), produce)
+
+    def _profile(self) -> None:
+        backend = "triton" if self.args.device == "cuda" else "native"
+        cases = plan.profiled(self.size, self.args.device)
+        self._each("profile", cases, lambda case: profiles.profile(case, backend))
+        for case in cases:
+            rows = self.ledger.complete(f"profile {case.id}")
+            kernels = [row["kernel"] for row in rows]
+            why = profiles.sections(case, backend, kernels, self.out / "ncu.log", max(1.0, self.budget.left))
+            say(f"ncu: {why or 'sections in ncu.log'}")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the stages and print the table; returns 1 when one failed or a result of ours was wrong."""
+    job = Job(args)
+    for stage in [args.stage] if args.stage else STAGES:
+        job.run(stage)
+    say(f"\n{tables.table(job.ledger.rows)}\nrows: {job.ledger.path}")
+    return int(any(map(bad, job.ledger.rows)))
+
+
+def bad(row: dict) -> bool:
+    """Tell whether a row says that something of ours failed or was wrong."""
+    return bool(row.get("failed") or (row.get("ours") and row.get("wrong")))

@@ -1,0 +1,183 @@
+"""Who is timed on a GPU: our backends, the loops that users have, grouped_mm as users write it, two libraries.
+
+Contenders share a process there: CUDA libraries do not fight for cores, and events need one stream. Adapters follow
+the libraries' own sources; one that does not fit the installed version raises, and its row says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import workloads
+from bench.cases import Case, backends_on
+from bench.peers.libraries import Compute, plain_shared
+from bench.verify import BOUND
+
+# As in the contest (bench/peers/contest.py): others may trade accuracy for speed, and their error is shown.
+FOREIGN_BOUND = 8.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`module`: what must be importable; `compiles`: takes torch.compile, a minute a case, so that few cases get it."""
+
+    name: str
+    build: Callable[[Case], workloads.Workload] = workloads.build
+    module: str = ""
+    package: str = "torch"
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "tf32", "fp32")
+    levels: tuple[str, ...] = ("layer",)
+    device: str = ""
+    compiles: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.package == "moe-kernels"
+
+    @property
+    def bound(self) -> float:
+        """How many times plain torch's error is still right."""
+        return BOUND if self.ours else FOREIGN_BOUND
+
+    def why_not(self, case: Case) -> str | None:
+        """Say why it sits this case out, or None."""
+        if self.device and case.device != self.device:
+            return f"runs on {self.device}"
+        if case.dtype not in self.dtypes:
+            return f"computes {', '.join(self.dtypes)} only"
+        if self.module and importlib.util.find_spec(self.module) is None:
+            return f"not available: no package {self.module}"
+        return workloads.why_not(case)
+
+    @property
+    def version(self) -> str:
+        """Whose code it is; a checkout that is not installed has no version."""
+        try:
+            return f"{self.package} {metadata.version(self.package)}"
+        except metadata.PackageNotFoundError:
+            return self.package
+
+
+def _compiled(build: Callable[[Case], workloads.Workload]) -> Callable[[Case], workloads.Workload]:
+    def fresh(case: Case) -> workloads.Workload:
+        torch._dynamo.reset()  # or the cases before this one count towards its limit of recompilations
+        return build(case)
+
+    return fresh
+
+
+def with_shared(routed: Callable[[SimpleNamespace], Compute]) -> Callable[[SimpleNamespace], workloads.Run]:
+    """Add the shared expert that a user would write beside a library without one."""
+
+    def prepare(p: SimpleNamespace) -> workloads.Run:
+        first = routed(p)
+        if p.shared_gate_up_proj is None:
+            return lambda: [first()]
+        second = plain_shared(p)
+        return lambda: [first() + second()]
+
+    return prepare
+
+
+def grouped_mm(p: SimpleNamespace) -> Compute:
+    """Sort the picks, gather, two grouped products, one weighted index_add; gradients by torch's autograd."""
+    K, E = p.topk_ids.shape[1], p.shape.E
+
+    def compute() -> Tensor:
+        flat_ids = p.topk_ids.flatten()
+        order = flat_ids.argsort(stable=True)
+        row_token = order // K
+        experts = torch.arange(E, device=order.device, dtype=flat_ids.dtype)
+        ends = torch.searchsorted(flat_ids[order], experts, right=True, out_int32=True)
+        gate, up = F.grouped_mm(p.x[row_token], p.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        y = F.grouped_mm(F.silu(gate) * up, p.down_proj.transpose(1, 2), offs=ends)
+        weighted = y * p.topk_weights.flatten()[order].unsqueeze(-1)
+        return torch.zeros_like(p.x, dtype=weighted.dtype).index_add(0, row_token, weighted).to(p.x.dtype)
+
+    return compute
+
+
+def compiled_grouped_mm(p: SimpleNamespace) -> Compute:
+    return torch.compile(grouped_mm(p))
+
+
+def liger(p: SimpleNamespace) -> Compute:
+    """Liger-Kernel's fused experts: (x, gate_up (E, 2I, H) as [gate; up], down (E, H, I), int32 picks, weights)."""
+    from liger_kernel.ops import LigerFusedMoEFunction
+
+    return lambda: LigerFusedMoEFunction.apply(p.x, p.gate_up_proj, p.down_proj, p.topk_ids, p.topk_weights)
+
+
+def sonic(p: SimpleNamespace) -> Compute:
+    """SonicMoE on given picks. It wants gate and up rows in turn, weights as (2I, H, E) views, picks by token."""
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import moe_general_routing_inputs
+
+    (T, K), E, I = p.topk_ids.shape, p.shape.E, p.shape.I
+    p.gate_up_proj = p.gate_up_proj.view(E, 2, I, -1).transpose(1, 2).reshape(E, 2 * I, -1)
+    token_ids = torch.arange(T, dtype=torch.int32, device=p.x.device).repeat_interleave(K)
+    flat_ids, stream = p.topk_ids.flatten(), torch.cuda.current_stream().cuda_stream
+
+    def compute() -> Tensor:
+        weights = p.gate_up_proj.permute(1, 2, 0), None, p.down_proj.permute(1, 2, 0), None
+        scores, inference = p.topk_weights.flatten(), not torch.is_grad_enabled()
+        picks = scores, token_ids, flat_ids
+        return moe_general_routing_inputs(p.x, *picks, *weights, E, stream, ActivationType.SWIGLU, inference)[0]
+
+    return compute
+
+
+def _rows_apart(named: workloads.Named) -> workloads.Named:
+    """Put the gate rows of sonic's gradient before the up rows again."""
+    if "dgate_up_proj" not in named:
+        return named
+    both = named["dgate_up_proj"]
+    return {**named, "dgate_up_proj": both.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)}
+
+
+def _sonic_layer(case: Case) -> workloads.Workload:
+    return workloads.build_layer(case, with_shared(sonic), _rows_apart)
+
+
+def _layer(routed: Callable[[SimpleNamespace], Compute]) -> Callable[[Case], workloads.Workload]:
+    return lambda case: workloads.build_layer(case, with_shared(routed))
+
+
+def _compiled_loop(case: Case) -> workloads.Workload:
+    return workloads.build_loop(case, "authors_tp1", torch.compile)
+
+
+_ROOMS = ("gating", "dispatch", "experts", "combine", "layer")
+CONTENDERS = (
+    Contender("triton", package="moe-kernels", levels=_ROOMS, device="cuda"),
+    Contender("native", package="moe-kernels", levels=_ROOMS, device="cpu", dtypes=("fp32", "bf16")),
+    Contender("grouped", package="moe-kernels", levels=_ROOMS),
+    Contender("eager", package="moe-kernels", levels=_ROOMS),
+    Contender("authors_tp1"),
+    Contender("sorted_loop"),
+    Contender("grouped_mm", _layer(grouped_mm)),
+    Contender("liger", _layer(liger), "liger_kernel", "liger-kernel", ("bf16", "fp16", "fp32"), device="cuda"),
+    Contender("sonic", _sonic_layer, "sonicmoe", "sonic-moe", ("bf16", "fp16"), device="cuda"),
+    Contender("authors_compiled", _compiled(_compiled_loop), compiles=True),
+    Contender("grouped_mm_compiled", _compiled(_layer(compiled_grouped_mm)), compiles=True),
+)
+
+
+RACED_WITH_COMPILED = ("triton", "native", "authors_tp1", "grouped_mm")
+
+
+def contenders_of(case: Case, compiled: bool) -> list[Contender]:
+    """Return who belongs to a case, able to run it or not; of our backends those of its device.
+
+    compiled: those that torch.compile makes, and the few that they are compared with; else all others.
+    """
+    here = [c for c in CONTENDERS if case.level in c.levels and (not c.ours or c.name in backends_on(case.device))]
+    return [c for c in here if (c.compiles or c.name in RACED_WITH_COMPILED if compiled else not c.compiles)]

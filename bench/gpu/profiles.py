@@ -1,0 +1,87 @@
+"""Which kernels the time goes to: torch's profiler always, Nsight Compute's sections of the slowest where it is."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench import store, workloads
+from bench.cases import Case
+from bench.gpu import counters
+from bench.gpu.race import facts
+
+CALLS = 5
+SLOWEST = 4
+SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")
+ONE_CALL = "from bench.gpu import profiles; profiles.one_call({id!r})"
+
+
+def profile(case: Case, backend: str) -> Iterator[dict]:
+    """Yield a row of kind "profile" for each kernel of a backend's case (on a CPU: operator), slowest first."""
+    case = replace(case, backend=backend)
+    with workloads.arithmetic(case.dtype):
+        run = workloads.build(case).run
+        run()
+        seen = counters.events(lambda: [run() for _ in range(CALLS)], case.device)
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in seen:
+        on_gpu = case.device == "cuda"
+        times[event.name].append(event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total)
+    total = sum(map(sum, times.values()))
+    for name, each in sorted(times.items(), key=lambda item: -sum(item[1])):
+        yield store.row(
+            "profile",
+            case=case.id,
+            **facts(case),
+            kernel=name[:200],
+            calls=len(each) / CALLS,
+            us=sum(each) / CALLS,
+            share=sum(each) / total if total else 0.0,
+        )
+
+
+def table(rows: list[dict], limit: int = 12) -> str:
+    """Return the slowest kernels of a case in lines."""
+    lines = [f"{row['us']:>10.1f} us {row['share']:>6.1%} {row['calls']:>5.1f} x  {row['kernel'][:80]}" for row in rows]
+    return "\n".join([rows[0]["case"], *lines[:limit]])
+
+
+def sections(case: Case, backend: str, kernels: list[str], log: Path, seconds: float) -> str | None:
+    """Append Nsight Compute's sections of the slowest kernels to a log; return why there are none.
+
+    Args:
+        kernels: names, slowest first. seconds: after which the profiler is stopped.
+    """
+    if shutil.which("ncu") is None:
+        return "ncu is not on PATH"
+    wanted = [name for name in kernels if name.isidentifier()][:SLOWEST]  # Triton's; torch's are C++ templates
+    if not wanted:
+        return "none of our kernels was seen"
+    names = f"regex:^({'|'.join(wanted)})$"
+    chosen = [word for section in SECTIONS for word in ("--section", section)]
+    ncu = ["ncu", "--kernel-name", names, "--launch-count", str(2 * len(wanted)), *chosen]
+    call = [sys.executable, "-c", ONE_CALL.format(id=replace(case, backend=backend).id)]
+    with log.open("ab") as file:
+        try:
+            code = subprocess.run([*ncu, *call], stdout=file, stderr=file, timeout=seconds, check=False).returncode
+        except subprocess.TimeoutExpired:
+            return f"ncu took more than {seconds:.0f} s"
+    return f"ncu ended with exit code {code}: {log.name}" if code else None
+
+
+def one_call(case: str) -> None:
+    """Run a case twice: what Nsight Compute watches."""
+    case = Case.from_id(case)
+    with workloads.arithmetic(case.dtype):
+        run = workloads.build(case).run
+        run()
+        run()
+        if case.device == "cuda":
+            torch.cuda.synchronize()

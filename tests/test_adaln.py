@@ -1,0 +1,244 @@
+"""What adaLN puts around the layer: LayerNorm, modulation and gating in front, gate and residual behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+
+import reference.routing
+from moe_kernels import ExpertChoice, MoELayer, gating, modulated_gating, moe_mlp, replace_moe
+from reference.dit import modulate
+from reference.moe import SparseMoeBlock
+from tests.contenders import each_backend, each_contender, gradients, moe_loop, moe_oracle, plan_of
+from tests.error_rule import judge
+from tests.test_gating import gating_loop
+from tests.trap_cases import BY_NAME, PLAIN, make_problem, sample
+
+SHAPES = {  # B, L, H, E, K
+    "plain": (3, 7, 32, 5, 2),
+    "no image": (0, 7, 32, 5, 2),
+    "one token": (1, 1, 16, 4, 1),
+    "image longer than a block": (2, 45, 72, 8, 2),
+    "many experts": (2, 9, 40, 48, 5),
+    "odd width": (2, 5, 21, 6, 3),
+}
+
+
+def draw(shape, dtype, seed):
+    """x far from zero, so that a variance by sums of squares would show; tokens whose logits nearly tie drawn again."""
+    B, L, H, E, K = shape
+    g = torch.Generator().manual_seed(seed)
+    x = (sample(torch.randn, B, L, H, generator=g) + 3 * sample(torch.randn, B, L, 1, generator=g)).to(dtype)
+    shift, scale = (sample(torch.randn, B, H, generator=g).mul(0.5).to(dtype) for _ in range(2))
+    gate_weight = (sample(torch.randn, E, H, generator=g) * H**-0.5).to(dtype)
+    near = torch.ones(B, L, dtype=torch.bool)
+    while near.any():
+        x[near] = (sample(torch.randn, int(near.sum()), H, generator=g) + 3).to(dtype)
+        top = (prologue(x.double(), shift.double(), scale.double()) @ gate_weight.double().T).sort(-1, descending=True)
+        gap = (-top.values[..., : K + 1].diff(dim=-1)).amin(-1) if E > 1 else torch.ones(B, L)
+        near = gap < (0.05 if dtype == torch.bfloat16 else 5e-3)
+    return x, shift, scale, gate_weight
+
+
+def prologue(x, shift, scale):
+    return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift[:, None], scale[:, None])
+
+
+def compute_modulated(shape, dtype):
+    gates = {"oracle": reference.routing.token_choice, "loop": gating_loop}
+
+    def compute(seed, how):
+        (B, L, H, E, K), g = shape, torch.Generator().manual_seed(seed)
+        inputs = draw(shape, dtype, seed)
+        dtokens, dweights, dprobs = (sample(torch.randn, B * L, n, generator=g).to(dtype) for n in (H, K, E))
+        inputs = [(t.double() if how == "oracle" else t).detach().requires_grad_() for t in inputs]
+        if how in gates:
+            tokens = prologue(*inputs[:3]).reshape(-1, H)
+            weights, ids, probs = gates[how](tokens, inputs[3], K)
+        else:
+            tokens, weights, ids, probs = modulated_gating(*inputs, K, backend=how)
+        loss = sum((t * d.to(t.dtype)).sum() for t, d in ((tokens, dtokens), (weights, dweights), (probs, dprobs)))
+        grads = torch.autograd.grad(loss, inputs)
+        names = ("dx", "dshift", "dscale", "dgate_weight")
+        return {"tokens": tokens, "topk_weights": weights, "probs": probs, "topk_ids": ids} | dict(zip(names, grads))  # noqa: B905
+
+    return compute
+
+
+@each_contender
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_modulated_gating(shape, backend, dtype, seed):
+    judge("modulated_gating", compute_modulated(shape, dtype), backend, dtype, seed)
+
+
+@each_backend
+def test_modulated_gating_routes_the_tokens_that_it_returns(backend, seed):
+    x, shift, scale, gate_weight = draw(SHAPES["plain"], torch.bfloat16, seed)
+    tokens, *scores = modulated_gating(x, shift, scale, gate_weight, 2, backend=backend)
+    again = gating(tokens, gate_weight, 2, backend=backend)
+    assert torch.equal(scores[1], again[1])
+    torch.testing.assert_close(scores[2], again[2], rtol=1e-5, atol=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("which", ["tokens", "topk_weights", "probs"])
+def test_gradients_through_one_output_only(which, backend, seed):
+    inputs = [t.requires_grad_() for t in draw(SHAPES["plain"], torch.float32, seed)]
+    index = ("tokens", "topk_weights", "topk_ids", "probs").index(which)
+    got = torch.autograd.grad(modulated_gating(*inputs, 2, backend=backend)[index].square().sum(), inputs)
+    out = prologue(*inputs[:3]).reshape(-1, 32)
+    plain = (out, *gating_loop(out, inputs[3], 2))[index].square().sum()
+    expected = torch.autograd.grad(plain, inputs, allow_unused=True)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("shift", (2, 32), r"shift: got shape \(2, 32\), expected \(B,H\) = \(3, 32\)"),
+        ("gate_weight", (5, 31), r"gate_weight: got shape"),
+        ("x", (21, 32), r"x: got shape \(21, 32\), expected \(B,L,H\)"),
+    ],
+)
+def test_bad_shapes_of_modulated_gating(name, changes, said, seed):
+    inputs = dict(zip(("x", "shift", "scale", "gate_weight"), draw(SHAPES["plain"], torch.float32, seed), strict=True))
+    inputs[name] = torch.zeros(changes)
+    with pytest.raises(ValueError, match=said):
+        modulated_gating(**inputs, top_k=2)
+
+
+def gated_compute(trap, dtype, images):
+    def compute(seed, how):
+        problem = make_problem(trap, seed, dtype)
+        g = torch.Generator().manual_seed(seed)
+        residual = sample(torch.randn, trap.T, trap.H, generator=g).to(dtype)
+        gate = sample(torch.randn, images, trap.H, generator=g).to(dtype)
+        if how == "oracle":
+            problem, residual, gate = problem.double(), residual.double(), gate.double()
+        problem, leaves = problem.with_leaves()
+        leaves |= {"residual": residual.requires_grad_(), "gate": gate.requires_grad_()}
+        if how in ("oracle", "loop"):
+            y = {"oracle": moe_oracle, "loop": moe_loop}[how](problem).view(images, -1, trap.H)
+            out = residual + (gate[:, None] * y).view(trap.T, trap.H)
+        else:
+            p = problem
+            weights = (p.gate_up_proj, p.down_proj, p.shared_gate_up_proj, p.shared_down_proj)
+            given = {"activation": trap.activation, "backend": how, "residual": residual, "gate": gate}
+            out = moe_mlp(p.x, plan_of(p, how), *weights, **given)
+        return gradients(out, leaves, problem.dout)
+
+    return compute
+
+
+@each_contender
+@pytest.mark.parametrize(("trap", "images"), [("plain", 1), ("above_tile", 7), ("no_shared", 37), ("expert_choice", 1)])
+def test_gate_and_residual(trap, images, backend, dtype, seed):
+    judge("gated_moe_mlp", gated_compute(BY_NAME[trap], dtype, images), backend, dtype, seed)
+
+
+@each_contender
+def test_layer_in_a_block(backend, dtype, seed):
+    judge("forward_adaln", layer_compute(None, dtype), backend, dtype, seed)
+
+
+@each_backend
+def test_layer_in_a_block_with_expert_choice(backend, seed):
+    judge("forward_adaln", layer_compute(ExpertChoice(), torch.float32), backend, torch.float32, seed)
+
+
+def layer_compute(router, dtype):
+    """MoELayer.forward_adaln against the same layer with plain torch around it."""
+
+    def compute(seed, how):
+        torch.manual_seed(seed)
+        named = "eager" if how in ("oracle", "loop") else how
+        layer = MoELayer(32, 24, 5, 2, shared_intermediate_size=16, router=router, backend=named).to(dtype)
+        x, *modulation = (t.requires_grad_() for t in (*draw(SHAPES["plain"], dtype, seed)[:3], torch.randn(3, 32)))
+        with torch.no_grad():
+            layer.gate_weight.copy_(draw(SHAPES["plain"], dtype, seed)[3])
+        if how == "oracle":
+            layer, x = layer.double(), x.detach().double().requires_grad_()
+            modulation = [t.detach().double().requires_grad_() for t in modulation]
+        shift, scale, gate = modulation
+        if how in ("oracle", "loop"):
+            out = x + gate[:, None] * layer(prologue(x, shift, scale).to(layer.gate_weight.dtype))
+        else:
+            out = layer.forward_adaln(x, shift, scale, gate)
+        leaves = {"x": x, "shift": shift, "scale": scale, "gate": gate, **dict(layer.named_parameters())}
+        return gradients(out.to(x.dtype), leaves, torch.ones_like(x))
+
+    return compute
+
+
+@each_backend
+def test_replaced_blocks_have_it_too(backend, seed):
+    torch.manual_seed(seed)
+    block = SparseMoeBlock(32, 24, 5, 2, 16)
+    replace_moe(block, backend=backend)
+    block.eval()
+    x, shift, scale, gate = torch.randn(2, 5, 32), *torch.randn(3, 2, 32)
+    expected = x + gate[:, None] * block(prologue(x, shift, scale))
+    torch.testing.assert_close(block.forward_adaln(x, shift, scale, gate), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_router_with_route_alone_is_refused(seed):
+    class Own:
+        def route(self, *args, **kwargs):
+            raise AssertionError
+
+    layer, vector = MoELayer(32, 24, 5, 2, router=Own()), torch.zeros(1, 32)
+    with pytest.raises(TypeError, match="router: got Own without 'picks'"):
+        layer.forward_adaln(torch.zeros(1, 4, 32), vector, vector, vector)
+
+
+@each_backend
+def test_a_gate_of_zero_still_learns(backend, seed):
+    """adaLN-Zero starts there: the gate's gradient cannot be had by dividing the output by it."""
+    problem = make_problem(PLAIN, seed, torch.float32)
+    gate, residual = torch.zeros(1, PLAIN.H, requires_grad=True), torch.randn(PLAIN.T, PLAIN.H)
+    weights = (problem.gate_up_proj, problem.down_proj, problem.shared_gate_up_proj, problem.shared_down_proj)
+    out = moe_mlp(problem.x, plan_of(problem, backend), *weights, backend=backend, residual=residual, gate=gate)
+    assert torch.equal(out, residual)
+    assert torch.autograd.grad(out.sum(), gate)[0].abs().min() > 0
+
+
+@each_backend
+def test_a_gate_saves_itself_and_y(backend, seed):
+    problem, saved = make_problem(BY_NAME["no_shared"], seed, torch.float32), {}
+    problem, _ = problem.with_leaves()
+    plan, residual, gate = plan_of(problem, backend), torch.randn(37, 32), torch.randn(37, 32)
+    given = {t.data_ptr() for t in (problem.x, problem.gate_up_proj, problem.down_proj, *plan.tensors())}
+    with saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t.detach()), lambda t: t):
+        moe_mlp(problem.x, plan, problem.gate_up_proj, problem.down_proj, backend=backend, residual=residual, gate=gate)
+    own = {pointer: tuple(t.shape) for pointer, t in saved.items() if pointer not in given and t.numel()}
+    assert sorted(own.values()) == [(37, 32), (37, 32), (74, 48)] and gate.data_ptr() in own
+    assert residual.data_ptr() not in own
+
+
+@each_backend
+def test_the_dtype_of_the_residual_is_kept(backend, seed):
+    problem = make_problem(PLAIN, seed, torch.bfloat16)
+    weights = (problem.gate_up_proj, problem.down_proj, problem.shared_gate_up_proj, problem.shared_down_proj)
+    residual, gate = torch.randn(PLAIN.T, PLAIN.H), torch.randn(1, PLAIN.H)
+    out = moe_mlp(problem.x, plan_of(problem, backend), *weights, backend=backend, residual=residual, gate=gate)
+    assert out.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("residual", "gate", "said"),
+    [
+        (torch.zeros(37, 32), None, "gate: got None, expected both"),
+        (None, torch.zeros(1, 32), "residual: got None, expected both"),
+        (torch.zeros(36, 32), torch.zeros(1, 32), r"residual: got shape \(36, 32\)"),
+        (torch.zeros(37, 32), torch.zeros(2, 32), "gate: got 2 images, expected a divisor of T = 37"),
+        (torch.zeros(37, 32), torch.zeros(1, 31), r"gate: got shape \(1, 31\)"),
+    ],
+)
+def test_bad_gates(residual, gate, said, seed):
+    problem = make_problem(PLAIN, seed, torch.float32)
+    weights = (problem.gate_up_proj, problem.down_proj, problem.shared_gate_up_proj, problem.shared_down_proj)
+    with pytest.raises(ValueError, match=said):
+        moe_mlp(problem.x, plan_of(problem, "eager"), *weights, residual=residual, gate=gate)

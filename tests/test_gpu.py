@@ -1,0 +1,340 @@
+"""The GPU command, rehearsed on a CPU: floors as designed, everybody verified, budgets kept, nothing run twice."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+import zipfile
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import ledger, measure, record, store, workloads
+from bench.__main__ import main
+from bench.cases import Case, backends_on, make_inputs
+from bench.gpu import command, contenders, counters, plan, profiles, race, steps, tables
+from bench.gpu.floors import floor_s, kernels
+from bench.shapes import MODEL_SHAPES
+from reference.dit import DiTMoE
+
+LAYER = Case("layer", "any", MODEL_SHAPES["S/2-8E2A"], "uniform", 8192, "bf16", "fwd", device="cuda")
+TINY = Case("layer", "any", MODEL_SHAPES["digits"], "uniform", 32, "fp32", "fwd")
+ROOF = {"fp32": 1e11, "bf16": 2e11, "copy": 1e10}
+
+
+@pytest.mark.parametrize(
+    ("name", "forward_us", "backward_us"),
+    [("S/2-8E2A", 102, 243), ("B/2-8E2A", 387, 797), ("XL/2-8E2A", 856, 1691), ("G/2-8E2A", 1271, 2515)],
+)
+def test_floors_are_those_of_the_design(name, forward_us, backward_us):
+    for mode, microseconds in (("fwd", forward_us), ("bwd", backward_us)):
+        case = replace(LAYER, shape=MODEL_SHAPES[name], mode=mode)
+        assert floor_s(case, 790e12, 4.3e12) * 1e6 == pytest.approx(microseconds, rel=0.05)
+
+
+@pytest.mark.parametrize("level", ["gating", "experts", "layer"])
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwdbwd"])
+def test_kernels_of_a_floor_multiply_what_the_case_counts(level, mode):
+    case = replace(LAYER, level=level, mode=mode)
+    combine = case.flops if level == "gating" else replace(case, level="experts").flops
+    assert sum(flops for flops, _ in kernels(case)) == pytest.approx(max(combine, 0.99 * case.flops), rel=0.02)
+    assert kernels(replace(case, level="block")) == []
+
+
+def test_ids_of_gpu_cases_read_back_and_those_of_the_cpu_are_as_before():
+    assert LAYER.id.endswith("-bf16-fwd-cuda") and Case.from_id(LAYER.id) == LAYER
+    assert replace(LAYER, device="cpu").id.endswith("-bf16-fwd-t1")
+
+
+def test_backends_belong_to_their_device():
+    assert backends_on("cpu") == ("native", "grouped", "eager") and backends_on("cuda") == (
+        "triton",
+        "grouped",
+        "eager",
+    )
+    assert workloads.why_not(replace(TINY, backend="triton")) == "backend triton runs on cuda"
+    assert workloads.why_not(replace(TINY, dtype="tf32")) == "only GPUs have TF32"
+    if not torch.cuda.is_available():
+        assert workloads.why_not(replace(LAYER, backend="grouped")) == "this machine has no CUDA device"
+
+
+def test_inputs_for_a_device_are_the_cpu_numbers_in_fresh_tensors(monkeypatch):
+    """On a device of its own type: meta tells shapes and dtypes, and what is moved there is drawn on the CPU."""
+    moved = make_inputs(replace(TINY, device="meta"), dtype=torch.float64)
+    kept = make_inputs(TINY, dtype=torch.float64)
+    for name, tensor in vars(kept).items():
+        there = getattr(moved, name)
+        assert there.device.type == "meta" and (there.shape, there.dtype) == (tensor.shape, tensor.dtype), name
+
+
+def test_tf32_is_on_for_its_cases_only():
+    before = torch.backends.cuda.matmul.allow_tf32
+    for dtype in ("tf32", "fp32"):
+        with workloads.arithmetic(dtype):
+            assert torch.backends.cuda.matmul.allow_tf32 == (dtype == "tf32")
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+class Clock:
+    """A GPU's clock for the timer: work and sleep move it, events read it."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.slept = 0.0, []
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+        monkeypatch.setattr(torch.cuda, "_sleep", self.slept.append)
+        monkeypatch.setattr(measure, "_flush_buffer", lambda device: torch.zeros(1))
+
+    def work(self, milliseconds: float) -> str:
+        self.now += milliseconds
+        return "done"
+
+
+class Event:
+    def __init__(self, clock: Clock):
+        self.clock, self.at = clock, None
+
+    def record(self) -> None:
+        self.at = self.clock.now
+
+    def elapsed_time(self, other: Event) -> float:
+        return other.at - self.at
+
+
+def test_events_time_the_calls_and_nothing_between_them(monkeypatch):
+    clock = Clock(monkeypatch)
+    wall, cpu, result = measure.time_calls(lambda: clock.work(3.0), 4, "cuda")
+    assert (wall, result) == (pytest.approx(3e-3), "done") and cpu >= 0 and not clock.slept
+    assert measure.time_queued(lambda: clock.work(2.0), 3, "cuda")[0] == pytest.approx(2e-3)
+    assert clock.slept == [measure.LEAD_CYCLES] * 3
+
+
+def test_figures_of_a_gpu_say_cold_cache_and_what_launching_took(monkeypatch):
+    clock = Clock(monkeypatch)
+    samples = measure.interleave({"a": lambda: clock.work(0.06)}, 3, 0.0, device="cuda")
+    figures = samples["a"].figures()
+    assert (figures["clock"], figures["cache"], samples["a"].calls) == ("cuda", "cold", 2) and "issue_us" in figures
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwdbwd"])
+def test_a_race_verifies_times_and_says_who_is_missing(mode):
+    case = replace(TINY, mode=mode)
+    rows = list(race.race(case, contenders.contenders_of(case, compiled=False), ROOF, 3, 0.0))
+    by_name = {row["contender"]: row for row in rows}
+    assert {"native", "grouped", "eager", "authors_tp1", "sorted_loop", "grouped_mm", "liger", "sonic"} == set(by_name)
+    assert by_name["liger"]["reason"] == "runs on cuda"
+    for name in ("grouped", "eager", "authors_tp1", "sorted_loop", "grouped_mm"):
+        figures = by_name[name]["figures"]
+        assert by_name[name]["wrong"] is None and figures["x_floor"] > 0 and figures["ceiling_share"] > 0
+        assert "grouped" in by_name[name]["speedups"] or name == "grouped"
+    assert "layer digits T=32 fp32" in tables.line(rows) and "x floor" in tables.line(rows)
+
+
+def test_a_wrong_contender_and_one_that_cannot_be_built_get_no_number():
+    def doubled(case: Case) -> workloads.Workload:
+        work = workloads.build(case, "eager")
+        return workloads.Workload(case, lambda: [2 * y for y in work.run()], work.named)
+
+    def broken(case: Case) -> workloads.Workload:
+        raise ImportError("no such symbol")
+
+    chosen = [contenders.Contender("doubled", doubled), contenders.Contender("broken", broken)]
+    wrong, failed = race.race(TINY, chosen, ROOF, 3, 0.0)
+    assert "out: error" in wrong["wrong"] and wrong["figures"] == {}
+    assert failed["reason"] == "ImportError: no such symbol" and failed["figures"] == {}
+
+
+def test_the_compiled_race_among_few():
+    compiled = {c.name for c in contenders.contenders_of(LAYER, compiled=True)}
+    assert compiled == {"triton", "authors_tp1", "grouped_mm", "authors_compiled", "grouped_mm_compiled"}
+    assert not {c.name for c in contenders.contenders_of(LAYER, compiled=False)} & {"authors_compiled", "native"}
+
+
+def test_sonic_rows_are_told_apart():
+    E, I, H = 2, 3, 4
+    stacked = torch.arange(E * 2 * I * H).view(E, 2 * I, H)
+    in_turn = stacked.view(E, 2, I, H).transpose(1, 2).reshape(E, 2 * I, H)
+    assert torch.equal(in_turn[0, 1], stacked[0, I])
+    assert torch.equal(contenders._rows_apart({"dgate_up_proj": in_turn})["dgate_up_proj"], stacked)
+
+
+def test_counters_of_a_cpu_are_none_and_its_operators_are_seen():
+    assert counters.count(lambda: None, "cpu") == {"launches": None, "host_syncs": None, "peak_mib": None}
+    assert "aten::mm" in {event.name for event in counters.events(lambda: torch.ones(4, 4) @ torch.ones(4, 4), "cpu")}
+
+
+def test_work_is_begun_while_it_fits():
+    now = [0.0]
+    budget = command.Budget(100.0, clock=lambda: now[0])
+
+    def work() -> None:
+        now[0] += 40.0
+
+    assert budget.spend(work) and budget.spend(work)
+    assert not budget.spend(work) and now[0] == 80.0 and budget.left == 20.0
+
+
+def test_everything_important_comes_first():
+    first, rest = plan.layers_and_rooms(plan.SIZES["default"], "cuda")
+    assert len({case.id for case in first + rest}) == len(first + rest)
+    assert {case.dtype for case in first[:16]} == {"bf16"} and {case.level for case in first[:16]} == {"layer"}
+    assert {case.dtype for case in rest} == {"fp16", "tf32", "fp32"}
+    cases = plan.whole_models(plan.SIZES["default"], "cuda")
+    assert [case.level for case in cases[:4]] == ["sampling_step", "train_step"] * 2
+
+
+def job(tmp_path, **changes) -> command.Job:
+    fields = {"out": tmp_path, "device": "cpu", "size": "tiny", "wheel": None, "minutes": 1.0, "stage": None}
+    return command.Job(argparse.Namespace(**{**fields, **changes}))
+
+
+def row(**fields) -> dict:
+    return store.row("time", **{"race": "r", "contender": "c", "ours": True, "wrong": None, "reason": "x", **fields})
+
+
+def test_what_the_folder_has_is_not_run_again_and_what_failed_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "line", lambda rows: "")
+    ran = []
+
+    def produce(case: Case):
+        ran.append(case.mode)
+        if case.mode == "bwd":
+            raise RuntimeError("out of luck")
+        yield row(wrong="error" if case.mode == "fwdbwd" else None)
+
+    cases = [replace(TINY, mode=mode) for mode in ("fwd", "bwd", "fwdbwd")]
+    job(tmp_path)._each("bench", cases, produce)
+    first = job(tmp_path)
+    first._each("bench", cases, produce)
+    assert ran == ["fwd", "bwd", "fwdbwd", "bwd", "fwdbwd"]
+    assert [r["summary"] for r in first.ledger.rows if r["kind"] == "failure"] == [
+        f"{cases[1].id}: RuntimeError: out of luck"
+    ]
+    assert sum(map(command.bad, first.ledger.rows)) == 2
+
+
+def test_what_does_not_fit_is_dropped_with_a_note(tmp_path, capsys):
+    done = []
+    job(tmp_path, minutes=0.0)._each("bench", [TINY], done.append)
+    assert not done and f"dropped 1 of 1 cases: bench {TINY.id}" in capsys.readouterr().out
+
+
+def test_who_takes_the_gpu_down_is_noted_and_left_out(tmp_path, monkeypatch):
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    first = job(tmp_path)
+    first.args.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(OSError, match=r"^sonic took the GPU's context down in .*: raised AcceleratorError"):
+        down = {"wrong": "raised AcceleratorError"}
+        first._look_after_gpu(TINY, [row(errors={"out": {}}, **down), row(contender="sonic", **down), row(**down)])
+    assert job(tmp_path)._lost() == {"sonic"}
+
+
+def test_the_stage_bench_runs_on_a_cpu_and_resumes(tmp_path, capsys):
+    argv = ["gpu", "--device", "cpu", "--size", "tiny", "--stage", "bench", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    rows = store.read(tmp_path / "rows_cpu_tiny.jsonl")
+    assert {r["kind"] for r in rows} == {"ceilings", "time"} and len({r["race"] for r in rows if "race" in r}) == 11
+    assert all(r["source"] for r in rows)
+    assert main(argv) == 0
+    assert len(store.read(tmp_path / "rows_cpu_tiny.jsonl")) == len(rows) + 1  # the ceilings of the second run
+    assert "layer digits T=64 bf16 fwdbwd: " in capsys.readouterr().out
+
+
+def test_e2e_and_profile_run_on_a_cpu(tmp_path, capsys):
+    for stage in ("e2e", "profile", "build"):
+        argv = ["gpu", "--device", "cpu", "--size", "tiny", "--stage", stage, "--out", str(tmp_path)]
+        assert main(argv) == 0
+    rows = store.read(tmp_path / "rows_cpu_tiny.jsonl")
+    steps = {(r["level"], r["contender"]): r for r in rows if r["kind"] == "time"}
+    assert len(steps) == 12 and steps["train_step", "authors_tp1"]["figures"]["images_per_s"] > 0
+    assert steps["sampling_step", "grouped_graph"]["reason"] == "no CUDA graph: runs on cuda"
+    assert sum(r["share"] for r in rows if r["kind"] == "profile") == pytest.approx(1)
+    assert "cpu: skipped" in capsys.readouterr().out
+
+
+def test_bad_arguments_are_named(tmp_path, capsys):
+    assert main(["gpu", "--device", "cpu", "--out", str(tmp_path), "--wheel", "no.whl"]) == 2
+    assert "--wheel: got no.whl, expected a wheel of this project" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["gpu", "--out", str(tmp_path)]) == 2
+        assert "--device: got cuda, expected cpu" in capsys.readouterr().err
+
+
+def test_a_wheel_is_installed_and_its_extension_put_beside_the_sources(tmp_path, monkeypatch):
+    wheel, commands = tmp_path / "moe_kernels-0.1.0-cp312.whl", []
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("moe_kernels/_C.so", b"extension")
+        archive.writestr("moe_kernels/layer.py", b"other sources")
+    first = job(tmp_path / "out", wheel=wheel)
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    monkeypatch.setattr(first, "_logged", lambda log, words: commands.append(words) or 0)
+    (done,) = first._install()
+    assert (done["failed"], done["summary"]) == (False, f"{wheel.name} installed") and str(wheel) in commands[0]
+    assert [p.name for p in (tmp_path / "moe_kernels").iterdir()] == ["_C.so"]
+    monkeypatch.setattr(first, "_logged", lambda log, words: 1)
+    assert next(first._install())["failed"]
+
+
+def test_what_runs_out_of_time_is_stopped(tmp_path):
+    first = job(tmp_path, minutes=0.02)
+    assert first._logged("a.log", [sys.executable, "-c", "import time; print('on', flush=True); time.sleep(60)"]) == 124
+    assert (tmp_path / "a.log").read_text() == "on\n\nstopped: out of time\n"
+
+
+def test_nsight_compute_gets_the_slowest_of_our_kernels(tmp_path, monkeypatch):
+    case = replace(TINY, backend="grouped")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert profiles.sections(case, "grouped", ["experts_fwd_up"], tmp_path / "ncu.log", 9.0) == "ncu is not on PATH"
+    (tmp_path / "ncu").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    (tmp_path / "ncu").chmod(0o755)
+    kernels = ["void at::native::sort<int>", "experts_fwd_up", "combine_fwd"]
+    assert profiles.sections(case, "grouped", kernels, tmp_path / "ncu.log", 9.0) is None
+    words = (tmp_path / "ncu.log").read_text().splitlines()
+    assert "regex:^(experts_fwd_up|combine_fwd)$" in words and words[words.index("--launch-count") + 1] == "4"
+    assert words[-1] == f"from bench.gpu import profiles; profiles.one_call({case.id!r})"
+    profiles.one_call(case.id)
+
+
+def test_waits_for_the_gpu_are_counted_and_keep_a_step_from_being_captured(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def twice() -> None:
+        for text in (counters.SYNC, "something else", counters.SYNC):
+            warnings.warn(text, stacklevel=1)
+
+    assert counters.host_syncs(twice) == 2 and modes == ["warn", "default"]
+    assert steps._graph(LAYER, twice, 2) == "the step waits for the GPU 2 times"
+
+
+def test_twins_own_the_same_parameters():
+    case = replace(TINY, level="train_step", routing="gate", mode="fwdbwd")
+    model = workloads.build_model(DiTMoE, case, steps.AUTHORS)
+    twin = steps._twin(model, "eager")
+    pairs = list(zip(model.named_parameters(), twin.named_parameters(), strict=True))
+    assert all(a == b and p is q for (a, p), (b, q) in pairs) and type(twin.blocks[0].moe) is not type(
+        model.blocks[0].moe
+    )
+
+
+def test_recorded_rows_name_the_commit_whose_sources_they_were_made_from(tmp_path, monkeypatch):
+    source = ledger.source_digest(command.SOURCES)
+    (tmp_path / "results").mkdir()
+    commit = {"commit": "0123456789abcdef", "dirty": False}
+    monkeypatch.setattr(store, "commit", lambda: commit)
+    for found in (source, "another"):
+        store.append(tmp_path / record.GPU_ROWS, row(source=found, stage="bench x"))
+    target = record.record_gpu(tmp_path, tmp_path)
+    (kept,) = store.read(target)
+    assert target.name.endswith("_0123456789_gpu.jsonl") and kept["source"] == source
+    store.append(tmp_path / record.GPU_ROWS, row(source=source, stage="bench y", wrong="out: error"))
+    with pytest.raises(ValueError, match="bench y failed or is wrong"):
+        record.record_gpu(tmp_path, tmp_path)
+    commit["dirty"] = True
+    with pytest.raises(ValueError, match="got a dirty tree or no commit"):
+        record.record_gpu(tmp_path, tmp_path)
