@@ -9,7 +9,7 @@ BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
 export OMP_WAIT_POLICY ?= passive
 QUIET := -q --disable-pip-version-check --no-input
 
-.PHONY: setup bench peers test lint clean native-test asan tsan
+.PHONY: setup bench peers test lint clean native-test asan tsan cuda cuda-test fibers
 
 setup: $(INSTALLED)
 
@@ -42,6 +42,28 @@ native-test asan tsan: setup
 	  -DMOE_KERNELS_SANITIZER=$(if $(filter asan,$@),address,$(if $(filter tsan,$@),thread,)) > /dev/null
 	$(BIN)/cmake --build build/$@
 	build/$@/moe_native_test
+
+# The CUDA backend, in the environment of `setup`: needs nvcc. The headers of nvidia-cutlass are all that is used of it.
+cuda: setup
+	$(BIN)/python -m pip install $(QUIET) --no-deps -c constraints.txt nvidia-cutlass
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install $(QUIET) --no-build-isolation --no-deps -c constraints.txt \
+	  -C cmake.define.MOE_KERNELS_CUDA=ON -e .
+
+# The same CUDA sources on the CPU, a fiber per thread: kernels alone, then the backend, every way to multiply.
+FIBERS := build/$(if $(SANITIZER),$(SANITIZER)-,)fibers
+fibers: setup
+	$(BIN)/cmake -S . -B $(FIBERS) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DMOE_KERNELS_FIBERS=ON \
+	  -DMOE_KERNELS_SANITIZER=$(SANITIZER) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > /dev/null
+	$(BIN)/cmake --build $(FIBERS)
+
+cuda-test: fibers
+	$(FIBERS)/cuda_test
+	$(ON_FIBERS) MOE_FIBER_ENGINE=simt $(BIN)/python -m pytest -q tests -k cuda
+	$(ON_FIBERS) MOE_FIBER_ORDER=reverse MOE_FIBER_ENGINE=sm80 $(PRODUCTS)
+	$(ON_FIBERS) MOE_FIBER_ORDER=shuffled MOE_FIBER_ENGINE=sm90 $(PRODUCTS)
+ON_FIBERS = MOE_KERNELS_FIBERS=$$(echo $(abspath $(FIBERS))/_cuda_fibers*.so)
+PRODUCTS = $(BIN)/python -m pytest -q tests/test_cuda.py tests/test_moe_mlp.py -k 'cuda and not float32'
 
 clean:
 	rm -rf $(VENV) build report .pytest_cache .ruff_cache .hypothesis .benchmarks moe_kernels/_C*.so

@@ -1,12 +1,9 @@
-// The only file that knows Python. Every buffer arrives with its sizes, strides and readable bytes, and is checked
+// The only file of the CPU that knows Python. Every buffer arrives with its sizes, strides and readable bytes, and is checked
 // against what the kernel will touch before the kernel runs; the GIL is released around the work.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
 #include <memory>
-#include <optional>
 
-#include "core/tensor.h"
 #include "core/workspace.h"
 #include "cpu/combine.h"
 #include "cpu/dispatch.h"
@@ -21,18 +18,6 @@ using namespace moe;
 
 namespace {
 
-using Plan = std::vector<Tensor>;  // the seven tensors of RoutingPlan, in order
-constexpr Dtype F32 = Dtype::kFloat32, I32 = Dtype::kInt32;
-
-Activation activation_of(const std::string& name) {
-  MOE_CHECK(name == "swiglu" || name == "gelu", "activation: '", name, "', expected 'swiglu' or 'gelu'");
-  return name == "swiglu" ? Activation::kSwiGLU : Activation::kGELU;
-}
-
-void expect_float(const char* name, const Tensor& t) {
-  MOE_CHECK(t.dtype != I32, name, ": dtype tag ", int(t.dtype), ", expected a float, 0 to 2");
-}
-
 void expect_indices(const char* name, const int32_t* values, int64_t count, int64_t limit) {
   for (int64_t i = 0; i < count; ++i)
     MOE_CHECK(values[i] >= 0 && values[i] < limit, name, ": ", values[i], " at ", i, ", expected 0..", limit - 1);
@@ -46,63 +31,14 @@ void expect_offsets(const char* name, const int32_t* offsets, int64_t count, int
 }
 
 PlanView view_of(const Plan& plan, int64_t T, int64_t E) {
-  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
-  MOE_CHECK(plan[2].sizes.size() == 1, "plan.row_token: ", plan[2].sizes.size(), " dimensions, expected 1");
+  const PlanView view = plan_view(plan, T, E);
   const int64_t R = plan[2].sizes[0];
-  plan[1].expect("plan.expert_offsets", I32, {E + 1});
-  plan[2].expect("plan.row_token", I32, {R});
-  plan[3].expect("plan.row_weight", F32, {R});
-  plan[5].expect("plan.token_row_offsets", I32, {T + 1});
-  plan[6].expect("plan.token_rows", I32, {R});
-  expect_offsets("plan.expert_offsets", plan[1].as<int32_t>(), E, R);
-  expect_offsets("plan.token_row_offsets", plan[5].as<int32_t>(), T, R);
-  expect_indices("plan.row_token", plan[2].as<int32_t>(), R, T);
-  expect_indices("plan.token_rows", plan[6].as<int32_t>(), R, R);
-  return {plan[1].as<int32_t>(), plan[2].as<int32_t>(), plan[3].as<float>(), plan[5].as<int32_t>(),
-          plan[6].as<int32_t>()};
+  expect_offsets("plan.expert_offsets", view.expert_offsets, E, R);
+  expect_offsets("plan.token_row_offsets", view.token_row_offsets, T, R);
+  expect_indices("plan.row_token", view.row_token, R, T);
+  expect_indices("plan.token_rows", view.token_rows, R, R);
+  return view;
 }
-
-PlanOut out_of(const Plan& plan, int64_t T, int64_t E, int64_t R) {
-  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
-  MOE_CHECK(R < (int64_t(1) << 31) && T < (int64_t(1) << 31), "plan: ", R, " rows, expected less than 2^31");
-  const int64_t sizes[] = {E, E + 1, R, R, R, T + 1, R};
-  for (int i = 0; i < 7; ++i) plan[i].expect("plan", i == 3 ? F32 : I32, {sizes[i]});
-  return {plan[0].as<int32_t>(), plan[1].as<int32_t>(), plan[2].as<int32_t>(), plan[3].as<float>(),
-          plan[4].as<int32_t>(), plan[5].as<int32_t>(), plan[6].as<int32_t>()};
-}
-
-// Sizes read off the weights (no tokens, no rows), every weight checked against them.
-MoeSizes sizes_of(const Tensor& gate_up_proj, const Tensor& down_proj, const Tensor& shared_gate_up_proj,
-                  const Tensor& shared_down_proj, const std::string& activation, int threads) {
-  expect_float("down_proj", down_proj);
-  MOE_CHECK(down_proj.sizes.size() == 3, "down_proj: ", down_proj.sizes.size(), " dimensions, expected 3");
-  MOE_CHECK(threads > 0, "threads: ", threads, ", expected at least 1");
-  MoeSizes s{};
-  s.E = down_proj.sizes[0], s.H = down_proj.sizes[1], s.I = down_proj.sizes[2];
-  s.Is = shared_down_proj.present() ? shared_down_proj.sizes.at(1) : 0;
-  s.dtype = down_proj.dtype, s.activation = activation_of(activation), s.threads = threads;
-  gate_up_proj.expect("gate_up_proj", s.dtype, {s.E, s.halves() * s.I, s.H});
-  down_proj.expect("down_proj", s.dtype, {s.E, s.H, s.I});
-  if (s.Is > 0) {
-    shared_gate_up_proj.expect("shared_gate_up_proj", s.dtype, {s.halves() * s.Is, s.H});
-    shared_down_proj.expect("shared_down_proj", s.dtype, {s.H, s.Is});
-  }
-  return s;
-}
-
-// The same with x and the plan.
-MoeSizes sizes_of(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
-                  const Tensor& shared_gate_up_proj, const Tensor& shared_down_proj, const std::string& activation,
-                  int threads) {
-  MoeSizes s = sizes_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj, activation, threads);
-  MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
-  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
-  s.T = x.sizes[0], s.R = plan[2].sizes.at(0);
-  x.expect("x", s.dtype, {s.T, s.H});
-  return s;
-}
-
-Tensor optional(const std::optional<Tensor>& t) { return t ? *t : Tensor{}; }
 
 int64_t py_gating_fwd(const Tensor& x, const Tensor& weight, const Tensor& probs, const Tensor& topk_weights,
                       const Tensor& topk_ids, int threads) {
@@ -277,13 +213,7 @@ void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of moe_kernels; call them through moe_kernels.backends.native.";
-  py::register_exception<Error>(m, "Error", PyExc_ValueError);
-  py::class_<Tensor>(m, "Tensor", "A view of caller-owned memory: address, dtype tag, sizes, strides, readable bytes.")
-      .def(py::init([](uintptr_t data, int dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides,
-                       int64_t nbytes) {
-        MOE_CHECK(dtype >= 0 && dtype <= 3, "dtype tag: ", dtype, ", expected 0 (fp32), 1 (bf16), 2 (fp16) or 3 (int32)");
-        return Tensor{reinterpret_cast<void*>(data), Dtype(dtype), std::move(sizes), std::move(strides), nbytes};
-      }));
+  bind_tensor(m);
   py::class_<Block>(m, "Block", py::buffer_protocol(), "Memory out of the pool that survives between calls.")
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def_buffer([](const Block& block) {

@@ -89,3 +89,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and autocast_enabled(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def finite(probs: Tensor) -> None:
+    """Refuse the softmax of logits that were not finite, where looking makes nobody wait: not on a GPU."""
+    if probs.device.type == "cpu" and not bool(probs.isfinite().all()):
+        row = int((~probs.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"x, gate_weight: got non-finite router logits (token {row}), expected finite ones")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,7 @@ DTYPES = {
     "eager": (torch.float32, torch.bfloat16, torch.float64),
     "native": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 SCALES = (1e-3, 1.0, 30.0)
 CONTENDERS = [
@@ -31,6 +35,7 @@ CONTENDERS = [
     for backend in BACKENDS
     for dtype in DTYPES.get(backend, (torch.float32, torch.bfloat16))
 ]
+WIDTH_STEP = {"cuda": 8}  # of what widths have to be multiples
 each_contender = pytest.mark.parametrize(("backend", "dtype"), CONTENDERS)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="native is not built, or not for this device")
@@ -120,10 +125,16 @@ def moe_compute(trap: Trap, dtype: torch.dtype, scale: float = 1.0):
 
 
 def judge_trap(op: str, make_compute, trap: Trap, scale: float, backend: str, dtype: torch.dtype, seed: int) -> None:
-    """Judge; where the trap allows a refusal, a clear one naming the backend counts as an answer."""
-    try:
+    with refusals(backend, trap.may_refuse):
         judge(op, make_compute(trap, dtype, scale), backend, dtype, seed, scale)
+
+
+@contextmanager
+def refusals(backend: str, allowed: bool) -> Iterator[None]:
+    """Where one is allowed, a clear refusal naming the backend counts as an answer."""
+    try:
+        yield
     except (ValueError, RuntimeError) as refusal:
-        if not trap.may_refuse or backend not in str(refusal):
+        if not allowed or backend not in str(refusal):
             raise
         pytest.skip(f"refused: {refusal}")

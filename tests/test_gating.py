@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import reference.routing
 from moe_kernels import aux_loss, gating
-from tests.contenders import SCALES, each_backend, each_contender
+from tests.contenders import SCALES, each_backend, each_contender, refusals
 from tests.error_rule import judge
 from tests.trap_cases import draw_router, sample, strided
 
@@ -54,7 +55,8 @@ def gating_compute(shape, dtype, scale=1.0, layout=lambda t: t):
 @each_contender
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes(shape, backend, dtype, seed):
-    judge("gating", gating_compute(shape, dtype), backend, dtype, seed)
+    with refusals(backend, shape is SHAPES["odd width"]):
+        judge("gating", gating_compute(shape, dtype), backend, dtype, seed)
 
 
 @each_contender
@@ -83,7 +85,7 @@ def test_dtypes_and_raw_probabilities(backend, dtype, seed):
 @each_backend
 def test_probabilities_that_underflow_tie(backend):
     logits = torch.tensor([[200.0, 1, 5, 3], [-300, -200, 0, -250]])
-    _, ids, probs = gating(torch.eye(2), logits.T.contiguous(), 3, backend=backend)
+    _, ids, probs = gating(torch.eye(2, 8), F.pad(logits.T, (0, 6)), 3, backend=backend)
     assert probs.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
     assert ids.tolist() == [[0, 1, 2], [2, 0, 1]]
 

@@ -17,6 +17,10 @@ struct fp16 {
   uint16_t bits;
 };
 
+inline Dtype dtype_of(float) { return Dtype::kFloat32; }
+inline Dtype dtype_of(bf16) { return Dtype::kBFloat16; }
+inline Dtype dtype_of(fp16) { return Dtype::kFloat16; }
+
 // Call body with a value of the storage type of a float dtype.
 template <class Body>
 void with_dtype(Dtype dtype, const Body& body) {

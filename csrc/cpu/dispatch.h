@@ -1,18 +1,8 @@
 // The dispatch room: picks to a routing plan, by a stable counting sort.
 #pragma once
-#include <cstdint>
+#include "../core/shapes.h"
 
 namespace moe {
-
-struct PlanOut {
-  int32_t* expert_counts;      // (E,)
-  int32_t* expert_offsets;     // (E + 1,)
-  int32_t* row_token;          // (R,)
-  float* row_weight;           // (R,)
-  int32_t* row_pick;           // (R,)
-  int32_t* token_row_offsets;  // (T + 1,)
-  int32_t* token_rows;         // (R,)
-};
 
 // Token choice: rows grouped by expert, ascending (token, pick) inside an expert; R = T K.
 // Throws when an id is outside [0, E).

@@ -3,43 +3,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "../core/dtype.h"
+#include "../core/shapes.h"
 #include "../core/workspace.h"
 #include "kernels.h"
 
 namespace moe {
-
-struct MoeSizes {
-  int64_t T, H, E, R, I, Is;  // Is = 0: no shared expert
-  Dtype dtype;                // storage dtype of x, weights, gradients: fp32, bf16 or fp16
-  Activation activation;
-  int threads;
-
-  int64_t halves() const { return activation == Activation::kSwiGLU ? 2 : 1; }
-};
-
-// Read-only view of a RoutingPlan; bounds are the caller's to check (bindings do).
-struct PlanView {
-  const int32_t* expert_offsets;     // (E + 1,)
-  const int32_t* row_token;          // (R,)
-  const float* row_weight;           // (R,)
-  const int32_t* token_row_offsets;  // (T + 1,)
-  const int32_t* token_rows;         // (R,)
-};
-
-struct ExpertWeights {
-  const void* gate_up_proj;         // (E, halves * I, H)
-  const void* down_proj;            // (E, H, I)
-  const void* shared_gate_up_proj;  // (halves * Is, H) or null
-  const void* shared_down_proj;     // (H, Is) or null
-};
-
-struct ExpertGrads {
-  void* dgate_up_proj;
-  void* ddown_proj;
-  void* dshared_gate_up_proj;
-  void* dshared_down_proj;
-};
 
 // Weights in the panels that the forward kernels multiply with: a second copy, made once, for inference.
 class PackedWeights {

@@ -2,15 +2,9 @@
 #pragma once
 #include <cstdint>
 
-#include "../core/dtype.h"
+#include "../core/shapes.h"
 
 namespace moe {
-
-struct GatingSizes {
-  int64_t T, H, E, K;  // K = 0: probabilities only
-  Dtype dtype;         // of x and dx; the weight is widened by the caller
-  int threads;
-};
 
 // probs (T, E) = softmax(x weight^T); topk: the K largest in descending order, the lower expert index on a tie.
 // Returns the first token whose logits are not finite, or -1.

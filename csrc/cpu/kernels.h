@@ -2,15 +2,13 @@
 #pragma once
 #include <cstdint>
 
-#include "../core/dtype.h"
+#include "../core/shapes.h"
 
 namespace moe {
 
 // How a storage dtype is multiplied: 16-bit ones are widened to fp32 while packing, or bf16 fed to vdpbf16ps in pairs.
 enum class Compute : int { kFloat32 = 0, kBFloat16Widened = 1, kFloat16Widened = 2, kBFloat16Pairs = 3 };
 constexpr int kComputes = 4;
-
-enum class Activation : int { kSwiGLU = 0, kGELU = 1 };
 
 // One expert (or the shared expert) with the rows routed to it. "storage" buffers have the user's dtype and no
 // padding; "compute" buffers (workspace) have the compute dtype and padded leading dimensions ld_*.

@@ -9,21 +9,17 @@ import torch
 from torch import Tensor
 
 from ..plan import RoutingPlan
+from ._views import empty_plan, view
 from .base import Backend, Case, MoEWeights
 
 _POOLED_BYTES = 4 << 20  # from here on malloc maps fresh pages, and page faults cost up to 10 % of a backward
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}
-
 _FLOATS = torch.float32, torch.bfloat16, torch.float16
 
 
 def _view(t: Tensor | None):
-    if t is None:
-        return None
     from .. import _C
 
-    readable = t.untyped_storage().nbytes() - t.storage_offset() * t.element_size()
-    return _C.Tensor(t.data_ptr(), _DTYPES[t.dtype], t.shape, t.stride(), readable)
+    return view(_C, t)
 
 
 def _new(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -38,13 +34,6 @@ def _new(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def _views(plan: RoutingPlan) -> list:
     return [_view(t) for t in plan.tensors()]
-
-
-def _empty_plan(device: torch.device, num_tokens: int, num_experts: int, num_rows: int) -> RoutingPlan:
-    sizes = (num_experts, num_experts + 1, num_rows, num_rows, num_rows, num_tokens + 1, num_rows)
-    dtypes = (torch.int32,) * 3 + (torch.float32,) + (torch.int32,) * 3
-    pairs = zip(sizes, dtypes, strict=True)
-    return RoutingPlan.from_tensors([torch.empty(n, dtype=d, device=device) for n, d in pairs])
 
 
 def _version(t: Tensor) -> int:
@@ -111,13 +100,13 @@ class NativeBackend(Backend):
 
     def dispatch(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> RoutingPlan:
         T, K = topk_ids.shape
-        plan = _empty_plan(topk_ids.device, T, num_experts, T * K)
+        plan = empty_plan(topk_ids.device, T, num_experts, T * K)
         self._c.dispatch(_view(topk_ids), _view(topk_weights), num_experts, _views(plan))
         return plan
 
     def dispatch_expert_choice(self, affinities: Tensor, capacity: int, tokens_per_group: int) -> RoutingPlan:
         T, E = affinities.shape
-        plan = _empty_plan(affinities.device, T, E, E * (T // tokens_per_group) * capacity)
+        plan = empty_plan(affinities.device, T, E, E * (T // tokens_per_group) * capacity)
         self._c.dispatch_expert_choice(
             _view(affinities), capacity, tokens_per_group, _views(plan), torch.get_num_threads()
         )

@@ -12,9 +12,10 @@ from typing import NamedTuple
 from .base import Backend, Case
 
 ENVIRONMENT = "MOE_KERNELS_BACKEND"
-CLASSES = {  # in the order of "auto": native takes the CPU, triton NVIDIA GPUs
+CLASSES = {  # in the order of "auto": native takes the CPU, triton and cuda NVIDIA GPUs
     "native": "NativeBackend",
     "triton": "TritonBackend",
+    "cuda": "CudaBackend",
     "grouped": "GroupedBackend",
     "eager": "EagerBackend",
 }

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ... import _checks
 from ...plan import RoutingPlan
 from ..base import Backend, Case, MoEWeights
 from ..eager import EagerBackend
@@ -58,7 +59,7 @@ class TritonBackend(Backend):
     @_on_device
     def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         topk_weights, topk_ids, probs = launches.gating_fwd(x, gate_weight, top_k)
-        _check_finite(probs)
+        _checks.finite(probs)
         return topk_weights, topk_ids, probs
 
     @_on_device
@@ -150,7 +151,7 @@ class TritonBackend(Backend):
         self, x: Tensor, shift: Tensor, scale: Tensor, gate_weight: Tensor, top_k: int, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         tokens, *scores, moments = launches.modulated_gating(x, shift, scale, gate_weight, top_k, eps, dtype)
-        _check_finite(scores[2])
+        _checks.finite(scores[2])
         return tokens, *scores, moments
 
     @_on_device
@@ -180,10 +181,3 @@ class TritonBackend(Backend):
         drow_weight = torch.empty_like(plan.row_weight)
         dx = launches.sum_rows(dx_rows, plan, torch.empty_like(x), False, parts, drow_weight)
         return dx, drow_weight, dgate_up_proj[0], ddown_proj[0], dgate_up_proj[1], ddown_proj[1]
-
-
-def _check_finite(probs: Tensor) -> None:
-    """Refuse logits that were not finite, where looking makes nobody wait: in the interpreter."""
-    if probs.device.type == "cpu" and not bool(probs.isfinite().all()):
-        row = int((~probs.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f"x, gate_weight: got non-finite router logits (token {row}), expected finite ones")

@@ -1,0 +1,93 @@
+// What the bindings of every device share: arguments from Python, checked for shape, dtype and room in their buffers.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "core/shapes.h"
+#include "core/tensor.h"
+
+namespace moe {
+
+using Plan = std::vector<Tensor>;  // the seven tensors of RoutingPlan, in order
+constexpr Dtype F32 = Dtype::kFloat32, I32 = Dtype::kInt32;
+
+inline Activation activation_of(const std::string& name) {
+  MOE_CHECK(name == "swiglu" || name == "gelu", "activation: '", name, "', expected 'swiglu' or 'gelu'");
+  return name == "swiglu" ? Activation::kSwiGLU : Activation::kGELU;
+}
+
+inline void expect_float(const char* name, const Tensor& t) {
+  MOE_CHECK(t.dtype != I32, name, ": dtype tag ", int(t.dtype), ", expected a float, 0 to 2");
+}
+
+// The plan's pointers, its sizes checked; R is the number of rows.
+inline PlanView plan_view(const Plan& plan, int64_t T, int64_t E) {
+  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  MOE_CHECK(plan[2].sizes.size() == 1, "plan.row_token: ", plan[2].sizes.size(), " dimensions, expected 1");
+  const int64_t R = plan[2].sizes[0];
+  plan[1].expect("plan.expert_offsets", I32, {E + 1});
+  plan[2].expect("plan.row_token", I32, {R});
+  plan[3].expect("plan.row_weight", F32, {R});
+  plan[5].expect("plan.token_row_offsets", I32, {T + 1});
+  plan[6].expect("plan.token_rows", I32, {R});
+  return {plan[1].as<int32_t>(), plan[2].as<int32_t>(), plan[3].as<float>(), plan[5].as<int32_t>(),
+          plan[6].as<int32_t>()};
+}
+
+inline PlanOut out_of(const Plan& plan, int64_t T, int64_t E, int64_t R) {
+  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  MOE_CHECK(R < (int64_t(1) << 31) && T < (int64_t(1) << 31), "plan: ", R, " rows, expected less than 2^31");
+  const int64_t sizes[] = {E, E + 1, R, R, R, T + 1, R};
+  for (int i = 0; i < 7; ++i) plan[i].expect("plan", i == 3 ? F32 : I32, {sizes[i]});
+  return {plan[0].as<int32_t>(), plan[1].as<int32_t>(), plan[2].as<int32_t>(), plan[3].as<float>(),
+          plan[4].as<int32_t>(), plan[5].as<int32_t>(), plan[6].as<int32_t>()};
+}
+
+// Sizes read off the weights (no tokens, no rows), every weight checked against them.
+inline MoeSizes sizes_of(const Tensor& gate_up_proj, const Tensor& down_proj, const Tensor& shared_gate_up_proj,
+                  const Tensor& shared_down_proj, const std::string& activation, int threads) {
+  expect_float("down_proj", down_proj);
+  MOE_CHECK(down_proj.sizes.size() == 3, "down_proj: ", down_proj.sizes.size(), " dimensions, expected 3");
+  MOE_CHECK(threads > 0, "threads: ", threads, ", expected at least 1");
+  MoeSizes s{};
+  s.E = down_proj.sizes[0], s.H = down_proj.sizes[1], s.I = down_proj.sizes[2];
+  s.Is = shared_down_proj.present() ? shared_down_proj.sizes.at(1) : 0;
+  s.dtype = down_proj.dtype, s.activation = activation_of(activation), s.threads = threads;
+  gate_up_proj.expect("gate_up_proj", s.dtype, {s.E, s.halves() * s.I, s.H});
+  down_proj.expect("down_proj", s.dtype, {s.E, s.H, s.I});
+  if (s.Is > 0) {
+    shared_gate_up_proj.expect("shared_gate_up_proj", s.dtype, {s.halves() * s.Is, s.H});
+    shared_down_proj.expect("shared_down_proj", s.dtype, {s.H, s.Is});
+  }
+  return s;
+}
+
+// The same with x and the plan.
+inline MoeSizes sizes_of(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
+                  const Tensor& shared_gate_up_proj, const Tensor& shared_down_proj, const std::string& activation,
+                  int threads) {
+  MoeSizes s = sizes_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj, activation, threads);
+  MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
+  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  s.T = x.sizes[0], s.R = plan[2].sizes.at(0);
+  x.expect("x", s.dtype, {s.T, s.H});
+  return s;
+}
+
+inline Tensor optional(const std::optional<Tensor>& t) { return t ? *t : Tensor{}; }
+
+inline void bind_tensor(pybind11::module_& m) {
+  namespace py = pybind11;
+  py::register_local_exception<Error>(m, "Error", PyExc_ValueError);
+  py::class_<Tensor>(m, "Tensor", py::module_local(), py::dynamic_attr(),
+                     "A view of caller-owned memory: address, dtype tag, sizes, strides, readable bytes.")
+      .def(py::init([](uintptr_t data, int dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides,
+                       int64_t nbytes) {
+        MOE_CHECK(dtype >= 0 && dtype <= 3, "dtype tag: ", dtype, ", expected 0 (fp32), 1 (bf16), 2 (fp16) or 3 (int32)");
+        return Tensor{reinterpret_cast<void*>(data), Dtype(dtype), std::move(sizes), std::move(strides), nbytes};
+      }));
+}
+
+}  // namespace moe

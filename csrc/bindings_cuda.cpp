@@ -1,0 +1,368 @@
+// The CUDA backend's Python module: every buffer checked as in bindings.cpp, except for contents, which are on a GPU.
+// Kernels go to the caller's stream on the current device; scratch memory is the caller's, sized by *_workspace_bytes.
+#include "bindings.h"
+
+#include "cuda/combine.h"
+#include "cuda/dispatch.h"
+#include "cuda/experts.h"
+#include "cuda/gating.h"
+#ifdef MOE_FIBERS
+#include "tests/fibers.h"
+#endif
+
+namespace py = pybind11;
+using namespace moe;
+
+namespace {
+
+using Maybe = std::optional<Tensor>;
+constexpr int64_t kAlignment = 16;  // bytes of one access of the kernels
+
+cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+void expect_aligned(const char* name, const Tensor& t) {
+  MOE_CHECK(reinterpret_cast<uintptr_t>(t.data) % kAlignment == 0, name, ": address ", t.data,
+            ", expected a multiple of ", kAlignment);
+}
+
+void expect_width(const char* name, int64_t width) {
+  MOE_CHECK(width % 8 == 0, name, ": ", width, ", expected a multiple of 8");
+}
+
+void* scratch_of(const Tensor& workspace, int64_t bytes) {
+  MOE_CHECK(workspace.nbytes >= bytes, "workspace: ", workspace.nbytes, " bytes, expected at least ", bytes);
+  expect_aligned("workspace", workspace);
+  return workspace.data;
+}
+
+GatingSizes gating_sizes(const Tensor& x, const Tensor& weight, const Tensor& probs, int64_t K) {
+  expect_float("x", x);
+  MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
+  const GatingSizes s{x.sizes[0], x.sizes[1], weight.sizes.at(0), K, x.dtype, 1};
+  x.expect("x", x.dtype, {s.T, s.H});
+  weight.expect("gate_weight", F32, {s.E, s.H});
+  probs.expect("probs", F32, {s.T, s.E});
+  MOE_CHECK(s.K <= s.E, "top_k: ", s.K, ", expected at most ", s.E, " experts");
+  expect_width("x", s.H);
+  expect_aligned("x", x);
+  expect_aligned("gate_weight", weight);
+  return s;
+}
+
+void expect_picks(const GatingSizes& s, const Tensor& topk_weights, const Tensor& topk_ids) {
+  topk_weights.expect("topk_weights", F32, {s.T, s.K});
+  topk_ids.expect("topk_ids", I32, {s.T, s.K});
+}
+
+void py_gating_fwd(const Tensor& x, const Tensor& weight, const Tensor& probs, const Tensor& topk_weights,
+                   const Tensor& topk_ids, uintptr_t stream) {
+  const GatingSizes s = gating_sizes(x, weight, probs, topk_ids.sizes.at(1));
+  expect_picks(s, topk_weights, topk_ids);
+  cuda::gating_fwd(s, x.data, weight.as<float>(), probs.as<float>(), topk_weights.as<float>(), topk_ids.as<int32_t>(),
+                   stream_of(stream));
+}
+
+int64_t py_gating_bwd_workspace_bytes(int64_t T, int64_t H, int64_t E, int64_t K) {
+  return cuda::gating_bwd_workspace_bytes({T, H, E, K, F32, 1});
+}
+
+void expect_gradients(const GatingSizes& s, const Maybe& dtopk_weights, const Maybe& dprobs, const Tensor& topk_ids) {
+  if (dprobs) dprobs->expect("dprobs", F32, {s.T, s.E});
+  if (dtopk_weights) expect_picks(s, *dtopk_weights, topk_ids);
+}
+
+void py_gating_bwd(const Maybe& dtopk_weights, const Maybe& dprobs, const Tensor& x, const Tensor& weight,
+                   const Tensor& topk_ids, const Tensor& probs, const Tensor& dx, const Tensor& dweight,
+                   const Tensor& workspace, uintptr_t stream) {
+  const GatingSizes s = gating_sizes(x, weight, probs, topk_ids.sizes.at(1));
+  expect_gradients(s, dtopk_weights, dprobs, topk_ids);
+  dx.expect("dx", x.dtype, {s.T, s.H});
+  dweight.expect("dgate_weight", F32, {s.E, s.H});
+  cuda::gating_bwd(s, optional(dtopk_weights).as<float>(), optional(dprobs).as<float>(), x.data, weight.as<float>(),
+                   topk_ids.as<int32_t>(), probs.as<float>(), dx.data, dweight.as<float>(),
+                   scratch_of(workspace, cuda::gating_bwd_workspace_bytes(s)), stream_of(stream));
+}
+
+cuda::Modulation modulation_of(const Tensor& x, const Tensor& shift, const Tensor& scale, float eps) {
+  expect_float("x", x);
+  MOE_CHECK(x.sizes.size() == 3, "x: ", x.sizes.size(), " dimensions, expected 3");
+  const int64_t B = x.sizes[0], H = x.sizes[2];
+  x.expect("x", x.dtype, {B, -1, H});
+  expect_float("shift", shift);
+  expect_float("scale", scale);
+  shift.expect("shift", shift.dtype, {B, H});
+  scale.expect("scale", scale.dtype, {B, H});
+  for (const Tensor* t : {&x, &shift, &scale}) expect_aligned("x, shift, scale", *t);
+  return {B, x.dtype, shift.dtype, scale.dtype, eps, x.data, shift.data, scale.data};
+}
+
+void py_modulated_gating_fwd(const Tensor& x, const Tensor& shift, const Tensor& scale, const Tensor& weight, float eps,
+                             const Tensor& tokens, const Tensor& probs, const Tensor& topk_weights,
+                             const Tensor& topk_ids, const Tensor& moments, uintptr_t stream) {
+  const cuda::Modulation modulation = modulation_of(x, shift, scale, eps);
+  const GatingSizes s = gating_sizes(tokens, weight, probs, topk_ids.sizes.at(1));
+  MOE_CHECK(x.sizes[0] * x.sizes[1] == s.T && x.sizes[2] == s.H, "x: ", x.sizes[0], " x ", x.sizes[1],
+            " tokens, expected ", s.T);
+  expect_picks(s, topk_weights, topk_ids);
+  moments.expect("moments", F32, {2, s.T});
+  cuda::modulated_gating_fwd(s, modulation, weight.as<float>(), tokens.data, probs.as<float>(),
+                             topk_weights.as<float>(), topk_ids.as<int32_t>(), moments.as<float>(), stream_of(stream));
+}
+
+int64_t py_modulated_gating_bwd_workspace_bytes(int64_t B, int64_t T, int64_t H, int64_t E, int64_t K) {
+  return cuda::modulated_gating_bwd_workspace_bytes({T, H, E, K, F32, 1}, {B, F32, F32, F32, 0, nullptr, nullptr, nullptr});
+}
+
+void py_modulated_gating_bwd(const Maybe& dtokens, const Maybe& dtopk_weights, const Maybe& dprobs, const Tensor& x,
+                             const Tensor& shift, const Tensor& scale, const Tensor& weight, const Tensor& topk_ids,
+                             const Tensor& probs, const Tensor& moments, int tokens_dtype, const Tensor& dx,
+                             const Tensor& dshift, const Tensor& dscale, const Tensor& dweight, const Tensor& workspace,
+                             uintptr_t stream) {
+  const cuda::Modulation modulation = modulation_of(x, shift, scale, 0);
+  const GatingSizes s{x.sizes[0] * x.sizes[1], x.sizes[2], weight.sizes.at(0), topk_ids.sizes.at(1),
+                      Dtype(tokens_dtype), 1};
+  expect_width("x", s.H);
+  weight.expect("gate_weight", F32, {s.E, s.H});
+  probs.expect("probs", F32, {s.T, s.E});
+  if (dtokens) dtokens->expect("dtokens", s.dtype, {s.T, s.H});
+  expect_gradients(s, dtopk_weights, dprobs, topk_ids);
+  moments.expect("moments", F32, {2, s.T});
+  dx.expect("dx", x.dtype, x.sizes);
+  dshift.expect("dshift", shift.dtype, shift.sizes);
+  dscale.expect("dscale", scale.dtype, scale.sizes);
+  dweight.expect("dgate_weight", F32, {s.E, s.H});
+  cuda::modulated_gating_bwd(s, modulation, optional(dtokens).data, optional(dtopk_weights).as<float>(),
+                             optional(dprobs).as<float>(), weight.as<float>(), topk_ids.as<int32_t>(),
+                             probs.as<float>(), moments.as<float>(), dx.data, dshift.data, dscale.data,
+                             dweight.as<float>(),
+                             scratch_of(workspace, cuda::modulated_gating_bwd_workspace_bytes(s, modulation)),
+                             stream_of(stream));
+}
+
+void py_dispatch(const Tensor& topk_ids, const Tensor& topk_weights, int64_t num_experts, const Plan& plan,
+                 const Tensor& workspace, uintptr_t stream) {
+  const int64_t T = topk_ids.sizes.at(0), K = topk_ids.sizes.at(1);
+  topk_ids.expect("topk_ids", I32, {T, K});
+  topk_weights.expect("topk_weights", F32, {T, K});
+  cuda::dispatch_fwd(T, K, num_experts, topk_ids.as<int32_t>(), topk_weights.as<float>(),
+                     out_of(plan, T, num_experts, T * K),
+                     scratch_of(workspace, cuda::dispatch_workspace_bytes(T, K, num_experts)), stream_of(stream));
+}
+
+void py_dispatch_bwd(const Tensor& drow_weight, const Tensor& row_pick, const Tensor& out, uintptr_t stream) {
+  const int64_t R = row_pick.sizes.at(0), count = out.sizes.at(0);
+  drow_weight.expect("drow_weight", F32, {R});
+  row_pick.expect("row_pick", I32, {R});
+  out.expect("out", F32, {count});
+  cuda::dispatch_bwd(R, count, drow_weight.as<float>(), row_pick.as<int32_t>(), out.as<float>(), stream_of(stream));
+}
+
+// Sizes of a call of the experts, with what the kernels ask of widths and addresses.
+MoeSizes moe_sizes(const Tensor& x, const Plan& plan, const std::vector<Tensor>& w, const std::string& activation,
+                   bool tf32) {
+  MOE_CHECK(w.size() == 4, "weights: ", w.size(), ", expected 4");
+  MoeSizes s = sizes_of(x, plan, w[0], w[1], w[2], w[3], activation, 1);
+  s.tf32 = tf32;
+  expect_width("x", s.H);
+  expect_width("down_proj", s.I);
+  expect_width("shared_down_proj", s.Is);
+  expect_aligned("x", x);
+  for (const Tensor& t : w) expect_aligned("weights", t);
+  return s;
+}
+
+std::vector<Tensor> weights_of(const Tensor& gate_up_proj, const Tensor& down_proj, const Maybe& shared_gate_up_proj,
+                               const Maybe& shared_down_proj) {
+  return {gate_up_proj, down_proj, optional(shared_gate_up_proj), optional(shared_down_proj)};
+}
+
+ExpertWeights pointers(const std::vector<Tensor>& w) { return {w[0].data, w[1].data, w[2].data, w[3].data}; }
+
+int64_t py_moe_mlp_fwd_workspace_bytes(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj,
+                                       const Tensor& down_proj, const Maybe& shared_gate_up_proj,
+                                       const Maybe& shared_down_proj, const std::string& activation, bool tf32) {
+  const auto w = weights_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj);
+  return cuda::moe_mlp_fwd_workspace_bytes(moe_sizes(x, plan, w, activation, tf32));
+}
+
+int64_t py_moe_mlp_bwd_workspace_bytes(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj,
+                                       const Tensor& down_proj, const Maybe& shared_gate_up_proj,
+                                       const Maybe& shared_down_proj, const std::string& activation, bool tf32,
+                                       bool recompute) {
+  const auto w = weights_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj);
+  return cuda::moe_mlp_bwd_workspace_bytes(moe_sizes(x, plan, w, activation, tf32), recompute);
+}
+
+void py_experts_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
+                    const std::string& activation, bool tf32, const Tensor& y_rows, const Maybe& gate_up,
+                    const Tensor& workspace, uintptr_t stream) {
+  const auto w = weights_of(gate_up_proj, down_proj, {}, {});
+  const MoeSizes s = moe_sizes(x, plan, w, activation, tf32);
+  y_rows.expect("y_rows", s.dtype, {s.R, s.H});
+  if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
+  cuda::experts_fwd(s, plan_view(plan, s.T, s.E), pointers(w), x.data, y_rows.data, optional(gate_up).data,
+                    scratch_of(workspace, cuda::experts_fwd_workspace_bytes(s)), stream_of(stream));
+}
+
+void py_experts_bwd(const Tensor& dy_rows, const Tensor& x, const Plan& plan, const Tensor& gate_up,
+                    const Tensor& gate_up_proj, const Tensor& down_proj, const std::string& activation, bool tf32,
+                    const Tensor& dx, const Tensor& dgate_up_proj, const Tensor& ddown_proj, const Tensor& workspace,
+                    uintptr_t stream) {
+  const auto w = weights_of(gate_up_proj, down_proj, {}, {});
+  const MoeSizes s = moe_sizes(x, plan, w, activation, tf32);
+  dy_rows.expect("dy_rows", s.dtype, {s.R, s.H});
+  gate_up.expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
+  expect_aligned("dy_rows", dy_rows);
+  dx.expect("dx", s.dtype, x.sizes);
+  dgate_up_proj.expect("dgate_up_proj", s.dtype, gate_up_proj.sizes);
+  ddown_proj.expect("ddown_proj", s.dtype, down_proj.sizes);
+  cuda::experts_bwd(s, plan_view(plan, s.T, s.E), pointers(w), x.data, dy_rows.data, gate_up.data, dx.data,
+                    {dgate_up_proj.data, ddown_proj.data, nullptr, nullptr},
+                    scratch_of(workspace, cuda::experts_bwd_workspace_bytes(s)), stream_of(stream));
+}
+
+void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
+                    const Maybe& shared_gate_up_proj, const Maybe& shared_down_proj, const std::string& activation,
+                    bool tf32, const Tensor& out, const Maybe& gate_up, const Maybe& shared_gate_up,
+                    const Maybe& residual, const Maybe& gate, const Maybe& y, const Tensor& workspace,
+                    uintptr_t stream) {
+  const auto w = weights_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj);
+  const MoeSizes s = moe_sizes(x, plan, w, activation, tf32);
+  out.expect("out", residual ? residual->dtype : s.dtype, x.sizes);
+  if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
+  if (shared_gate_up) shared_gate_up->expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
+  cuda::Residual around{};
+  if (residual) {
+    MOE_CHECK(gate && y, "gate, y: missing, expected with residual");
+    residual->expect("residual", residual->dtype, x.sizes);
+    expect_float("gate", *gate);
+    gate->expect("gate", gate->dtype, {-1, s.H});
+    y->expect("y", s.dtype, x.sizes);
+    expect_aligned("residual", *residual);
+    expect_aligned("gate", *gate);
+    around = {residual->data, gate->data, residual->dtype, gate->dtype, gate->sizes[0], y->data};
+  }
+  cuda::moe_mlp_fwd(s, plan_view(plan, s.T, s.E), pointers(w), x.data, out.data, optional(gate_up).data,
+                    optional(shared_gate_up).data, residual ? &around : nullptr,
+                    scratch_of(workspace, cuda::moe_mlp_fwd_workspace_bytes(s)), stream_of(stream));
+}
+
+void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const Tensor& gate_up_proj,
+                    const Tensor& down_proj, const Maybe& shared_gate_up_proj, const Maybe& shared_down_proj,
+                    const Maybe& gate_up, const Maybe& shared_gate_up, const std::string& activation, bool tf32,
+                    const Tensor& dx, const Tensor& drow_weight, const Tensor& dgate_up_proj, const Tensor& ddown_proj,
+                    const Maybe& dshared_gate_up_proj, const Maybe& dshared_down_proj, const Tensor& workspace,
+                    uintptr_t stream) {
+  const auto w = weights_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj);
+  const MoeSizes s = moe_sizes(x, plan, w, activation, tf32);
+  dout.expect("dout", s.dtype, x.sizes);
+  expect_aligned("dout", dout);
+  dx.expect("dx", s.dtype, x.sizes);
+  drow_weight.expect("drow_weight", F32, {s.R});
+  if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
+  if (shared_gate_up) shared_gate_up->expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
+  dgate_up_proj.expect("dgate_up_proj", s.dtype, gate_up_proj.sizes);
+  ddown_proj.expect("ddown_proj", s.dtype, down_proj.sizes);
+  if (s.Is > 0) {
+    optional(dshared_gate_up_proj).expect("dshared_gate_up_proj", s.dtype, w[2].sizes);
+    optional(dshared_down_proj).expect("dshared_down_proj", s.dtype, w[3].sizes);
+  }
+  const bool recompute = !gate_up && !shared_gate_up;
+  cuda::moe_mlp_bwd(s, plan_view(plan, s.T, s.E), pointers(w), x.data, dout.data, optional(gate_up).data,
+                    optional(shared_gate_up).data, dx.data, drow_weight.as<float>(),
+                    {dgate_up_proj.data, ddown_proj.data, optional(dshared_gate_up_proj).data,
+                     optional(dshared_down_proj).data},
+                    scratch_of(workspace, cuda::moe_mlp_bwd_workspace_bytes(s, recompute)), stream_of(stream));
+}
+
+void py_combine(const Tensor& y_rows, const Plan& plan, const Maybe& shared, const Tensor& out, uintptr_t stream) {
+  expect_float("y_rows", y_rows);
+  const int64_t R = y_rows.sizes.at(0), T = out.sizes.at(0), H = out.sizes.at(1);
+  y_rows.expect("y_rows", y_rows.dtype, {R, H});
+  out.expect("out", y_rows.dtype, {T, H});
+  if (shared) shared->expect("shared", y_rows.dtype, {T, H});
+  expect_width("y_rows", H);
+  expect_aligned("y_rows", y_rows);
+  expect_aligned("shared", optional(shared));
+  const PlanView view = plan_view(plan, T, plan.at(0).sizes.at(0));
+  MOE_CHECK(plan[2].sizes[0] == R, "plan: ", plan[2].sizes[0], " rows, expected the ", R, " of y_rows");
+  cuda::CombineArgs args{};
+  args.T = T, args.H = H, args.dtype = y_rows.dtype, args.rows = y_rows.data, args.row_weight = view.row_weight;
+  args.token_row_offsets = view.token_row_offsets, args.token_rows = view.token_rows;
+  args.shared = optional(shared).data, args.out = out.data;
+  cuda::combine_fwd(args, stream_of(stream));
+}
+
+void py_combine_bwd(const Tensor& dout, const Tensor& y_rows, const Plan& plan, const Tensor& dy_rows,
+                    const Tensor& drow_weight, uintptr_t stream) {
+  expect_float("y_rows", y_rows);
+  const int64_t R = y_rows.sizes.at(0), T = dout.sizes.at(0), H = dout.sizes.at(1);
+  dout.expect("dout", y_rows.dtype, {T, H});
+  y_rows.expect("y_rows", y_rows.dtype, {R, H});
+  dy_rows.expect("dy_rows", y_rows.dtype, {R, H});
+  drow_weight.expect("drow_weight", F32, {R});
+  expect_width("y_rows", H);
+  expect_aligned("dout", dout);
+  expect_aligned("y_rows", y_rows);
+  const PlanView view = plan_view(plan, T, plan.at(0).sizes.at(0));
+  MOE_CHECK(plan[2].sizes[0] == R, "plan: ", plan[2].sizes[0], " rows, expected the ", R, " of y_rows");
+  cuda::combine_bwd(R, H, y_rows.dtype, view.row_token, view.row_weight, dout.data, y_rows.data, dy_rows.data,
+                    drow_weight.as<float>(), stream_of(stream));
+}
+
+void py_gated_residual_bwd(const Tensor& dout, const Tensor& y, const Tensor& gate, const Tensor& dy,
+                           const Tensor& dgate, const Tensor& workspace, uintptr_t stream) {
+  expect_float("dout", dout);
+  const int64_t T = dout.sizes.at(0), H = dout.sizes.at(1), B = gate.sizes.at(0);
+  dout.expect("dout", dout.dtype, {T, H});
+  y.expect("y", y.dtype, {T, H});
+  dy.expect("dy", y.dtype, {T, H});
+  expect_float("gate", gate);
+  gate.expect("gate", gate.dtype, {B, H});
+  dgate.expect("dgate", gate.dtype, {B, H});
+  expect_width("dout", H);
+  expect_aligned("dout", dout);
+  expect_aligned("y", y);
+  expect_aligned("gate", gate);
+  cuda::gated_residual_bwd(B, T, H, dout.dtype, y.dtype, gate.dtype, dout.data, y.data, gate.data, dy.data, dgate.data,
+                           scratch_of(workspace, cuda::gated_residual_bwd_workspace_bytes(B, T, H)),
+                           stream_of(stream));
+}
+
+}  // namespace
+
+#ifdef MOE_FIBERS
+#define MOE_MODULE _cuda_fibers
+#else
+#define MOE_MODULE _cuda
+#endif
+
+PYBIND11_MODULE(MOE_MODULE, m) {
+  m.doc() = "CUDA kernels of moe_kernels; call them through moe_kernels.backends.cuda.";
+  bind_tensor(m);
+#ifdef MOE_FIBERS
+  m.attr("on_fibers") = true;  // the same sources on CPU memory, for tests
+  m.def("launches", [] { return fibers::launches(); });
+#else
+  m.attr("on_fibers") = false;
+#endif
+  m.def("gating_fwd", &py_gating_fwd);
+  m.def("gating_bwd", &py_gating_bwd);
+  m.def("gating_bwd_workspace_bytes", &py_gating_bwd_workspace_bytes);
+  m.def("modulated_gating_fwd", &py_modulated_gating_fwd);
+  m.def("modulated_gating_bwd", &py_modulated_gating_bwd);
+  m.def("modulated_gating_bwd_workspace_bytes", &py_modulated_gating_bwd_workspace_bytes);
+  m.def("dispatch", &py_dispatch);
+  m.def("dispatch_bwd", &py_dispatch_bwd);
+  m.def("dispatch_workspace_bytes", &cuda::dispatch_workspace_bytes);
+  m.def("experts_fwd", &py_experts_fwd);
+  m.def("experts_bwd", &py_experts_bwd);
+  m.def("moe_mlp_fwd", &py_moe_mlp_fwd);
+  m.def("moe_mlp_bwd", &py_moe_mlp_bwd);
+  m.def("moe_mlp_fwd_workspace_bytes", &py_moe_mlp_fwd_workspace_bytes);
+  m.def("moe_mlp_bwd_workspace_bytes", &py_moe_mlp_bwd_workspace_bytes);
+  m.def("combine", &py_combine);
+  m.def("combine_bwd", &py_combine_bwd);
+  m.def("gated_residual_bwd", &py_gated_residual_bwd);
+  m.def("gated_residual_bwd_workspace_bytes", &cuda::gated_residual_bwd_workspace_bytes);
+}

@@ -1,0 +1,61 @@
+// The sizes and the plan that every room of every device takes; all pointers are the caller's.
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace moe {
+
+enum class Activation : int { kSwiGLU = 0, kGELU = 1 };
+
+struct GatingSizes {
+  int64_t T, H, E, K;  // K = 0: probabilities only
+  Dtype dtype;         // of x and dx; the weight is widened by the caller
+  int threads;
+};
+
+// A RoutingPlan to be filled.
+struct PlanOut {
+  int32_t* expert_counts;      // (E,)
+  int32_t* expert_offsets;     // (E + 1,)
+  int32_t* row_token;          // (R,)
+  float* row_weight;           // (R,)
+  int32_t* row_pick;           // (R,)
+  int32_t* token_row_offsets;  // (T + 1,)
+  int32_t* token_rows;         // (R,)
+};
+
+// What the rooms behind dispatch read of a RoutingPlan; bounds are the caller's to check (bindings do, on a CPU).
+struct PlanView {
+  const int32_t* expert_offsets;     // (E + 1,)
+  const int32_t* row_token;          // (R,)
+  const float* row_weight;           // (R,)
+  const int32_t* token_row_offsets;  // (T + 1,)
+  const int32_t* token_rows;         // (R,)
+};
+
+struct MoeSizes {
+  int64_t T, H, E, R, I, Is;  // Is = 0: no shared expert
+  Dtype dtype;                // storage dtype of x, weights, gradients: fp32, bf16 or fp16
+  Activation activation;
+  int threads;
+  bool tf32 = false;  // fp32 products on a GPU may use TF32
+
+  int64_t halves() const { return activation == Activation::kSwiGLU ? 2 : 1; }
+};
+
+struct ExpertWeights {
+  const void* gate_up_proj;         // (E, halves * I, H)
+  const void* down_proj;            // (E, H, I)
+  const void* shared_gate_up_proj;  // (halves * Is, H) or null
+  const void* shared_down_proj;     // (H, Is) or null
+};
+
+struct ExpertGrads {
+  void* dgate_up_proj;
+  void* ddown_proj;
+  void* dshared_gate_up_proj;
+  void* dshared_down_proj;
+};
+
+}  // namespace moe

@@ -1,0 +1,58 @@
+#include "device.h"
+
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
+#include "experts.h"
+
+namespace moe::cuda {
+
+#ifdef MOE_FIBERS
+
+// Few processors, so that a block walks several tiles. MOE_FIBER_ENGINE = simt, sm80, sm90 or sm90_wide: what multiplies.
+Device current_device() { return {0, 3}; }
+
+static std::string engine_name() {
+  const char* wanted = std::getenv("MOE_FIBER_ENGINE");
+  return wanted ? wanted : "simt";
+}
+
+Engine engine_for(const Device&, Dtype dtype, bool tf32) {
+  const std::string name = engine_name();
+  MOE_CHECK(name == "simt" || name == "sm80" || name == "sm90" || name == "sm90_wide", "MOE_FIBER_ENGINE: '", name,
+            "', expected simt, sm80, sm90 or sm90_wide");
+  if (name == "simt" || (dtype == Dtype::kFloat32 && !tf32)) return Engine::kSimt;
+  return name == "sm80" || dtype == Dtype::kFloat32 ? Engine::kSm80 : Engine::kSm90;
+}
+
+bool prefers_wide_tiles(int64_t) { return engine_name() == "sm90_wide"; }
+
+#else
+
+Device current_device() {
+  constexpr int kMost = 64;
+  static std::array<std::atomic<int64_t>, kMost> known{};  // capability and processors of a device once asked for
+  int index = 0;
+  MOE_CUDA(cudaGetDevice(&index));
+  MOE_CHECK(index < kMost, "device: ", index, ", expected less than ", kMost);
+  if (const int64_t both = known[index]) return {int(both >> 32), int(both & 0xFFFFFFFF)};
+  int major = 0, minor = 0, processors = 0;
+  MOE_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  MOE_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+  MOE_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
+  known[index] = int64_t(10 * major + minor) << 32 | processors;
+  return {10 * major + minor, processors};
+}
+
+Engine engine_for(const Device& device, Dtype dtype, bool tf32) {
+  if (device.capability < 80 || (dtype == Dtype::kFloat32 && !tf32)) return Engine::kSimt;
+  return device.capability == 90 && dtype != Dtype::kFloat32 ? Engine::kSm90 : Engine::kSm80;
+}
+
+bool prefers_wide_tiles(int64_t depth) { return depth >= 1024; }  // the epilogue is short against the products
+
+#endif
+
+}  // namespace moe::cuda

@@ -1,0 +1,28 @@
+"""How tensors reach the extension modules: address, dtype, sizes, strides and the bytes that may be read."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..plan import RoutingPlan
+
+TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}  # csrc/core/dtype.h
+
+
+def view(module: ModuleType, t: Tensor | None):
+    """Return the module's view of a tensor, None for None."""
+    if t is None:
+        return None
+    readable = t.untyped_storage().nbytes() - t.storage_offset() * t.element_size()
+    return module.Tensor(t.data_ptr(), TAGS[t.dtype], t.shape, t.stride(), readable)
+
+
+def empty_plan(device: torch.device, num_tokens: int, num_experts: int, num_rows: int) -> RoutingPlan:
+    """Return a plan to be filled."""
+    sizes = (num_experts, num_experts + 1, num_rows, num_rows, num_rows, num_tokens + 1, num_rows)
+    dtypes = (torch.int32,) * 3 + (torch.float32,) + (torch.int32,) * 3
+    pairs = zip(sizes, dtypes, strict=True)
+    return RoutingPlan.from_tensors([torch.empty(n, dtype=d, device=device) for n, d in pairs])

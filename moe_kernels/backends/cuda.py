@@ -1,0 +1,311 @@
+"""The CUDA C++ backend: every room and the fused layer in csrc/cuda/, on NVIDIA GPUs; built only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..plan import RoutingPlan
+from ._views import TAGS, empty_plan
+from ._views import view as view_of
+from .base import Backend, Case, MoEWeights
+from .eager import EagerBackend
+
+FIBERS = "MOE_KERNELS_FIBERS"  # path of the module that runs the same sources on CPU tensors, for tests
+ALIGNMENT = 16  # bytes of one access of the kernels
+_FLOATS = torch.float32, torch.bfloat16, torch.float16
+_INSTALL = "built without CUDA (pip install . -C cmake.define.MOE_KERNELS_CUDA=ON)"
+
+
+def _load() -> ModuleType | None:
+    path = os.environ.get(FIBERS)
+    if not path:
+        name = f"{__package__.rpartition('.')[0]}._cuda"
+        return importlib.import_module(name) if importlib.util.find_spec(name) else None
+    spec = importlib.util.spec_from_file_location("_cuda_fibers", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_c = _load()
+
+
+def view(t: Tensor | None):
+    """Return a view that keeps the tensor alive: its memory must not be another's before the launch is enqueued."""
+    seen = view_of(_c, t)
+    if seen is not None:
+        seen.owner = t
+    return seen
+
+
+def views(plan: RoutingPlan) -> list:
+    return [view(t) for t in plan.tensors()]
+
+
+def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the device of the tensors and on its current stream; operands start at multiples of 16 bytes."""
+
+    @wraps(method)
+    def run(self: CudaBackend, *args: Any) -> Any:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return method(self, *(_aligned(arg) for arg in args))
+
+    return run
+
+
+def _aligned(value: Any) -> Any:
+    if isinstance(value, MoEWeights):
+        return MoEWeights(*map(_aligned, value))
+    if not isinstance(value, Tensor) or value.data_ptr() % ALIGNMENT == 0:
+        return value
+    return value.clone()
+
+
+def _stream(t: Tensor) -> int:
+    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+
+
+def _workspace(nbytes: int, like: Tensor) -> Tensor:
+    return like.new_empty(-(-nbytes // 4), dtype=torch.float32)
+
+
+def _tf32(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+class CudaBackend(Backend):
+    """Kernels of csrc/cuda/: wgmma and TMA on Hopper, mma.sync from sm_80 on, plain fp32 products elsewhere.
+
+    float32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 says so. Expert choice selects by torch's
+    sort. Widths are multiples of 8.
+    """
+
+    name = "cuda"
+
+    def why_not(self) -> str:
+        if _c is None:
+            return _INSTALL
+        return "" if _c.on_fibers or torch.cuda.is_available() else "built, no device"
+
+    def supports(self, case: Case) -> str | None:
+        expected = "cpu" if _c.on_fibers else "cuda"
+        if case.device != expected:
+            return f"device {case.device}, expected {expected}"
+        if case.dtype not in _FLOATS:
+            return f"dtype {case.dtype}, expected torch.float32, torch.bfloat16 or torch.float16"
+        for what in ("hidden_size", "intermediate_size", "shared_intermediate_size"):
+            if getattr(case, what) % 8:
+                return f"{what} {getattr(case, what)}, expected a multiple of 8"
+        return None
+
+    @_on_device
+    def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        topk_weights, topk_ids, probs = _scores(x, x.shape[0], gate_weight, top_k)
+        _c.gating_fwd(view(x), view(_wide(gate_weight)), view(probs), view(topk_weights), view(topk_ids), _stream(x))
+        _checks.finite(probs)
+        return topk_weights, topk_ids, probs
+
+    @_on_device
+    def gating_bwd(
+        self,
+        dtopk_weights: Tensor | None,
+        dprobs: Tensor | None,
+        x: Tensor,
+        gate_weight: Tensor,
+        topk_ids: Tensor,
+        probs: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        weight = _wide(gate_weight)
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        sizes = *x.shape, weight.shape[0], topk_ids.shape[1]
+        workspace = _workspace(_c.gating_bwd_workspace_bytes(*sizes), x)
+        _c.gating_bwd(
+            view(dtopk_weights), view(dprobs), view(x), view(weight), view(topk_ids), view(probs), view(dx),
+            view(dweight), view(workspace), _stream(x),
+        )  # fmt: skip
+        return dx, dweight.to(gate_weight.dtype)
+
+    @_on_device
+    def modulated_gating(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate_weight: Tensor, top_k: int, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        T, H = x.shape[0] * x.shape[1], x.shape[2]
+        tokens, moments = x.new_empty((T, H), dtype=dtype), x.new_empty((2, T), dtype=torch.float32)
+        topk_weights, topk_ids, probs = _scores(x, T, gate_weight, top_k)
+        _c.modulated_gating_fwd(
+            view(x), view(shift), view(scale), view(_wide(gate_weight)), eps, view(tokens), view(probs),
+            view(topk_weights), view(topk_ids), view(moments), _stream(x),
+        )  # fmt: skip
+        _checks.finite(probs)
+        return tokens, topk_weights, topk_ids, probs, moments
+
+    @_on_device
+    def modulated_gating_bwd(
+        self,
+        dtokens: Tensor | None,
+        dtopk_weights: Tensor | None,
+        dprobs: Tensor | None,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        gate_weight: Tensor,
+        topk_ids: Tensor,
+        probs: Tensor,
+        moments: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (B, L, H), weight = x.shape, _wide(gate_weight)
+        dx, dshift, dscale, dweight = (torch.empty_like(t) for t in (x, shift, scale, weight))
+        sizes = B, B * L, H, weight.shape[0], topk_ids.shape[1]
+        workspace = _workspace(_c.modulated_gating_bwd_workspace_bytes(*sizes), x)
+        _c.modulated_gating_bwd(
+            view(dtokens), view(dtopk_weights), view(dprobs), view(x), view(shift), view(scale), view(weight),
+            view(topk_ids), view(probs), view(moments), TAGS[dtype], view(dx), view(dshift), view(dscale),
+            view(dweight), view(workspace), _stream(x),
+        )  # fmt: skip
+        return dx, dshift, dscale, dweight.to(gate_weight.dtype)
+
+    @_on_device
+    def dispatch(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> RoutingPlan:
+        T, K = topk_ids.shape
+        plan = empty_plan(topk_ids.device, T, num_experts, T * K)
+        workspace = _workspace(_c.dispatch_workspace_bytes(T, K, num_experts), topk_weights)
+        _c.dispatch(view(topk_ids), view(topk_weights), num_experts, views(plan), view(workspace), _stream(topk_ids))
+        return plan
+
+    @_on_device
+    def dispatch_bwd(self, drow_weight: Tensor, row_pick: Tensor, count: int) -> Tensor:
+        out = drow_weight.new_empty(count)
+        _c.dispatch_bwd(view(drow_weight), view(row_pick), view(out), _stream(out))
+        return out
+
+    def dispatch_expert_choice(self, affinities: Tensor, capacity: int, tokens_per_group: int) -> RoutingPlan:
+        return EagerBackend().dispatch_expert_choice(affinities, capacity, tokens_per_group)
+
+    @_on_device
+    def experts(
+        self, x: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor, activation: str, save: bool
+    ) -> tuple[Tensor, Tensor]:
+        R, I = plan.num_rows, down_proj.shape[2]
+        y_rows, gate_up = x.new_empty((R, x.shape[1])), x.new_empty((R, gate_up_proj.shape[1]) if save else 0)
+        workspace = _workspace(R * I * x.element_size(), x)
+        _c.experts_fwd(
+            view(x), views(plan), view(gate_up_proj), view(down_proj), activation, _tf32(x), view(y_rows),
+            view(gate_up) if save else None, view(workspace), _stream(x),
+        )  # fmt: skip
+        return y_rows, gate_up
+
+    @_on_device
+    def experts_bwd(
+        self,
+        dy_rows: Tensor,
+        x: Tensor,
+        plan: RoutingPlan,
+        gate_up: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dx, dgate_up_proj, ddown_proj = (torch.empty_like(t) for t in (x, gate_up_proj, down_proj))
+        w = MoEWeights(gate_up_proj, down_proj)
+        _c.experts_bwd(
+            view(dy_rows), view(x), views(plan), view(gate_up), view(gate_up_proj), view(down_proj), activation,
+            _tf32(x), view(dx), view(dgate_up_proj), view(ddown_proj),
+            view(self._backward_workspace(x, plan, w, activation, False)), _stream(x),
+        )  # fmt: skip
+        return dx, dgate_up_proj, ddown_proj
+
+    @_on_device
+    def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
+        out = y_rows.new_empty((plan.num_tokens, y_rows.shape[1]))
+        _c.combine(view(y_rows), views(plan), view(shared), view(out), _stream(out))
+        return out
+
+    @_on_device
+    def combine_bwd(self, dout: Tensor, y_rows: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+        dy_rows, drow_weight = torch.empty_like(y_rows), torch.empty_like(plan.row_weight)
+        _c.combine_bwd(view(dout), view(y_rows), views(plan), view(dy_rows), view(drow_weight), _stream(dout))
+        return dy_rows, drow_weight
+
+    @_on_device
+    def moe_mlp(
+        self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._forward(x, plan, w, activation, save)[:3]
+
+    @_on_device
+    def gated_moe_mlp(
+        self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool, residual: Tensor, gate: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._forward(x, plan, w, activation, save, residual, gate)
+
+    def _forward(self, x, plan, w, activation, save, residual=None, gate=None):
+        kept = save and w.shared_gate_up_proj is not None
+        out = torch.empty_like(x if residual is None else residual)
+        y = None if residual is None else torch.empty_like(x)
+        gate_up = x.new_empty((plan.num_rows, w.gate_up_proj.shape[1]) if save else 0)
+        shared_gate_up = x.new_empty((x.shape[0], w.shared_gate_up_proj.shape[0]) if kept else 0)
+        call = view(x), views(plan), *map(view, w), activation, _tf32(x)
+        workspace = _workspace(_c.moe_mlp_fwd_workspace_bytes(*call), x)
+        _c.moe_mlp_fwd(
+            *call, view(out), view(gate_up) if save else None, view(shared_gate_up) if kept else None, view(residual),
+            view(gate), view(y), view(workspace), _stream(x),
+        )  # fmt: skip
+        return out, gate_up, shared_gate_up, y
+
+    @_on_device
+    def moe_mlp_bwd(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        plan: RoutingPlan,
+        w: MoEWeights,
+        gate_up: Tensor,
+        shared_gate_up: Tensor,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
+        grads = [None if t is None else torch.empty_like(t) for t in w]
+        saved = [view(t) if t.numel() else None for t in (gate_up, shared_gate_up)]
+        workspace = self._backward_workspace(x, plan, w, activation, saved == [None, None])
+        _c.moe_mlp_bwd(
+            view(dout), view(x), views(plan), *map(view, w), *saved, activation, _tf32(x), view(dx), view(drow_weight),
+            *map(view, grads), view(workspace), _stream(x),
+        )  # fmt: skip
+        return dx, drow_weight, *grads
+
+    @_on_device
+    def gated_residual_bwd(self, dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        dy, dgate = torch.empty_like(y), torch.empty_like(gate)
+        nbytes = _c.gated_residual_bwd_workspace_bytes(gate.shape[0], *y.shape)
+        _c.gated_residual_bwd(
+            view(dout), view(y), view(gate), view(dy), view(dgate), view(_workspace(nbytes, y)), _stream(y)
+        )
+        return dy, dgate
+
+    def _backward_workspace(self, x, plan, w: MoEWeights, activation: str, recompute: bool) -> Tensor:
+        nbytes = _c.moe_mlp_bwd_workspace_bytes(view(x), views(plan), *map(view, w), activation, _tf32(x), recompute)
+        return _workspace(nbytes, x)
+
+
+def _scores(x: Tensor, T: int, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return topk_weights, topk_ids and probs, to be filled."""
+    topk_weights = x.new_empty((T, top_k), dtype=torch.float32)
+    probs = x.new_empty((T, gate_weight.shape[0]), dtype=torch.float32)
+    return topk_weights, x.new_empty((T, top_k), dtype=torch.int32), probs
+
+
+def _wide(gate_weight: Tensor) -> Tensor:
+    return gate_weight.float()

@@ -1,0 +1,119 @@
+"""The CUDA C++ backend where no GPU is: its sources on the CPU (csrc/tests/fibers.h), launches, refusals."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from moe_kernels import MoELayer, dispatch, gating, moe_mlp
+from moe_kernels.backends import cuda, registry
+from tests.contenders import BACKENDS, judge_trap, moe_compute
+from tests.trap_cases import DEVICE, PLAIN, Trap, make_problem
+
+on_fibers = pytest.mark.skipif("cuda" not in BACKENDS or DEVICE != "cpu", reason=f"needs {cuda.FIBERS}: make cuda-test")
+ENGINES = ("simt", "sm80", "sm90", "sm90_wide")
+LONG = (
+    Trap("ring", "more steps of a sum than stages of any ring", T=9, H=584, I=16, Is=8, E=2),
+    Trap("long_group", "a weight's gradient over more rows than a ring holds", T=520, H=16, I=16, Is=8, E=2, K=1),
+    Trap("split", "rows of a weight's gradient in several parts", T=400, H=8, I=8, Is=8, E=1, K=1),
+    Trap("two_blocks_wide", "widths of several tiles", T=6, H=136, I=264, Is=272, E=2, K=1),
+)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@on_fibers
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("trap", LONG, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_long_sums(trap, engine, dtype, seed, monkeypatch):
+    monkeypatch.setenv("MOE_FIBER_ENGINE", engine)
+    judge_trap("moe_mlp", lambda trap, dtype, scale: moe_compute(trap, dtype, scale), trap, 1.0, "cuda", dtype, seed)
+
+
+@on_fibers
+@pytest.mark.parametrize("trap", [PLAIN, *LONG[:2]], ids=str)
+def test_tf32_products_have_the_error_of_tf32(trap, seed, monkeypatch, tf32):
+    """10 bits of mantissa: as far from the oracle as float16 products with the same inputs."""
+    monkeypatch.setenv("MOE_FIBER_ENGINE", "sm80")
+    problem = make_problem(trap, seed, torch.float32)
+    out = {how: moe_compute(trap, torch.float32)(seed, how) for how in ("oracle", "cuda")}
+    assert problem.x.dtype == torch.float32
+    for name, exact in out["oracle"].items():
+        error = (out["cuda"][name].double() - exact).norm() / exact.norm().clamp(min=1e-30)
+        assert 1e-5 < error < 2**-10, name
+
+
+@on_fibers
+def test_a_layer_takes_few_launches(monkeypatch):
+    """Forward: router, 2 of dispatch, up, down, combine. Backward: dact, 2 weights, their sums, dx, combine, picks."""
+    layer = MoELayer(32, 24, 5, 2, shared_intermediate_size=16, backend="cuda")
+    x = torch.randn(1, 37, 32, requires_grad=True)
+    before = cuda._c.launches()
+    out = layer(x)
+    forward = cuda._c.launches() - before
+    out.sum().backward()
+    assert forward == 6
+    assert cuda._c.launches() - before - forward == 7 + 2  # of the router
+
+
+@on_fibers
+def test_what_is_misaligned_is_copied(seed):
+    x = torch.empty(37 * 32 + 1)[1:].view(37, 32).normal_()
+    weight = torch.randn(5, 32)
+    assert x.data_ptr() % cuda.ALIGNMENT
+    for got, expected in zip(gating(x, weight, 2, "cuda"), gating(x.clone(), weight, 2, "cuda"), strict=True):
+        assert torch.equal(got, expected)
+
+
+@on_fibers
+def test_bindings_check_what_they_get():
+    x, weight, probs = torch.zeros(4, 8), torch.zeros(3, 8), torch.zeros(4, 3)
+    picks = torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int32)
+
+    def call(*tensors):
+        cuda._c.gating_fwd(*(cuda.view(t) for t in tensors), 0)
+
+    with pytest.raises(ValueError, match="gate_weight: size 16 in dimension 1, expected 8"):
+        call(x, torch.zeros(3, 16), probs, *picks)
+    with pytest.raises(ValueError, match=r"x: address .* expected a multiple of 16"):
+        call(torch.zeros(33)[1:].view(4, 8), weight, probs, *picks)
+    with pytest.raises(ValueError, match="x: 12, expected a multiple of 8"):
+        call(torch.zeros(4, 12), torch.zeros(3, 12), probs, *picks)
+    with pytest.raises(ValueError, match="workspace: 4 bytes, expected at least"):
+        plan = cuda.empty_plan(torch.device("cpu"), 4, 3, 8)
+        ids, weights = picks[1], picks[0]
+        cuda._c.dispatch(cuda.view(ids), cuda.view(weights), 3, cuda.views(plan), cuda.view(torch.zeros(1)), 0)
+
+
+@on_fibers
+def test_ids_out_of_range_are_clamped():
+    """A GPU cannot raise; every row of the plan is written all the same."""
+    ids = torch.tensor([[0, 7], [-3, 1]], dtype=torch.int32)
+    plan = cuda.CudaBackend().dispatch(ids, torch.ones(2, 2), 3)
+    assert plan.expert_counts.tolist() == [2, 1, 1]
+    plan.validate()
+
+
+@on_fibers
+def test_an_unknown_engine_is_an_error(monkeypatch):
+    monkeypatch.setenv("MOE_FIBER_ENGINE", "sm70")
+    problem = make_problem(PLAIN, 0, torch.bfloat16)
+    plan = dispatch(problem.topk_ids, problem.routing, PLAIN.E, backend="cuda")
+    with pytest.raises(ValueError, match="MOE_FIBER_ENGINE: 'sm70', expected simt, sm80, sm90 or sm90_wide"):
+        moe_mlp(problem.x, plan, problem.gate_up_proj, problem.down_proj, backend="cuda")
+
+
+@pytest.mark.skipif(cuda.FIBERS in os.environ or torch.cuda.is_available(), reason="it is available here")
+def test_where_it_does_not_run_it_says_why():
+    info = {info.name: info for info in registry.backends()}["cuda"]
+    assert not info.available
+    assert info.reason == "built, no device" or info.reason.startswith("built without CUDA (pip install")
