@@ -9,7 +9,7 @@ BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
 export OMP_WAIT_POLICY ?= passive
 QUIET := -q --disable-pip-version-check --no-input
 
-.PHONY: setup bench peers test lint clean native-test asan tsan cuda cuda-test fibers
+.PHONY: setup bench peers test test-host test-triton test-cuda fibers cuda lint clean native-test asan tsan
 
 setup: $(INSTALLED)
 
@@ -27,10 +27,33 @@ peers: setup
 	$(BIN)/python -m bench peers --install all
 	$(BIN)/python -m bench peers
 
-# The second run has Triton's kernels interpreted, on the CPU; a process either interprets or compiles.
+# Three runs side by side: the interpreter and the fibers leave the second core idle.
 test: setup
+	$(MAKE) --output-sync=target -j3 test-host test-triton test-cuda SANITIZER=address
+
+test-host: setup
 	$(BIN)/python -m pytest -q
+
+# Triton's kernels interpreted, on the CPU; a process either interprets or compiles.
+test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests -k triton
+
+# The CUDA sources on the CPU, a fiber per thread: kernels alone in three orders of the threads, then the backend with
+# every engine. SANITIZER=address: under the address and undefined-behaviour sanitizers.
+test-cuda: fibers
+	$(FIBERS)/cuda_test
+	$(ON_FIBERS) MOE_FIBER_ENGINE=simt $(BIN)/python -m pytest -q tests -k cuda
+	$(ON_FIBERS) MOE_FIBER_ORDER=reverse MOE_FIBER_ENGINE=sm80 $(BIN)/python -m pytest -q tests/test_moe_mlp.py -k 'cuda and not float32'
+	$(ON_FIBERS) MOE_FIBER_ORDER=shuffled MOE_FIBER_ENGINE=sm90 $(BIN)/python -m pytest -q tests/test_moe_mlp.py -k 'cuda and not float32'
+
+FIBERS := build/$(if $(SANITIZER),$(SANITIZER)-,)fibers
+ON_FIBERS = MOE_KERNELS_FIBERS=$$(echo $(abspath $(FIBERS))/_cuda_fibers*.so) $(if $(SANITIZER),ASAN_OPTIONS=detect_leaks=0 \
+  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)")
+fibers: setup
+	$(BIN)/cmake -S . -B $(FIBERS) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DMOE_KERNELS_FIBERS=ON \
+	  -DMOE_KERNELS_SANITIZER=$(SANITIZER) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > /dev/null
+	$(BIN)/cmake --build $(FIBERS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -49,22 +72,6 @@ cuda: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install $(QUIET) --no-build-isolation --no-deps -c constraints.txt \
 	  -C cmake.define.MOE_KERNELS_CUDA=ON -e .
 
-# The same CUDA sources on the CPU, a fiber per thread: kernels alone, then the backend, every way to multiply.
-FIBERS := build/$(if $(SANITIZER),$(SANITIZER)-,)fibers
-fibers: setup
-	$(BIN)/cmake -S . -B $(FIBERS) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DMOE_KERNELS_FIBERS=ON \
-	  -DMOE_KERNELS_SANITIZER=$(SANITIZER) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > /dev/null
-	$(BIN)/cmake --build $(FIBERS)
-
-cuda-test: fibers
-	$(FIBERS)/cuda_test
-	$(ON_FIBERS) MOE_FIBER_ENGINE=simt $(BIN)/python -m pytest -q tests -k cuda
-	$(ON_FIBERS) MOE_FIBER_ORDER=reverse MOE_FIBER_ENGINE=sm80 $(PRODUCTS)
-	$(ON_FIBERS) MOE_FIBER_ORDER=shuffled MOE_FIBER_ENGINE=sm90 $(PRODUCTS)
-ON_FIBERS = MOE_KERNELS_FIBERS=$$(echo $(abspath $(FIBERS))/_cuda_fibers*.so)
-PRODUCTS = $(BIN)/python -m pytest -q tests/test_cuda.py tests/test_moe_mlp.py -k 'cuda and not float32'
-
 clean:
-	rm -rf $(VENV) build report .pytest_cache .ruff_cache .hypothesis .benchmarks moe_kernels/_C*.so
+	rm -rf $(VENV) build report .bench-revisions .pytest_cache .ruff_cache .hypothesis .benchmarks moe_kernels/_C*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -29,11 +29,11 @@ STORE = re.compile(r"\)(?:\{[^}]*\})?$")
 STACK = re.compile(r"\(%rsp\)|-0x[0-9a-f]+\(%rbp\)")
 
 
-def row() -> dict:
-    """Return the row of kind "inner_loops" of the installed extension; without counts it says the reason."""
+def row(path: Path | None = None) -> dict:
+    """Return the row of kind "inner_loops" of an extension (the installed one); without counts it says the reason."""
     loops, compiler, reason = [], None, None
     try:
-        path = extension()
+        path = path or extension()
         compiler = _compiler(path)
         loops = count(disassemble(path))
     except RuntimeError as error:

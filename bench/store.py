@@ -65,7 +65,9 @@ def read(path: str | Path) -> list[dict]:
             f"{path}: expected a file of rows (JSON lines), got {'a directory' if path.is_dir() else 'none'}"
         )
     rows = [
-        _parse(line, f"{path}:{n}") for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line
+        _parse(line, f"{path}:{n}")
+        for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if line
     ]
     if not rows:
         raise ValueError(f"{path}: expected rows (JSON lines), got an empty file")

@@ -9,7 +9,6 @@ import torch
 
 from bench import measure
 from bench.cases import Case
-from bench.peers import libraries
 
 PEAK_S = 0.03
 WARM_S = 0.2  # longer calls are not preceded by an untimed one: they fill the caches (32 MB) in less than a hundredth
@@ -20,6 +19,8 @@ class Seat:
     """A contender that is ready to run a case."""
 
     def __init__(self, name: str, case: str):
+        from bench.peers import libraries  # not above: a revision's seat (bench/compare) may lack what they import
+
         gc.collect()
         contender, self.case = libraries.CONTENDERS[name], Case.from_id(case)
         torch.set_num_threads(self.case.threads)

@@ -210,11 +210,12 @@ __global__ void __launch_bounds__(kThreads, 1) product_sm90(const Product produc
   }
 }
 
-// Rows (rows, cols), contiguous, as boxes of 64 columns.
+// Rows (rows, cols), contiguous, as boxes of 64 columns. Of no rows no box is loaded.
 template <class T>
 TensorMap rows_map(const T* data, int64_t rows, int64_t cols, int box_rows) {
+  if (rows == 0) return {};
   const int64_t strides[] = {1, cols, rows * cols, rows * cols};
-  return tensor_map(dtype_of(T{}), data, {cols, std::max<int64_t>(rows, 1), 1, 1}, strides, {64, box_rows, 1, 1});
+  return tensor_map(dtype_of(T{}), data, {cols, rows, 1, 1}, strides, {64, box_rows, 1, 1});
 }
 
 // Weights (E, halves n, k), or (E, k, n) where they lie kOuter.

@@ -1,0 +1,190 @@
+"""Two revisions raced: pairs of processes under one scheduler, both sides verified first, and rows for both.
+
+The instrument and the oracle are those of the checkout that compares, on both sides; only moe_kernels differs.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench import measure, stats, store, workloads
+from bench.cases import Case
+from bench.compare import trial
+from bench.compare.revisions import Checkout
+from bench.peers import contest
+from bench.peers.worker import Worker, WorkerError
+from bench.progress import say
+from bench.verify import Check
+
+SEAT = "bench.compare.seat:Seat"
+ROUND_S = 0.015  # of calls, on each side in every round
+SIDES = ("base", "head")
+INTERRUPTED = "interrupted before it was timed"
+
+
+@dataclass
+class Pair(contest.Crew):
+    """A worker for either side, which finds its revision's package before everybody else's."""
+
+    checkouts: Mapping[str, Checkout] = field(default_factory=dict)
+
+    def _worker(self, name: str) -> Worker:
+        if name not in self.workers or not self.workers[name].alive:
+            env = {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "passive"}
+            path = [self.checkouts[name].site, store.ROOT]
+            self.workers[name] = Worker(path=path, env=env, path_first=True)
+        return self.workers[name]
+
+    def sit(self, case: Case) -> dict[str, contest.Runner]:
+        """Build the case on both sides."""
+        targets = {
+            name: (SEAT, {"case": case.id, "folder": str(checkout.site)}) for name, checkout in self.checkouts.items()
+        }
+        return self.seat(targets, case.threads)
+
+
+class Stable:
+    """The pairs of workers that stay, by number, and new ones on demand."""
+
+    def __init__(self, base: Checkout, head: Checkout):
+        self.checkouts = {"base": base, "head": head}
+        self.staying: dict[int, Pair] = {}
+
+    @contextmanager
+    def pair(self, number: int | None) -> Iterator[Pair]:
+        """Lend a pair; None: a new one, which ends with the block."""
+        if number is None:
+            with Pair(checkouts=self.checkouts) as pair:
+                yield pair
+        else:
+            yield self.staying.setdefault(number, Pair(checkouts=self.checkouts))
+
+    def __enter__(self) -> Stable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pair in self.staying.values():
+            pair.close()
+
+
+@dataclass
+class Bout:
+    """One case of a duel: what was found before any time was taken, and all rounds of the last look."""
+
+    case: Case
+    stable: Stable
+    reasons: dict[str, str] = field(default_factory=dict)
+    checks: dict[str, Check] = field(default_factory=dict)
+    fixed: dict[str, dict] = field(default_factory=dict)
+    samples: dict[str, measure.Samples] = field(default_factory=dict)
+    again: bool = False
+
+    def verify(self, folder: Path) -> None:
+        """Run both sides once and judge the results; `reasons` says who cannot run."""
+        path = folder / "result.pt"
+        with self.stable.pair(0) as pair:
+            for name, runner in pair.sit(self.case).items():
+                try:
+                    if runner.reason:
+                        raise WorkerError(runner.reason)
+                    runner.ask("save", path=str(path))
+                    with measure.threads(len(os.sched_getaffinity(0))):  # nobody is timed meanwhile
+                        self.checks[name] = workloads.check(self.case, torch.load(path, mmap=True))
+                    path.unlink()
+                    self.fixed[name] = runner.ask("fixed")
+                except WorkerError as error:
+                    self.reasons[name] = str(error)
+
+    @property
+    def sound(self) -> bool:
+        """Whether both sides run and are right: otherwise nothing is timed."""
+        return not self.reasons and not any(check.wrong for check in self.checks.values())
+
+    def visit(self, rounds: int, number: int | None) -> tuple[list[float], list[float]]:
+        """Build the case anew in a pair of workers and time both sides interleaved: a `trial.Visit`.
+
+        A side that falls is noted in `reasons`; this visit and later ones are empty.
+        """
+        if not self.samples or self.again != (number is None):
+            self.again, self.samples = (
+                number is None,
+                {side: measure.Samples(side, self.case.threads) for side in SIDES},
+            )
+        if self.reasons:
+            return [], []
+        with self.stable.pair(number) as pair:
+            runners = pair.sit(self.case)
+            self.reasons = {name: runner.reason for name, runner in runners.items() if runner.reason}
+            if self.reasons:
+                return [], []
+            how = {"threads": self.case.threads, "timer": contest.timer, "min_call_s": ROUND_S}
+            taken = measure.interleave(runners, rounds, 0.0, **how)
+        self.reasons = {name: s.wrong for name, s in taken.items() if s.wrong}
+        if self.reasons:
+            return [], []
+        for name, s in taken.items():
+            self.samples[name].wall_s += s.wall_s
+            self.samples[name].cpu_s += s.cpu_s
+        quiet = sorted(set(taken["base"].quiet_rounds()) & set(taken["head"].quiet_rounds()))
+        return taken["base"].times(quiet), taken["head"].times(quiet)
+
+    def row(self, name: str) -> dict:
+        """Return a side's row of kind "time", as it would have written it itself."""
+        check, s, commit = self.checks.get(name), self.samples.get(name), self.stable.checkouts[name].commit
+        timed = self.sound and s is not None and s.n > 0
+        row = store.row(
+            "time",
+            case=self.case.id,
+            figures=s.figures(self.case.flops, self.case.bytes) if timed else {},
+            errors=check.errors if check else {},
+            wrong=self.reasons.get(name) or (check.wrong if check else None),
+            samples_us=store.thin([round(t * 1e6, 3) for t in s.times()]) if timed else [],
+            **{"flops": self.case.flops, "bytes": self.case.bytes, **self.fixed.get(name, {})},
+        )
+        return row | {"commit": commit, "dirty": False}
+
+
+@dataclass
+class Outcome:
+    """What a duel found: rows of both sides, verdicts, and why a case is missing on a side or was not judged."""
+
+    rows: dict[str, list[dict]] = field(default_factory=lambda: {name: [] for name in SIDES})
+    verdicts: list[stats.Verdict] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def duel(base: Checkout, head: Checkout, cases: Sequence[Case], budget: trial.Budget) -> Outcome:
+    """Verify every case on both sides, race those that are right, and return rows and verdicts.
+
+    A case that base lacks has no row of base: it is new. One that only head cannot run is wrong there, whatever the
+    reason. Interrupted (Ctrl-C), it returns what it has.
+    """
+    out, bouts = Outcome(missing={case.id: INTERRUPTED for case in cases}), {}
+    with tempfile.TemporaryDirectory() as folder, Stable(base, head) as stable:
+        judge = trial.Judge({}, budget, say)
+        with suppress(KeyboardInterrupt):
+            for case in sorted(cases, key=lambda case: case.threads):
+                bout = Bout(case, stable)
+                bout.verify(Path(folder))
+                bouts[case.id] = bout
+            judge.visits = {name: bout.visit for name, bout in bouts.items() if bout.sound}
+            judge.run()
+    out.verdicts = [verdict for verdict in judge.verdicts() if bouts[verdict.case].sound]
+    for name, bout in bouts.items():
+        del out.missing[name]
+        lacking, why = bout.reasons.get("base", "").partition("LookupError: ")[1:]
+        out.rows["head"].append(bout.row("head"))
+        if lacking:
+            out.missing[name] = f"base lacks it: {why}"
+        else:
+            out.rows["base"].append(bout.row("base"))
+        if bout.sound and name not in judge.first:
+            out.missing[name] = INTERRUPTED
+    return out

@@ -1,0 +1,56 @@
+// What callgrind counts (instructions.py): the fused layer once, forward and backward, at the digits' shape; argv[1] is
+// the storage dtype, fp32 or bf16. Inputs are fixed and the routing is uneven; results are judged elsewhere.
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/experts.h"
+
+using namespace moe;
+
+namespace {
+
+// Numbers in [-1, 1) that both dtypes hold exactly.
+std::vector<char> numbers(Dtype dtype, int64_t count) {
+  std::vector<char> out(count * dtype_bytes(dtype));
+  uint32_t state = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    state = state * 1664525u + 1013904223u;
+    const float value = int(state >> 25) / 64.0f - 1;
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    bits >>= dtype == Dtype::kFloat32 ? 0 : 16;
+    std::memcpy(&out[i * dtype_bytes(dtype)], &bits, dtype_bytes(dtype));
+  }
+  return out;
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  const Dtype dtype = std::string(argv[1]) == "bf16" ? Dtype::kBFloat16 : Dtype::kFloat32;
+  const int64_t T = 64, H = 96, E = 4, K = 2, I = 192, Is = 96, R = T * K, U = 2 * I, Us = 2 * Is;
+  MoeSizes s{};
+  s.T = T, s.H = H, s.E = E, s.R = R, s.I = I, s.Is = Is;
+  s.dtype = dtype, s.activation = Activation::kSwiGLU, s.threads = 1;
+
+  std::vector<int32_t> ids(R), counts(E), offsets(E + 1), row_token(R), row_pick(R), token_row_offsets(T + 1), token_rows(R);
+  std::vector<float> weights(R, 0.5f), row_weight(R), drow(R);
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t k = 0; k < K; ++k) ids[t * K + k] = int32_t((t * t / 7 + k * 3) % (E - 1));
+  dispatch_fwd(T, K, E, ids.data(), weights.data(),
+               {counts.data(), offsets.data(), row_token.data(), row_weight.data(), row_pick.data(),
+                token_row_offsets.data(), token_rows.data()});
+  const PlanView plan{offsets.data(), row_token.data(), row_weight.data(), token_row_offsets.data(), token_rows.data()};
+
+  const auto x = numbers(dtype, T * H), up = numbers(dtype, E * U * H), down = numbers(dtype, E * H * I);
+  const auto shared_up = numbers(dtype, Us * H), shared_down = numbers(dtype, H * Is), dout = numbers(dtype, T * H);
+  auto out = x, dx = x, dup = up, ddown = down, dshared_up = shared_up, dshared_down = shared_down;
+  auto gate_up = numbers(dtype, R * U), shared_gate_up = numbers(dtype, T * Us);
+  const ExpertWeights w{up.data(), down.data(), shared_up.data(), shared_down.data()};
+  moe_mlp_fwd(s, plan, w, nullptr, x.data(), out.data(), gate_up.data(), shared_gate_up.data());
+  moe_mlp_bwd(s, plan, w, x.data(), dout.data(), gate_up.data(), shared_gate_up.data(), dx.data(), drow.data(),
+              {dup.data(), ddown.data(), dshared_up.data(), dshared_down.data()});
+}
