@@ -7,6 +7,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
 # libgomp spins while it waits; beside any other program on the same cores that costs up to 20x (measured).
 export OMP_WAIT_POLICY ?= passive
+unexport MAKEFLAGS  # ninja, in tests too, takes make's job server for its own and fails
 QUIET := -q --disable-pip-version-check --no-input
 
 .PHONY: setup bench peers test test-host test-triton test-cuda fibers cuda lint clean native-test asan tsan

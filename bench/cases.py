@@ -22,8 +22,9 @@ from bench.store import keyword_filter
 
 ROOMS = ("gating", "dispatch", "experts", "combine")
 LEVELS = {"op": ROOMS, "layer": ("layer",), "block": ("block",), "step": ("train_step", "sampling_step")}
-BACKENDS = ("native", "triton", "grouped", "eager")
-ONLY_ON = {"native": "cpu", "triton": "cuda"}  # interpreted on a CPU, Triton's kernels are for tests, not for speed
+BACKENDS = ("native", "triton", "cuda", "grouped", "eager")
+# Kernels of our own and their device: interpreted or on fibers, those for GPUs run on a CPU in tests, not for speed.
+ONLY_ON = {"native": "cpu", "triton": "cuda", "cuda": "cuda"}
 DEVICES = ("cpu", "cuda")
 PEERS = ("sorted_loop", "authors_tp1", "authors_tp2")  # their path: inference for fwd, training for bwd and fwdbwd
 DTYPES = {
@@ -151,6 +152,11 @@ class Case:
 def backends_on(device: str) -> tuple[str, ...]:
     """Return the backends whose speed on a device, "cpu" or "cuda", means something."""
     return tuple(name for name in BACKENDS if ONLY_ON.get(name, device) == device)
+
+
+def kernels_on(device: str) -> tuple[str, ...]:
+    """Return the backends with kernels of our own for a device."""
+    return tuple(name for name, where in ONLY_ON.items() if where == device)
 
 
 def make_inputs(case: Case, seed: int = 0, dtype: torch.dtype | None = None) -> SimpleNamespace:

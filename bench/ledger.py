@@ -59,7 +59,8 @@ class Ledger:
 
 
 def source_digest(suffixes: Collection[str] = (".py", ".so")) -> str:
-    """Hash the code that rows depend on: the oracle, the product with its extension, the instrument less its report."""
-    files = [p for room in ("reference", "moe_kernels", "bench") for p in sorted((ROOT / room).rglob("*"))]
-    code = [p for p in files if p.suffix in suffixes and p.stem not in ("report", "pictures", "verified")]
+    """Hash the code that rows depend on: the oracle, the product and its sources, the instrument less its report."""
+    files = [p for room in ("reference", "csrc", "moe_kernels", "bench") for p in sorted((ROOT / room).rglob("*"))]
+    shown = {"report", "page", "pictures", "verified"}
+    code = [p for p in files if p.suffix in suffixes and not {p.stem, p.parent.name} & shown]
     return hashlib.sha256(b"".join(p.read_bytes() for p in code)).hexdigest()[:12]

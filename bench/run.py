@@ -193,6 +193,7 @@ class Job:
         self.ledger.stage("figures", self._figures)
         for dtype in self.size.dtypes:
             self._parity(dtype)
+        self.ledger.stage("ceilings", lambda: [store.row("ceilings", **stages.ceilings(self.args.size, self.threads))])
         races = stages.plan(self.args.size, self.backends, self.threads, self.case.steps)
         for race, facts in progress.track(races, "timing", len(races)):
             self.ledger.stage(f"time {race.name}", lambda race=race, facts=facts: stages.run(race, facts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from bench import workloads
+from bench import measure, workloads
 from bench.cases import PEERS, ROOMS, Case
 from bench.shapes import MODEL_SHAPES
 
@@ -74,6 +74,20 @@ def race_of(case: Case, contenders: Sequence[str], rounds: int, seconds: float, 
             "per_call": images / 2 / steps,
         }  # fmt: skip
     return Race(name, tuple(replace(case, backend=c) for c in contenders), rounds, seconds), facts
+
+
+def ceilings(size: str, threads: int) -> dict:
+    """Measure what this CPU reaches in this run: the roof over the rooms.
+
+    Returns: device, threads; FLOP/s by dtype of register-only multiply-adds ("loop" in `peak`) or, without the
+        extension, of torch.mm; copy in bytes read and written per second; mm_fp32 and mm_bf16 in FLOP/s.
+    """
+    found = measure.ceilings(threads, 0.05 if size == "tiny" else 0.3)
+    loop = found["fma_fp32_gflops"] is not None
+    peaks = {dtype: 1e9 * found[f"{'fma' if loop else 'mm'}_{dtype}_gflops"] for dtype in ("fp32", "bf16")}
+    products = {f"mm_{dtype}": 1e9 * found[f"mm_{dtype}_gflops"] for dtype in ("fp32", "bf16")}
+    where = {"device": "cpu", "threads": threads, "peak": "loop" if loop else "mm"}
+    return {**where, **peaks, "copy": 1e9 * found["copy_gbps"], **products}
 
 
 def run(race: Race, facts: dict) -> Iterator[dict]:

@@ -15,7 +15,7 @@ from bench.progress import say
 from bench.shapes import MODEL_SHAPES, ROUTING_PRESETS
 
 STEPS = {"train_step": "fwdbwd", "sampling_step": "fwd"}  # their only mode
-DEFAULT = {"cpu": ("native", "grouped", stages.LOOP), "cuda": ("triton", "grouped", stages.LOOP)}
+DEFAULT = {"cpu": ("native", "grouped", stages.LOOP), "cuda": ("triton", "cuda", "grouped", stages.LOOP)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

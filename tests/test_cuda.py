@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import pybind11
 import pytest
 import torch
 
@@ -14,7 +19,8 @@ from tests.contenders import BACKENDS, judge_trap, moe_compute
 from tests.trap_cases import DEVICE, PLAIN, Trap, make_problem
 
 on_fibers = pytest.mark.skipif("cuda" not in BACKENDS or DEVICE != "cpu", reason=f"needs {cuda.FIBERS}: make cuda-test")
-ENGINES = ("simt", "sm80", "sm90", "sm90_wide")
+ROOT = Path(__file__).parents[1]
+ENGINES = ("simt", "sm80", "sm90", "sm90_middle", "sm90_wide")
 LONG = (
     Trap("ring", "more steps of a sum than stages of any ring", T=9, H=584, I=16, Is=8, E=2),
     Trap("long_group", "a weight's gradient over more rows than a ring holds", T=520, H=16, I=16, Is=8, E=2, K=1),
@@ -108,7 +114,7 @@ def test_an_unknown_engine_is_an_error(monkeypatch):
     monkeypatch.setenv("MOE_FIBER_ENGINE", "sm70")
     problem = make_problem(PLAIN, 0, torch.bfloat16)
     plan = dispatch(problem.topk_ids, problem.routing, PLAIN.E, backend="cuda")
-    with pytest.raises(ValueError, match="MOE_FIBER_ENGINE: 'sm70', expected simt, sm80, sm90 or sm90_wide"):
+    with pytest.raises(ValueError, match="MOE_FIBER_ENGINE: 'sm70', expected simt, sm80, sm90, sm90_middle"):
         moe_mlp(problem.x, plan, problem.gate_up_proj, problem.down_proj, backend="cuda")
 
 
@@ -117,3 +123,34 @@ def test_where_it_does_not_run_it_says_why():
     info = {info.name: info for info in registry.backends()}["cuda"]
     assert not info.available
     assert info.reason == "built, no device" or info.reason.startswith("built without CUDA (pip install")
+
+
+def configure(tmp_path, path: str, *options: str) -> str:
+    """Return what CMake says when the CUDA backend is asked for."""
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if cmake is None:
+        pytest.skip("no cmake")
+    done = subprocess.run(
+        [
+            *(cmake, "-S", ROOT, "-B", tmp_path, "-DMOE_KERNELS_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"),
+            *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options),
+        ],
+        env={**os.environ, "PATH": path, "CUDACXX": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode
+    return " ".join(done.stderr.split())
+
+
+def test_asked_for_without_a_compiler_is_an_error(tmp_path):
+    path = ":".join(d for d in os.environ["PATH"].split(":") if not (Path(d) / "nvcc").exists())
+    if shutil.which("c++", path=path) is None:
+        pytest.skip("nvcc lies beside the C++ compiler")
+    assert "MOE_KERNELS_CUDA=ON: no CUDA compiler; put nvcc" in configure(tmp_path, path)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_asked_for_without_headers_is_an_error(tmp_path):
+    said = configure(tmp_path, os.environ["PATH"], f"-DMOE_CUTLASS_INCLUDE={tmp_path}")
+    assert f"MOE_KERNELS_CUDA=ON: no CUTLASS headers in '{tmp_path}'; pip install --no-deps nvidia-cutlass" in said

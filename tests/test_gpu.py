@@ -1,19 +1,16 @@
-"""The GPU command, rehearsed on a CPU: floors as designed, everybody verified, budgets kept, nothing run twice."""
+"""The GPU command, rehearsed on a CPU: floors as designed, everybody verified, stages run, our own kernels found."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import warnings
-import zipfile
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import ledger, measure, record, store, workloads
+from bench import measure, store, workloads
 from bench.__main__ import main
-from bench.cases import Case, backends_on, make_inputs
+from bench.cases import Case, backends_on, kernels_on, make_inputs
 from bench.gpu import command, contenders, counters, plan, profiles, race, steps, tables
 from bench.gpu.floors import floor_s, kernels
 from bench.shapes import MODEL_SHAPES
@@ -49,11 +46,8 @@ def test_ids_of_gpu_cases_read_back_and_those_of_the_cpu_are_as_before():
 
 
 def test_backends_belong_to_their_device():
-    assert backends_on("cpu") == ("native", "grouped", "eager") and backends_on("cuda") == (
-        "triton",
-        "grouped",
-        "eager",
-    )
+    assert backends_on("cpu") == ("native", "grouped", "eager") and kernels_on("cpu") == ("native",)
+    assert backends_on("cuda") == ("triton", "cuda", "grouped", "eager") and kernels_on("cuda") == ("triton", "cuda")
     assert workloads.why_not(replace(TINY, backend="triton")) == "backend triton runs on cuda"
     assert workloads.why_not(replace(TINY, dtype="tf32")) == "only GPUs have TF32"
     if not torch.cuda.is_available():
@@ -148,8 +142,9 @@ def test_a_wrong_contender_and_one_that_cannot_be_built_get_no_number():
 
 def test_the_compiled_race_among_few():
     compiled = {c.name for c in contenders.contenders_of(LAYER, compiled=True)}
-    assert compiled == {"triton", "authors_tp1", "grouped_mm", "authors_compiled", "grouped_mm_compiled"}
+    assert compiled == {"triton", "cuda", "authors_tp1", "grouped_mm", "authors_compiled", "grouped_mm_compiled"}
     assert not {c.name for c in contenders.contenders_of(LAYER, compiled=False)} & {"authors_compiled", "native"}
+    assert {"triton", "cuda"} <= {c.name for c in contenders.contenders_of(LAYER, compiled=False)}
 
 
 def test_sonic_rows_are_told_apart():
@@ -160,20 +155,28 @@ def test_sonic_rows_are_told_apart():
     assert torch.equal(contenders._rows_apart({"dgate_up_proj": in_turn})["dgate_up_proj"], stacked)
 
 
+def test_a_line_holds_the_best_of_ours_against_the_best_peer_and_the_rest_of_ours():
+    ratio = {"value": 1.2, "low": 1.1, "high": 1.3}
+    names = {"triton": 12.0, "cuda": 10.0, "eager": 90.0, "sonic": 20.0}
+    facts = {"level": "layer", "model": "S", "T": 1, "dtype": "bf16", "mode": "fwd", "wrong": None}
+    race = [
+        {
+            **facts,
+            "contender": name,
+            "ours": name != "sonic",
+            "figures": {"time_us_median": us},
+            "speedups": {other: ratio for other in names if other != name},
+        }
+        for name, us in names.items()
+    ]
+    told = "layer S T=1 bf16 fwd: cuda 10 us (); sonic 20 us (); x1.20 [1.10, 1.30]; x1.20 [1.10, 1.30] triton 12 us ()"
+    assert tables.line(race) == told
+    assert tables.line([race[0], race[3]]).endswith("triton 12 us (); sonic 20 us (); x1.20 [1.10, 1.30]")
+
+
 def test_counters_of_a_cpu_are_none_and_its_operators_are_seen():
     assert counters.count(lambda: None, "cpu") == {"launches": None, "host_syncs": None, "peak_mib": None}
     assert "aten::mm" in {event.name for event in counters.events(lambda: torch.ones(4, 4) @ torch.ones(4, 4), "cpu")}
-
-
-def test_work_is_begun_while_it_fits():
-    now = [0.0]
-    budget = command.Budget(100.0, clock=lambda: now[0])
-
-    def work() -> None:
-        now[0] += 40.0
-
-    assert budget.spend(work) and budget.spend(work)
-    assert not budget.spend(work) and now[0] == 80.0 and budget.left == 20.0
 
 
 def test_everything_important_comes_first():
@@ -183,55 +186,6 @@ def test_everything_important_comes_first():
     assert {case.dtype for case in rest} == {"fp16", "tf32", "fp32"}
     cases = plan.whole_models(plan.SIZES["default"], "cuda")
     assert [case.level for case in cases[:4]] == ["sampling_step", "train_step"] * 2
-
-
-def job(tmp_path, **changes) -> command.Job:
-    fields = {"out": tmp_path, "device": "cpu", "size": "tiny", "wheel": None, "minutes": 1.0, "stage": None}
-    return command.Job(argparse.Namespace(**{**fields, **changes}))
-
-
-def row(**fields) -> dict:
-    return store.row("time", **{"race": "r", "contender": "c", "ours": True, "wrong": None, "reason": "x", **fields})
-
-
-def test_what_the_folder_has_is_not_run_again_and_what_failed_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "line", lambda rows: "")
-    ran = []
-
-    def produce(case: Case):
-        ran.append(case.mode)
-        if case.mode == "bwd":
-            raise RuntimeError("out of luck")
-        yield row(wrong="error" if case.mode == "fwdbwd" else None)
-
-    cases = [replace(TINY, mode=mode) for mode in ("fwd", "bwd", "fwdbwd")]
-    job(tmp_path)._each("bench", cases, produce)
-    first = job(tmp_path)
-    first._each("bench", cases, produce)
-    assert ran == ["fwd", "bwd", "fwdbwd", "bwd", "fwdbwd"]
-    assert [r["summary"] for r in first.ledger.rows if r["kind"] == "failure"] == [
-        f"{cases[1].id}: RuntimeError: out of luck"
-    ]
-    assert sum(map(command.bad, first.ledger.rows)) == 2
-
-
-def test_what_does_not_fit_is_dropped_with_a_note(tmp_path, capsys):
-    done = []
-    job(tmp_path, minutes=0.0)._each("bench", [TINY], done.append)
-    assert not done and f"dropped 1 of 1 cases: bench {TINY.id}" in capsys.readouterr().out
-
-
-def test_who_takes_the_gpu_down_is_noted_and_left_out(tmp_path, monkeypatch):
-    def lost() -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    first = job(tmp_path)
-    first.args.device = "cuda"
-    monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    with pytest.raises(OSError, match=r"^sonic took the GPU's context down in .*: raised AcceleratorError"):
-        down = {"wrong": "raised AcceleratorError"}
-        first._look_after_gpu(TINY, [row(errors={"out": {}}, **down), row(contender="sonic", **down), row(**down)])
-    assert job(tmp_path)._lost() == {"sonic"}
 
 
 def test_the_stage_bench_runs_on_a_cpu_and_resumes(tmp_path, capsys):
@@ -257,47 +211,27 @@ def test_e2e_and_profile_run_on_a_cpu(tmp_path, capsys):
     assert "cpu: skipped" in capsys.readouterr().out
 
 
-def test_bad_arguments_are_named(tmp_path, capsys):
-    assert main(["gpu", "--device", "cpu", "--out", str(tmp_path), "--wheel", "no.whl"]) == 2
-    assert "--wheel: got no.whl, expected a wheel of this project" in capsys.readouterr().err
-    if not torch.cuda.is_available():
-        assert main(["gpu", "--out", str(tmp_path)]) == 2
-        assert "--device: got cuda, expected cpu" in capsys.readouterr().err
-
-
-def test_a_wheel_is_installed_and_its_extension_put_beside_the_sources(tmp_path, monkeypatch):
-    wheel, commands = tmp_path / "moe_kernels-0.1.0-cp312.whl", []
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("moe_kernels/_C.so", b"extension")
-        archive.writestr("moe_kernels/layer.py", b"other sources")
-    first = job(tmp_path / "out", wheel=wheel)
-    monkeypatch.setattr(store, "ROOT", tmp_path)
-    monkeypatch.setattr(first, "_logged", lambda log, words: commands.append(words) or 0)
-    (done,) = first._install()
-    assert (done["failed"], done["summary"]) == (False, f"{wheel.name} installed") and str(wheel) in commands[0]
-    assert [p.name for p in (tmp_path / "moe_kernels").iterdir()] == ["_C.so"]
-    monkeypatch.setattr(first, "_logged", lambda log, words: 1)
-    assert next(first._install())["failed"]
-
-
-def test_what_runs_out_of_time_is_stopped(tmp_path):
-    first = job(tmp_path, minutes=0.02)
-    assert first._logged("a.log", [sys.executable, "-c", "import time; print('on', flush=True); time.sleep(60)"]) == 124
-    assert (tmp_path / "a.log").read_text() == "on\n\nstopped: out of time\n"
-
-
 def test_nsight_compute_gets_the_slowest_of_our_kernels(tmp_path, monkeypatch):
     case = replace(TINY, backend="grouped")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert profiles.sections(case, "grouped", ["experts_fwd_up"], tmp_path / "ncu.log", 9.0) == "ncu is not on PATH"
+    assert profiles.sections(case, ["experts_fwd_up"], tmp_path / "ncu.log", 9.0) == "ncu is not on PATH"
     (tmp_path / "ncu").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     (tmp_path / "ncu").chmod(0o755)
-    kernels = ["void at::native::sort<int>", "experts_fwd_up", "combine_fwd"]
-    assert profiles.sections(case, "grouped", kernels, tmp_path / "ncu.log", 9.0) is None
+    product = "void moe::cuda::sm90::product_sm90<moe::cuda::Up<moe::bf16, true> >(moe::cuda::Up<moe::bf16, true>)"
+    kernels = ["void at::native::sort<int>(int)", "experts_fwd_up", product, product.replace("Up", "Down")]
+    assert profiles.sections(case, kernels, tmp_path / "ncu.log", 9.0) is None
     words = (tmp_path / "ncu.log").read_text().splitlines()
-    assert "regex:^(experts_fwd_up|combine_fwd)$" in words and words[words.index("--launch-count") + 1] == "4"
+    assert "regex:^(experts_fwd_up|product_sm90)$" in words and words[words.index("--launch-count") + 1] == "6"
     assert words[-1] == f"from bench.gpu import profiles; profiles.one_call({case.id!r})"
     profiles.one_call(case.id)
+
+
+def test_kernels_are_known_by_their_names():
+    name = "void moe::cuda::(anonymous namespace)::gating_fwd_tokens<float, 8, 2>(moe::cuda::Router, float const*)"
+    assert profiles.base_name(name) == "gating_fwd_tokens" and profiles.base_name("combine_fwd") == "combine_fwd"
+    assert profiles.base_name("void cutlass::Kernel<moe::cuda::X>(int)") is None
+    lines = profiles.table([{"case": "c", "us": 1.0, "share": 1.0, "calls": 1.0, "kernel": name}])
+    assert "1.0 x  gating_fwd_tokens<float, 8, 2>(Router" in lines
 
 
 def test_waits_for_the_gpu_are_counted_and_keep_a_step_from_being_captured(monkeypatch):
@@ -312,6 +246,16 @@ def test_waits_for_the_gpu_are_counted_and_keep_a_step_from_being_captured(monke
     assert steps._graph(LAYER, twice, 2) == "the step waits for the GPU 2 times"
 
 
+def test_a_backend_that_is_not_here_has_its_reason_in_a_step_too(monkeypatch):
+    reason = "backend native is not available: not built"
+    missing = lambda case: reason if case.backend == "native" else None  # noqa: E731
+    monkeypatch.setattr(workloads, "why_not", missing)
+    monkeypatch.setattr(steps, "_verify", lambda case, names: iter([(name, "left out") for name in names]))
+    rows = {r["contender"]: r for r in steps.race(replace(TINY, level="train_step", mode="fwdbwd"), 3, 0.0)}
+    assert (rows["native"]["reason"], rows["native"]["wrong"]) == (reason, None) and not command.bad(rows["native"])
+    assert rows["grouped"]["wrong"] == "left out" and "native_graph" not in rows
+
+
 def test_twins_own_the_same_parameters():
     case = replace(TINY, level="train_step", routing="gate", mode="fwdbwd")
     model = workloads.build_model(DiTMoE, case, steps.AUTHORS)
@@ -320,21 +264,3 @@ def test_twins_own_the_same_parameters():
     assert all(a == b and p is q for (a, p), (b, q) in pairs) and type(twin.blocks[0].moe) is not type(
         model.blocks[0].moe
     )
-
-
-def test_recorded_rows_name_the_commit_whose_sources_they_were_made_from(tmp_path, monkeypatch):
-    source = ledger.source_digest(command.SOURCES)
-    (tmp_path / "results").mkdir()
-    commit = {"commit": "0123456789abcdef", "dirty": False}
-    monkeypatch.setattr(store, "commit", lambda: commit)
-    for found in (source, "another"):
-        store.append(tmp_path / record.GPU_ROWS, row(source=found, stage="bench x"))
-    target = record.record_gpu(tmp_path, tmp_path)
-    (kept,) = store.read(target)
-    assert target.name.endswith("_0123456789_gpu.jsonl") and kept["source"] == source
-    store.append(tmp_path / record.GPU_ROWS, row(source=source, stage="bench y", wrong="out: error"))
-    with pytest.raises(ValueError, match="bench y failed or is wrong"):
-        record.record_gpu(tmp_path, tmp_path)
-    commit["dirty"] = True
-    with pytest.raises(ValueError, match="got a dirty tree or no commit"):
-        record.record_gpu(tmp_path, tmp_path)

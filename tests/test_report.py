@@ -12,6 +12,8 @@ import pytest
 
 from bench import pictures, report, store
 from bench.__main__ import main
+from bench.cases import ROOMS
+from bench.page import ladder, words
 
 RUNGS = {
     "plans": "pass", "layers": "pass", "plans_equal": True, "outputs_ratio": 1.1, "experts_ratio": 0.9, "e_ours": 1e-7,
@@ -20,6 +22,7 @@ RUNGS = {
     "degrees": 100.0, "low": 0.00002, "high": 0.00018, "level": 0.9, "margin": 0.001, "count": 500, "failed": [],
     "dfd_verdict": "PARITY",
 }  # fmt: skip
+ROOF = {"device": "cpu", "threads": 2, "peak": "loop", "fp32": 400e9, "bf16": 800e9, "copy": 20e9}
 
 
 def parity_row(backend: str, dtype: str, verdict: str = "PARITY", **changes) -> dict:
@@ -29,7 +32,14 @@ def parity_row(backend: str, dtype: str, verdict: str = "PARITY", **changes) -> 
 def time_row(
     backend: str, speedups: dict, level: str = "layer", dtype: str = "fp32", wrong: str | None = None, **figures
 ):
-    times = {"time_us_median": 2000.0, "time_us_p20": 1900.0, "time_us_p80": 2100.0, "n": 9, "gflops": 50.0}
+    times = {
+        "time_us_median": 2000.0,
+        "time_us_p20": 1900.0,
+        "time_us_p80": 2100.0,
+        "n": 9,
+        "gflops": 50.0,
+        "gbps": 2.0,
+    }
     times |= {"disturbed": False, **figures}
     return store.row(
         "time", case="id", backend=backend, level=level, dtype=dtype, mode="fwd", T=1024, threads=2, model="S/2-8E2A",
@@ -59,7 +69,8 @@ def all_rows() -> list[dict]:
                   **{**RUNGS, "layers": "fail", "low": 0.5, "dfd": 0.6, "high": 0.7, "dfd_verdict": "DIFFERENT"}),
         time_row("native", {"authors_tp1": 2.0, "grouped": 1.25}), time_row("grouped", {"authors_tp1": 1.6}),
         time_row("authors_tp1", {"grouped": 0.6}), time_row("authors_tp2", {}, wrong="y: error 1e-1"),
-        *[time_row(b, {"grouped": 1.0}, room) for room in report.ROOMS for b in ("native", "grouped")],
+        *[time_row(b, {"grouped": 1.0}, room) for room in ROOMS for b in ("native", "grouped")],
+        time_row("native", {}, "train_step"), store.row("ceilings", **ROOF),
     ]  # fmt: skip
 
 
@@ -75,10 +86,16 @@ def folder(tmp_path):
 def test_headline_is_computed_from_the_rows():
     text = report.headline(all_rows())
     assert "UNSURE in bf16: grouped; PARITY in fp32 and bf16: native; PARITY in fp32: grouped." in text
-    assert "2.00x [1.90, 2.10] as fast as the authors' loop and 1.25x [1.15, 1.35] as fast as grouped" in text
-    assert "S/2-8E2A width, forward, T=1024, 2 threads" in text and "worth little" not in text
-    busy = [time_row("native", {"grouped": 1.0}, disturbed=True)]
+    assert "native is faster than everything else in 1 of 5 cases, slower in 0, 4 undecided (95 % intervals)." in text
+    assert "1 result of authors' loop, tp=2 failed the check and got no number" in text and "worth little" not in text
+    assert "All 1 deliberate fault came out DIFFERENT." in text
+    busy = [time_row("native", {"grouped": 1.0}, disturbed=True), time_row("grouped", {})]
     assert "worth little" in report.headline(busy) and "No parity verdicts yet" in report.headline(busy)
+
+
+def test_headline_says_when_a_deliberate_fault_was_not_found():
+    rows = [{**row, "verdict": "UNSURE"} if row["kind"] == "control" else row for row in all_rows()]
+    assert "The ladder is blind: dropped shared expert (fp32) UNSURE." in report.headline(rows)
 
 
 def test_page_is_one_file_that_opens_offline(folder):
@@ -89,8 +106,9 @@ def test_page_is_one_file_that_opens_offline(folder):
 
 def test_page_shows_every_section_and_escapes(folder):
     page = report.write(folder).read_text()
-    for text in ("Samples", "Training", "Where the time goes", "Speed", "Parity", "Expert load", "no &lt;GPU&gt;",
-                 "no number: y: error 1e-1", "dropped shared expert", "steps/s", "missed", "2.00×"):  # fmt: skip
+    for text in ("Overview", "Backends", "Samples", "Training", "Whole models", "Layers and blocks", "The four rooms",
+                 "Parity", "Expert load", "no &lt;GPU&gt;", "no number: y: error 1e-1", "dropped shared expert", 
+                 "steps/s", "missed", "2.00×"):  # fmt: skip
         assert text in page, text
     assert page.count("<img") == 1 + 2 * 8 + 2
 
@@ -117,11 +135,11 @@ def test_report_command_renders_again_and_names_a_missing_run(folder, tmp_path, 
 
 
 def test_forest_places_margin_and_intervals():
-    view = report.forest([parity_row("native", "fp32", low=-0.001, dfd=0.0, high=0.001)])
+    view = ladder.forest([parity_row("native", "fp32", low=-0.001, dfd=0.0, high=0.001)])
     line = view["lines"][0]
     assert view["left"] == pytest.approx(26) and view["right"] == pytest.approx(74)
     assert (line["left"], line["at"], line["width"]) == pytest.approx((26, 50, 48))
-    far = report.forest([parity_row("native", "fp32", low=0.5, dfd=0.6, high=0.7)])["lines"][0]
+    far = ladder.forest([parity_row("native", "fp32", low=0.5, dfd=0.6, high=0.7)])["lines"][0]
     assert 74 < far["left"] < far["at"] < far["left"] + far["width"] <= 98 + 1e-9
 
 
@@ -130,7 +148,7 @@ def test_forest_places_margin_and_intervals():
     [(0, "0"), (1234.5, "1234"), (99.95, "100.0"), (12.345, "12.3"), (0.0123456, "0.0123"), (1.5e-7, "1.5e-07")],
 )
 def test_figures_have_three_digits(value, text):
-    assert report.figure(value) == text
+    assert words.figure(value) == text
 
 
 def decode(data: bytes) -> np.ndarray:

@@ -55,6 +55,7 @@ def test_end_to_end(done):
     assert all(r["verdict"] in (fid.PARITY, fid.UNSURE) for r in rows if r["kind"] == "parity")
     assert [r["control"] for r in rows if r["kind"] == "control"] == list(parity.SABOTAGES)
     assert kinds.count("inner_loops") == kinds.count("training") == kinds.count("figures") == kinds.count("load") == 1
+    assert kinds.count("ceilings") == 1 and kinds.index("ceilings") < kinds.index("time")
     assert len({r["race"] for r in rows if r["kind"] == "time"}) == RACES
     assert {"index.html", "report.md", "rows.jsonl", "pictures.npz", "model.safetensors"} <= {
         p.name for p in folder.iterdir()

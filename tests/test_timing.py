@@ -44,5 +44,5 @@ def test_bad_arguments_are_named(argv, match, capsys):
 def test_a_device_that_is_not_there_is_named(capsys):
     assert main(["time", "layer", "--device", "cuda"]) == 2
     said = capsys.readouterr().err
-    assert "--backends: nobody of triton, grouped, authors_tp1 can run layer-any-S2-position_skewed-T1024" in said
+    assert "--backends: nobody of triton, cuda, grouped, authors_tp1 can run layer-any-S2-position_skewed-T1024" in said
     assert said.endswith("-fp32-fwd-cuda: this machine has no CUDA device\n")

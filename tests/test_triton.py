@@ -12,7 +12,7 @@ import torch
 
 from bench.shapes import MODEL_SHAPES
 from moe_kernels import dispatch
-from moe_kernels.backends import registry
+from moe_kernels.backends import preferred, registry
 from moe_kernels.backends.base import Case, MoEWeights
 from tests.contenders import BACKENDS
 from tests.trap_cases import DEVICE, draw_router
@@ -149,6 +149,7 @@ def with_gpu(monkeypatch):
     """A machine that has a GPU, as far as the registry can see."""
     monkeypatch.setattr(triton_backend.TritonBackend, "why_not", lambda self: "")
     monkeypatch.setattr(triton_backend, "_INTERPRETED", False)
+    monkeypatch.setattr(preferred, "table", dict)
     for cached in (registry._load, registry._choose):
         cached.cache_clear()
     yield

@@ -7,19 +7,22 @@ gone between two of them. On a CPU the same path is rehearsed at tiny size.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+import moe_kernels
 from bench import ledger, store
-from bench.cases import DEVICES, Case
+from bench.cases import DEVICES, Case, kernels_on
 from bench.gpu import plan, profiles, race, steps, tables
 from bench.gpu.contenders import contenders_of
 from bench.progress import say
@@ -27,7 +30,11 @@ from bench.progress import say
 STAGES = ("build", "test", "bench", "e2e", "profile")
 LEAST_S = 5.0  # what a case is expected to take before one has run
 NOTHING_SELECTED = 5  # pytest's exit code
-SOURCES = (".py", ".json")  # not .so: built on the machine, and native is no contender there
+COMPILED = (".cpp", ".cu", ".h", ".txt")  # what the extension is made of
+SOURCES = (".py", ".json", *COMPILED)  # not .so: built on the machine
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+MODULES = ("moe_kernels/_C", "moe_kernels/_cuda")  # how the files of the extensions begin
+CMAKE_SAYS = "MOE_KERNELS_CUDA=ON: "  # and then why it cannot build for CUDA
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="cuda", help="cpu: the rehearsal")
     parser.add_argument("--size", choices=list(plan.SIZES), default="default")
     parser.add_argument("--wheel", type=Path, help="of this project, built elsewhere; by default it is built here")
+    parser.add_argument("--cutlass", type=Path, help="wheel of nvidia-cutlass: its headers, where it is not installed")
     parser.add_argument("--minutes", type=float, default=8.5, help="budget of each stage")
 
 
@@ -65,8 +73,10 @@ class Job:
     def __init__(self, args: argparse.Namespace):
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device: got cuda, expected cpu: this machine has no CUDA device")
-        if args.wheel and not args.wheel.is_file():
-            raise ValueError(f"--wheel: got {args.wheel}, expected a wheel of this project")
+        for option, what in (("wheel", "this project"), ("cutlass", "nvidia-cutlass")):
+            path = getattr(args, option)
+            if path and not path.is_file():
+                raise ValueError(f"--{option}: got {path}, expected a wheel of {what}")
         self.args, self.size, self.out = args, plan.SIZES[args.size], args.out
         path = self.out / f"rows_{args.device}_{args.size}.jsonl"
         self.ledger = ledger.Ledger(path, {"size": args.size})
@@ -139,29 +149,62 @@ class Job:
         if self.args.device == "cpu":
             say("cpu: skipped, the rehearsal runs on what is installed")
             return
-        self._once("build", self._install)
+        name = f"build {ledger.source_digest(COMPILED)}"
+        if not self._installed():  # the folder may come from another machine
+            self.ledger.rows = [row for row in self.ledger.rows if row["stage"] != name]
+        self._once(name, self._install)
+
+    def _installed(self) -> bool:
+        return any((store.ROOT / "moe_kernels").glob("_cuda*.so"))
 
     def _install(self) -> Iterator[dict]:
-        wheel, pip = self.args.wheel, [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-        code, start = 0, time.monotonic()
-        if wheel is None:
-            options = ["--no-build-isolation", "--no-deps", "-w", str(self.out)]
-            code = self._logged("build.log", [*pip, "wheel", "-v", *options, str(store.ROOT)])
-            wheel = next(iter(sorted(self.out.glob("moe_kernels-*.whl"))), None)
+        wheel, start = self.args.wheel, time.monotonic()
+        (self.out / "build.log").unlink(missing_ok=True)
+        code = 0 if wheel else self._build_wheel()
+        wheel = wheel or next(iter(sorted(self.out.glob("moe_kernels-*.whl"))), None)
         if not code and wheel:
-            code = self._logged("build.log", [*pip, "install", "--no-deps", "--force-reinstall", str(wheel)])
+            code = self._logged("build.log", [*PIP, "install", "--no-deps", "--force-reinstall", str(wheel)])
         if not code and wheel:
             with zipfile.ZipFile(wheel) as archive:
-                modules = [name for name in archive.namelist() if name.startswith("moe_kernels/_C")]
+                modules = [name for name in archive.namelist() if name.startswith(MODULES)]
                 archive.extractall(store.ROOT, modules)
+            importlib.invalidate_caches()
         failed = bool(code) or wheel is None
-        summary = "failed, see build.log" if failed else f"{wheel.name} installed"
+        summary = f"failed, see build.log{self._why()}" if failed else f"{wheel.name} installed"
         say(f"build: {summary}")
         yield store.row("build", summary=summary, failed=failed, seconds=round(time.monotonic() - start, 1))
+        self._present(kernels_on("cuda"))
+
+    def _build_wheel(self) -> int:
+        """Build this checkout with CUDA, offline: nvcc and the headers of CUTLASS must be there."""
+        code = 0
+        if self.args.cutlass:
+            code = self._logged("build.log", [*PIP, "install", "--no-deps", str(self.args.cutlass)])
+        options = ["--no-build-isolation", "--no-deps", "-C", "cmake.define.MOE_KERNELS_CUDA=ON", "-w", str(self.out)]
+        return code or self._logged("build.log", [*PIP, "wheel", "-v", *options, str(store.ROOT)])
+
+    def _why(self) -> str:
+        """Return what CMake wrote about CUDA, as the end of a sentence."""
+        log = self.out / "build.log"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        return next((f": {line.partition(CMAKE_SAYS)[2]}" for line in reversed(lines) if CMAKE_SAYS in line), "")
+
+    def _present(self, names: Sequence[str]) -> list[str]:
+        """Return which of these backends can run here; say why the others cannot."""
+        missing = {info.name: info.reason for info in moe_kernels.backends() if not info.available}
+        for name in names:
+            if name in missing:
+                say(f"without {name}: {missing[name]}")
+        return [name for name in names if name not in missing]
 
     def _test(self) -> None:
-        """Run the tests of the Triton backend, each file in a process of its own: on the GPU, or interpreted."""
-        missing = [name for name in self.size.tests if not self._done(f"test {name}")]
+        """Run the tests of our backends: on the GPU, or Triton's interpreted.
+
+        Each file and backend has a process of its own: after a kernel that goes astray everything in its process fails.
+        """
+        backends = ["triton"] if self.args.device == "cpu" else self._present(kernels_on("cuda"))
+        names = [f"{file} {backend}" for file in self.size.tests for backend in backends]
+        missing = [name for name in names if not self._done(f"test {name}")]
         for at, name in enumerate(missing):
             if self.budget.left < LEAST_S:
                 say(f"out of time, dropped tests/test_{', test_'.join(missing[at:])}")
@@ -169,8 +212,8 @@ class Job:
             self._once(f"test {name}", lambda name=name: self._pytest(name))
 
     def _pytest(self, name: str) -> Iterator[dict]:
-        start, log = time.monotonic(), self.out / "test.log"
-        command = [sys.executable, "-m", "pytest", "-q", f"tests/test_{name}.py", "-k", "triton"]
+        start, log, (file, backend) = time.monotonic(), self.out / "test.log", name.split()
+        command = [sys.executable, "-m", "pytest", "-q", f"tests/test_{file}.py", "-k", backend]
         code = self._logged(log.name, command, plan.TEST_ENVIRONMENT[self.args.device])
         summary = f"{name}: {log.read_text(errors='replace').strip().splitlines()[-1]}"
         say(f"test {summary}")
@@ -215,13 +258,14 @@ class Job:
         self._each("e2e", plan.whole_models(size, self.args.device), produce)
 
     def _profile(self) -> None:
-        backend = "triton" if self.args.device == "cuda" else "native"
-        cases = plan.profiled(self.size, self.args.device)
-        self._each("profile", cases, lambda case: profiles.profile(case, backend))
+        backends = self._present(kernels_on(self.args.device))
+        models = plan.profiled(self.size, self.args.device)
+        cases = [replace(case, backend=name) for case in models for name in backends]
+        self._each("profile", cases, profiles.profile)
         for case in cases:
             rows = self.ledger.complete(f"profile {case.id}")
             kernels = [row["kernel"] for row in rows]
-            why = profiles.sections(case, backend, kernels, self.out / "ncu.log", max(1.0, self.budget.left))
+            why = profiles.sections(case, kernels, self.out / "ncu.log", max(1.0, self.budget.left))
             say(f"ncu: {why or 'sections in ncu.log'}")
 
 

@@ -158,6 +158,7 @@ def _compiled_loop(case: Case) -> workloads.Workload:
 _ROOMS = ("gating", "dispatch", "experts", "combine", "layer")
 CONTENDERS = (
     Contender("triton", package="moe-kernels", levels=_ROOMS, device="cuda"),
+    Contender("cuda", package="moe-kernels", levels=_ROOMS, device="cuda"),
     Contender("native", package="moe-kernels", levels=_ROOMS, device="cpu", dtypes=("fp32", "bf16")),
     Contender("grouped", package="moe-kernels", levels=_ROOMS),
     Contender("eager", package="moe-kernels", levels=_ROOMS),
@@ -171,7 +172,7 @@ CONTENDERS = (
 )
 
 
-RACED_WITH_COMPILED = ("triton", "native", "authors_tp1", "grouped_mm")
+RACED_WITH_COMPILED = ("triton", "cuda", "native", "authors_tp1", "grouped_mm")
 
 
 def contenders_of(case: Case, compiled: bool) -> list[Contender]:

@@ -19,7 +19,7 @@ class Size:
 
     layers: (shape, tokens) of the layer. rooms: of the rooms. models: (shape, tokens of a call) of whole steps.
     side: of the matrices of the GEMM ceiling. compiled: (shape, tokens) that torch.compile's contenders get, in bf16.
-    tests: files, the rooms first, of which -k triton is run: on the GPU, or interpreted on a CPU.
+    tests: files, the rooms first, run with -k for each backend: on the GPU, or Triton's interpreted on a CPU.
     """
 
     layers: tuple[tuple[str, int], ...]
@@ -36,7 +36,7 @@ class Size:
 
 TEST_ENVIRONMENT = {"cuda": {"MOE_TEST_DEVICE": "cuda"}, "cpu": {"TRITON_INTERPRET": "1"}}
 TESTS = (
-    *("triton_gpu", "dispatch", "gating", "combine", "experts", "moe_mlp", "adaln", "layer", "determinism"),
+    *("gpu_backends", "dispatch", "gating", "combine", "experts", "moe_mlp", "adaln", "layer", "determinism"),
     *("triton", "replace_moe", "routing_properties", "errors", "compile", "packing"),
 )
 SIZES = {

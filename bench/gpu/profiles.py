@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,12 +20,12 @@ from bench.gpu.race import facts
 CALLS = 5
 SLOWEST = 4
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")
+_OURS = re.compile(r"(\w+)$|(?:void )?moe::cuda::(?:\(anonymous namespace\)::|\w+::)*(\w+)[<(].*")  # Triton's, C++
 ONE_CALL = "from bench.gpu import profiles; profiles.one_call({id!r})"
 
 
-def profile(case: Case, backend: str) -> Iterator[dict]:
-    """Yield a row of kind "profile" for each kernel of a backend's case (on a CPU: operator), slowest first."""
-    case = replace(case, backend=backend)
+def profile(case: Case) -> Iterator[dict]:
+    """Yield a row of kind "profile" for each kernel of a case (on a CPU: operator), slowest first."""
     with workloads.arithmetic(case.dtype):
         run = workloads.build(case).run
         run()
@@ -49,11 +49,24 @@ def profile(case: Case, backend: str) -> Iterator[dict]:
 
 def table(rows: list[dict], limit: int = 12) -> str:
     """Return the slowest kernels of a case in lines."""
-    lines = [f"{row['us']:>10.1f} us {row['share']:>6.1%} {row['calls']:>5.1f} x  {row['kernel'][:80]}" for row in rows]
+    names = [_plain(row["kernel"])[:80] for row in rows]
+    figures = [f"{row['us']:>10.1f} us {row['share']:>6.1%} {row['calls']:>5.1f} x" for row in rows]
+    lines = [f"{figure}  {name}" for figure, name in zip(figures, names, strict=True)]
     return "\n".join([rows[0]["case"], *lines[:limit]])
 
 
-def sections(case: Case, backend: str, kernels: list[str], log: Path, seconds: float) -> str | None:
+def _plain(kernel: str) -> str:
+    """Return a kernel's name without the namespaces that all of ours share."""
+    return re.sub(r"^void |moe::cuda::|\(anonymous namespace\)::", "", kernel)
+
+
+def base_name(kernel: str) -> str | None:
+    """Return what Nsight Compute calls a kernel of ours, None for others: torch's are C++ templates in namespaces."""
+    match = _OURS.match(kernel)
+    return match and (match[1] or match[2])
+
+
+def sections(case: Case, kernels: list[str], log: Path, seconds: float) -> str | None:
     """Append Nsight Compute's sections of the slowest kernels to a log; return why there are none.
 
     Args:
@@ -61,13 +74,13 @@ def sections(case: Case, backend: str, kernels: list[str], log: Path, seconds: f
     """
     if shutil.which("ncu") is None:
         return "ncu is not on PATH"
-    wanted = [name for name in kernels if name.isidentifier()][:SLOWEST]  # Triton's; torch's are C++ templates
+    wanted = [name for name in map(base_name, kernels) if name][:SLOWEST]
     if not wanted:
         return "none of our kernels was seen"
-    names = f"regex:^({'|'.join(wanted)})$"
+    names = f"regex:^({'|'.join(dict.fromkeys(wanted))})$"
     chosen = [word for section in SECTIONS for word in ("--section", section)]
     ncu = ["ncu", "--kernel-name", names, "--launch-count", str(2 * len(wanted)), *chosen]
-    call = [sys.executable, "-c", ONE_CALL.format(id=replace(case, backend=backend).id)]
+    call = [sys.executable, "-c", ONE_CALL.format(id=case.id)]
     with log.open("ab") as file:
         try:
             code = subprocess.run([*ncu, *call], stdout=file, stderr=file, timeout=seconds, check=False).returncode

@@ -39,8 +39,10 @@ def race(case: Case, min_rounds: int, max_seconds: float, without: Collection[st
     without: contenders that stay out; "" stands for graphs.
     """
     shallow = replace(case, shape=replace(case.shape, model=f"{case.shape.model}x2", depth=VERIFIED_BLOCKS))
+    names = [name for name in _contenders(case.device) if name not in without]
+    absent = {name: why for name in names if (why := workloads.why_not(replace(case, backend=name)))}
     with measure.threads(case.threads):
-        wrong = dict(_verify(shallow, [name for name in _contenders(case.device) if name not in without]))
+        wrong = dict(_verify(shallow, [name for name in names if name not in absent]))
     right = [name for name, why in wrong.items() if not why]
     steps = {name: step for name, (step, _) in _steps(case, right).items()}
     counted = {name: counters.count(step, case.device) for name, step in steps.items()}
@@ -51,26 +53,30 @@ def race(case: Case, min_rounds: int, max_seconds: float, without: Collection[st
         samples = measure.interleave(
             runs, min_rounds, max_seconds, _finite, threads=case.threads, device=case.device, min_call_s=0.0
         )
+    for name, why in absent.items():
+        yield _row(case, name, reason=why)
     for name in [way for contender in wrong for way in (contender, f"{contender}_graph")]:
         contender, s = name.removesuffix("_graph"), samples.get(name)
         why = wrong[contender] or (s.wrong.splitlines()[0] if s and s.wrong else None)
         reason = None if s or why else f"no CUDA graph: {graphs.get(contender)}"
-        timed = bool(s) and not why
-        extra = _rates(case, s) | (counted[contender] if name == contender else {}) if timed else {}
-        others = [o for o in samples.values() if timed and o is not s and not o.wrong]
-        yield store.row(
-            "time",
-            case=replace(case, backend=name).id,
-            **facts(case),
-            contender=name,
-            ours=contender in backends_on(case.device),
-            verified=f"in {VERIFIED_BLOCKS} blocks",
-            reason=reason,
-            wrong=why,
-            figures=s.figures(case.flops) | extra if timed else {},
-            speedups={o.name: asdict(measure.ratio(s, o)) for o in others},
-            samples_us=[round(t * 1e6, 1) for t in s.times()] if timed else [],
-        )
+        found = _timed(case, s, samples, counted.get(name, {})) if s and not why else {}
+        yield _row(case, name, reason=reason, wrong=why, **found)
+
+
+def _timed(case: Case, s: measure.Samples, samples: Mapping[str, measure.Samples], counted: Mapping) -> dict[str, Any]:
+    others = [o for o in samples.values() if o is not s and not o.wrong]
+    return {
+        "figures": {**s.figures(case.flops), **_rates(case, s), **counted},
+        "speedups": {o.name: asdict(measure.ratio(s, o)) for o in others},
+        "samples_us": [round(t * 1e6, 1) for t in s.times()],
+    }
+
+
+def _row(case: Case, name: str, **found: Any) -> dict:
+    empty = {"reason": None, "wrong": None, "figures": {}, "speedups": {}, "samples_us": []}
+    ours = name.removesuffix("_graph") in backends_on(case.device)
+    who = {"case": replace(case, backend=name).id, **facts(case), "contender": name, "ours": ours}
+    return store.row("time", **who, verified=f"in {VERIFIED_BLOCKS} blocks", **{**empty, **found})
 
 
 def _contenders(device: str) -> tuple[str, ...]:

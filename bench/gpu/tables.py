@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from bench.cases import ONLY_ON
 from bench.peers.tables import fastest, races_of
 
 SUMMARISED = ("build", "test", "failure", "lost")
 ROOF = ("bf16", "fp16", "tf32", "fp32", "copy")
-OURS = ("triton", "native")
+OURS = tuple(ONLY_ON)
 
 
 def line(race: Sequence[dict]) -> str:
-    """Return one case: ours with share of the ceiling and multiple of the floor, the best peer, who had no number."""
+    """Return one case: the fastest of ours, the best peer, the ratio, what the rest of ours takes, who was wrong."""
     row = race[0]
     title = f"{row['level']} {row['model']} T={row['T']} {row['dtype']} {row['mode']}"
     kernels = [row for row in race if row["contender"].startswith(OURS)]
     ours, peer = fastest(kernels, ours=True) or fastest(race, ours=True), fastest(race, ours=False)
     parts = [_number(best) for best in (ours, peer) if best]
     if ours and peer and peer["contender"] in ours["speedups"]:
-        ratio = ours["speedups"][peer["contender"]]
-        parts.append(f"x{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]")
+        parts.append(_ratio(ours, peer))
+    rest = [row for row in kernels if row is not ours and row["figures"]]
+    parts += [f"{_ratio(ours, row)} {_number(row)}" for row in rest if ours and row["contender"] in ours["speedups"]]
     parts += [f"{r['contender']} wrong: {r['wrong']}" for r in race if r["wrong"]]
     return f"{title}: {'; '.join(parts) or 'nobody ran'}"
+
+
+def _ratio(row: Mapping, other: Mapping) -> str:
+    ratio = row["speedups"][other["contender"]]
+    return f"x{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def _number(row: Mapping) -> str:

@@ -1,12 +1,12 @@
-"""Tile sizes of the grouped products, measured: the file that moe_kernels/backends/triton/tiles.py reads.
+"""What is chosen by measuring on a GPU: tile sizes, the file that moe_kernels/backends/triton/tiles.py reads.
 
 Every product of a layer runs on its own with each candidate, interleaved, at the very sizes that a layer launches.
+With --backends it is triton or cuda for "auto" instead: bench/gpu/prefer.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ from torch import Tensor
 import moe_kernels
 from bench import measure, workloads
 from bench.cases import Case, make_inputs
-from bench.gpu.command import Budget
+from bench.gpu import prefer
+from bench.gpu.findings import GAIN, known_keys, save, within
 from bench.gpu.plan import ROUTING, XL, B, G, S
 from bench.progress import say
 from bench.shapes import MODEL_SHAPES
@@ -40,14 +41,14 @@ CANDIDATES = (  # m, n, k in bf16 and fp16 (half of it in tf32), group, warps, s
     (64, 256, 64, 8, 8, 3),
     (128, 128, 64, 16, 8, 3),
 )
-GAIN = 1.02  # a candidate replaces the heuristic's tile where the whole interval of the ratio lies above this
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="tiles.json, added to; keys that it has are kept")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, added to; keys that it has are kept")
+    parser.add_argument("--backends", action="store_true", help='race our backends for "auto" instead of tiles')
     parser.add_argument("--shapes", default=",".join((S, XL, B, G)), help="comma-separated model shapes")
     parser.add_argument("--tokens", default="8192,65536,512", help="comma-separated")
-    parser.add_argument("--dtypes", default="bf16", help=f"some of {', '.join(PRECISIONS)}")
+    parser.add_argument("--dtypes", default="bf16", help=f"some of {', '.join(PRECISIONS)}; of --backends fp32, too")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no further case is begun")
 
 
@@ -207,18 +208,6 @@ def tune_case(case: Case, known: set[str], seconds: float) -> Iterator[tuple[str
             yield key, tile
 
 
-def save(path: Path, device: str, key: str, tile: Sequence[int]) -> None:
-    """Add a tile to a file, one line per key."""
-    table = json.loads(path.read_text()) if path.exists() else {}
-    table.setdefault(device, {})[key] = list(tile)
-    blocks = []
-    for name, entries in table.items():
-        lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(entries.items()))
-        blocks.append(f"  {json.dumps(name)}: {{\n{lines}\n  }}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
-
-
 def cases(args: argparse.Namespace) -> list[Case]:
     """Return the cases that the arguments ask for, the first sizes of all shapes first; ValueError for unknown ones."""
     for option, allowed in (("shapes", MODEL_SHAPES), ("dtypes", PRECISIONS)):
@@ -234,20 +223,15 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def main(args: argparse.Namespace) -> int:
     """Tune on this machine's GPU and add to the file as results come in."""
+    if args.backends:
+        return prefer.main(args)
     wanted = cases(args)
-    if not torch.cuda.is_available():
-        raise ValueError("device: got a machine without CUDA, expected a GPU: tile sizes are measured on it")
-    device, budget = torch.cuda.get_device_name(), Budget(60 * args.minutes)
-    known = set(json.loads(args.out.read_text()).get(device, ())) if args.out.exists() else set()
+    device, known = known_keys(args.out)
 
     def work(case: Case) -> None:
-        say(str(case))
         for key, tile in tune_case(case, known, seconds=1.0):
-            save(args.out, device, key, tile)
+            save(args.out, device, key, tuple(tile))
 
-    for at, case in enumerate(wanted):
-        if not budget.spend(lambda case=case: work(case)):
-            say(f"out of time, dropped {', '.join(map(str, wanted[at:]))}")
-            break
+    within(args.minutes, {str(case): lambda case=case: work(case) for case in wanted})
     say(f"{len(known)} tiles of {device}: {args.out}")
     return 0

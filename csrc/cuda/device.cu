@@ -11,7 +11,8 @@ namespace moe::cuda {
 
 #ifdef MOE_FIBERS
 
-// Few processors, so that a block walks several tiles. MOE_FIBER_ENGINE = simt, sm80, sm90 or sm90_wide: what multiplies.
+// Few processors, so that a block walks several tiles. MOE_FIBER_ENGINE = simt, sm80, sm90, sm90_middle
+// or sm90_wide: what multiplies.
 Device current_device() { return {0, 3}; }
 
 static std::string engine_name() {
@@ -21,13 +22,15 @@ static std::string engine_name() {
 
 Engine engine_for(const Device&, Dtype dtype, bool tf32) {
   const std::string name = engine_name();
-  MOE_CHECK(name == "simt" || name == "sm80" || name == "sm90" || name == "sm90_wide", "MOE_FIBER_ENGINE: '", name,
-            "', expected simt, sm80, sm90 or sm90_wide");
+  MOE_CHECK(name == "simt" || name == "sm80" || name.rfind("sm90", 0) == 0, "MOE_FIBER_ENGINE: '", name,
+            "', expected simt, sm80, sm90, sm90_middle or sm90_wide");
   if (name == "simt" || (dtype == Dtype::kFloat32 && !tf32)) return Engine::kSimt;
   return name == "sm80" || dtype == Dtype::kFloat32 ? Engine::kSm80 : Engine::kSm90;
 }
 
-bool prefers_wide_tiles(int64_t) { return engine_name() == "sm90_wide"; }
+int hopper_columns(int64_t, int64_t) {
+  return engine_name() == "sm90_wide" ? 256 : engine_name() == "sm90_middle" ? 192 : 128;
+}
 
 #else
 
@@ -51,7 +54,12 @@ Engine engine_for(const Device& device, Dtype dtype, bool tf32) {
   return device.capability == 90 && dtype != Dtype::kFloat32 ? Engine::kSm90 : Engine::kSm80;
 }
 
-bool prefers_wide_tiles(int64_t depth) { return depth >= 1024; }  // the epilogue is short against the products
+// Wide tiles reuse more of what they load; narrow ones store while they multiply, which counts when the sums are short. A
+// tile that does not divide the columns wastes a part of the last one.
+int hopper_columns(int64_t depth, int64_t columns) {
+  if (depth < 1024) return 128;
+  return columns % 256 == 0 ? 256 : columns % 192 == 0 ? 192 : 128;
+}
 
 #endif
 

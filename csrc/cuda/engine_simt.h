@@ -77,7 +77,7 @@ __device__ void store(const Product& product, const Tile& tile, int row, int col
 }
 
 template <class Product>
-__global__ void __launch_bounds__(kThreads) product_simt(const Product product) {
+__global__ void __launch_bounds__(kThreads, 1) product_simt(const Product product) {
   using T = typename Product::T;
   MOE_DYNAMIC_SHARED(dynamic);
   int* table = reinterpret_cast<int*>(dynamic);
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) product_simt(const Product product) 
 template <class Product>
 void run(const Product& product, const Launch& on) {
   const size_t table = sizeof(int) * Product::Tiles::table_size(product.tiles.groups.E);
-  launch(product_simt<Product>, dim3(unsigned(std::min(on.tiles, 2 * on.device.processors))), kThreads, table, on.stream,
+  launch(product_simt<Product>, dim3(unsigned(std::min(on.tiles, on.device.processors))), kThreads, table, on.stream,
          product);
 }
 

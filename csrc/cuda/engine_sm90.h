@@ -2,7 +2,7 @@
 //
 // Weights and packed rows come by TMA; rows that a token index finds come by cp.async, by all threads of the loading
 // warpgroup. 128 x 128 tiles are multiplied in turns, one warpgroup stores while the other multiplies ("ping-pong");
-// 128 x 256 tiles are shared, 64 rows each ("cooperative"). No tile waits for another block, nothing waits for the host.
+// 128 x 192 and 128 x 256 tiles are shared, 64 rows each ("cooperative"). No tile waits for another block, nothing waits for the host.
 #pragma once
 #include <algorithm>
 
@@ -24,7 +24,7 @@ struct Config {
   static constexpr bool kPingPong = N == 128;
   static constexpr int kBlocks = kPingPong ? 2 : 1;  // of 64 rows, in one warpgroup
   static constexpr int kABytes = kM * kLine, kBBytes = N * kLine, kStageBytes = kABytes + kBBytes;
-  static constexpr int kStages = kPingPong ? 6 : 4;
+  static constexpr int kStages = N == 128 ? 6 : N == 192 ? 5 : 4;
   static constexpr bool kGathers = Product::kGathered != Gathered::kNone;
   static constexpr int kBoxBytes = (Product::kGathered == Gathered::kA ? 0 : kABytes) +
                                    (Product::kGathered == Gathered::kB ? 0 : kBBytes);
@@ -270,8 +270,9 @@ void run_tiling(const Product& product, const Launch& on) {
 
 template <class Product>
 void run(const Product& product, const Launch& on) {
-  on.tiling.n == kCooperative.n ? run_tiling<Product, kCooperative.n>(product, on)
-                                : run_tiling<Product, kPingPong.n>(product, on);
+  if (on.tiling.n == kWide.n) return run_tiling<Product, kWide.n>(product, on);
+  if (on.tiling.n == kMiddle.n) return run_tiling<Product, kMiddle.n>(product, on);
+  run_tiling<Product, kPingPong.n>(product, on);
 }
 
 }  // namespace moe::cuda::sm90

@@ -44,7 +44,7 @@ void run(const Product&, const Launch&);
 }  // namespace sm80
 
 namespace sm90 {  // wgmma and TMA: bf16 and fp16
-constexpr Tiling kPingPong{128, 128, 128}, kCooperative{128, 256, 256};
+constexpr Tiling kPingPong{128, 128, 128}, kMiddle{128, 192, 192}, kWide{128, 256, 256};
 template <class Product>
 void run(const Product&, const Launch&);
 }  // namespace sm90

@@ -22,12 +22,15 @@ struct Call {
 
   int64_t shared_tokens() const { return s.Is ? s.T : 0; }
   Groups groups() const { return {int(s.E), int(shared_tokens()), plan.expert_offsets}; }
-  Tiling tiling(int64_t depth) const {
+  Tiling tiling(int64_t depth, int64_t columns) const {
     if (engine == Engine::kSimt) return simt::kTiling;
     if (engine == Engine::kSm80) return sm80::kTiling;
-    return prefers_wide_tiles(depth) ? sm90::kCooperative : sm90::kPingPong;
+    const int n = hopper_columns(depth, columns);
+    return n == sm90::kWide.n ? sm90::kWide : n == sm90::kMiddle.n ? sm90::kMiddle : sm90::kPingPong;
   }
-  int blocks() const { return device.processors * (engine == Engine::kSimt ? 2 : 1); }
+  Tiling up_tiling() const { return tiling(s.H, s.halves() * s.I); }
+  Tiling dact_tiling() const { return tiling(s.H, s.I); }
+  Tiling weight_tiling(int64_t columns) const { return tiling(s.R / std::max<int64_t>(s.E, 1), columns); }
 
   template <class Product>
   void run(const Product& product, const Tiling& tiling, int64_t tiles) const {
@@ -72,7 +75,7 @@ void up(const Call& call, const ExpertWeights& w, const T* x, Pair<T> act, Pair<
   Up<T, GELU> p{};
   set_operands<T>(p, {x, x}, call.plan.row_token, w.gate_up_proj, w.shared_gate_up_proj, s.H, s.H, s.I, s.Is);
   p.act = act.routed, p.shared_act = act.shared, p.gate_up = gate_up.routed, p.shared_gate_up = gate_up.shared;
-  call.run_rows(p, call.tiling(s.H));
+  call.run_rows(p, call.up_tiling());
 }
 
 template <class T>
@@ -87,7 +90,7 @@ void rows_times(const Call& call, Pair<T> rows, const void* weight, const void* 
   RowsTimes<T, WEIGHTS> p{};
   set_operands<T>(p, {rows.routed, rows.shared}, nullptr, weight, shared_weight, K, Ks, call.s.H, call.s.H);
   p.out = out.routed, p.shared_out = out.shared;
-  call.run_rows(p, call.tiling(K));
+  call.run_rows(p, call.tiling(K, call.s.H));
 }
 
 // What the backward pass keeps between its launches.
@@ -106,7 +109,7 @@ struct Parts {
 Parts parts_of(const Call& call, const Tiling& tiling, int64_t M, int64_t N) {
   const MoeSizes& s = call.s;
   const int64_t area = s.E * ceil_div(M, tiling.m) * ceil_div(N, tiling.n);
-  const int split = int(std::clamp<int64_t>(call.blocks() / std::max<int64_t>(area, 1), 1, kMostParts));
+  const int split = int(std::clamp<int64_t>(call.device.processors / std::max<int64_t>(area, 1), 1, kMostParts));
   const int64_t longer = s.T * s.E / std::max<int64_t>(s.R, 1);  // the shared expert has more rows than a routed one
   return {split, split * int(std::clamp<int64_t>(longer, 1, kMostSharedParts))};
 }
@@ -121,8 +124,8 @@ void dact(const Call& call, const ExpertWeights& w, const T* dout, bool combined
   p.gate_up = b.gate_up.routed, p.shared_gate_up = b.gate_up.shared;
   p.dgate_up = b.dgate_up.routed, p.shared_dgate_up = b.dgate_up.shared;
   p.act = b.act.routed, p.shared_act = b.act.shared;
-  p.parts = b.parts, p.num_parts = int(b.num_parts), p.part_columns = call.tiling(s.H).part;
-  call.run_rows(p, call.tiling(s.H));
+  p.parts = b.parts, p.num_parts = int(b.num_parts), p.part_columns = call.dact_tiling().part;
+  call.run_rows(p, call.dact_tiling());
 }
 
 // out (E, M, N) and shared_out (Ms, Ns) = sums of left^T right over the rows, once `sums` have been done.
@@ -131,7 +134,7 @@ void dweight(const Call& call, Pair<const T> left, Pair<const T> right, bool gat
              int64_t Ns, void* out, void* shared_out, float* const (&partials)[2],
              std::vector<SumJob>& sums) {
   const MoeSizes& s = call.s;
-  const Tiling tiling = call.tiling(s.R / std::max<int64_t>(s.E, 1));
+  const Tiling tiling = call.weight_tiling(N);
   const Parts parts = parts_of(call, tiling, M, N);
   const bool shared = s.Is > 0;
   Dweight<T, GATHERED> p{};
@@ -160,11 +163,11 @@ Backward<T> take_backward(Scratch& scratch, const Call& call, bool recompute) {
   b.dgate_up = take<T>(scratch, s, u * s.I, u * s.Is);
   b.act = take<T>(scratch, s, s.I, s.Is);
   b.dx = take<T>(scratch, s, s.H, s.H);
-  const Tiling wide = call.tiling(s.H);
+  const Tiling wide = call.dact_tiling();
   b.num_parts = ceil_div(s.I, wide.n) * (wide.n / wide.part);
   b.parts = scratch.take<float>(s.R * b.num_parts);
-  const Tiling tiling = call.tiling(s.R / std::max<int64_t>(s.E, 1));
-  const Parts down = parts_of(call, tiling, s.H, s.I), gate_up = parts_of(call, tiling, u * s.I, s.H);
+  const Parts down = parts_of(call, call.weight_tiling(s.I), s.H, s.I);
+  const Parts gate_up = parts_of(call, call.weight_tiling(s.H), u * s.I, s.H);
   b.partials[0][0] = scratch.take<float>(partial_count(down.split, s.E * s.H * s.I));
   b.partials[0][1] = scratch.take<float>(partial_count(down.shared_split, s.H * s.Is));
   b.partials[1][0] = scratch.take<float>(partial_count(gate_up.split, s.E * u * s.I * s.H));

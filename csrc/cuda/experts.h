@@ -14,7 +14,8 @@ struct Device {
 };
 Device current_device();
 Engine engine_for(const Device&, Dtype, bool tf32);
-bool prefers_wide_tiles(int64_t depth);  // of a product that sums over so many elements, on Hopper
+// Columns of a tile on Hopper, for a product with so many columns that sums over `depth` elements.
+int hopper_columns(int64_t depth, int64_t columns);
 
 // y_rows (R, H): each routed row through its expert, unweighted. gate_up (R, halves I) is kept when not null.
 // Widths are multiples of 8, pointers of 16 bytes.

@@ -70,8 +70,10 @@ struct Wgmma;
   template <cute::SM90::GMMA::Major A, cute::SM90::GMMA::Major B>                                \
   struct Wgmma<T, N, A, B> : cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##_SS<A, B> {};
 MOE_WGMMA(bf16, 128, BF16BF16)
+MOE_WGMMA(bf16, 192, BF16BF16)
 MOE_WGMMA(bf16, 256, BF16BF16)
 MOE_WGMMA(fp16, 128, F16F16)
+MOE_WGMMA(fp16, 192, F16F16)
 MOE_WGMMA(fp16, 256, F16F16)
 #undef MOE_WGMMA
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .base import Backend, Case
+from .preferred import preferred
 
 ENVIRONMENT = "MOE_KERNELS_BACKEND"
 CLASSES = {  # in the order of "auto": native takes the CPU, triton and cuda NVIDIA GPUs
@@ -59,8 +60,10 @@ def get(name: object) -> Backend:
 
 
 def choose(name: str, case: Case) -> Backend:
-    """Return the backend that computes `case` under `name`, where "auto" is the first that supports it.
+    """Return the backend that computes `case` under `name`.
 
+    "auto" is the one that was measured to be faster for such cases on this GPU (preferred.json) if it is available and
+    supports the case, else the first in the order of CLASSES that is and does.
     The environment variable MOE_KERNELS_BACKEND, where set, says what "auto" means.
     Raises: as `get`; RuntimeError with the reason where the named backend does not support the case.
     """
@@ -79,8 +82,8 @@ def _choose(name: str, case: Case) -> Backend:
         if reason:
             raise RuntimeError(f"backend {name!r} does not support this call ({case.room}): {reason}")
         return backend
-    reasons = []
-    for candidate in CLASSES:
+    reasons, first = [], preferred(case)
+    for candidate in sorted(CLASSES, key=lambda candidate: candidate != first):
         backend, reason = _load(candidate)
         reason = reason or backend.supports(case)
         if not reason:

@@ -1,4 +1,4 @@
-"""The static gate: every Triton kernel compiled for GPUs that are not here, and what the machine code says.
+"""The static gate of the Triton kernels.
 
 The backend runs on meta tensors while launches compile instead: exactly the kernels, tiles and specialisations that a
 user's call would launch. Registers and memory come from cuobjdump, instructions from nvdisasm; both are in Triton's
@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -29,6 +27,7 @@ import torch
 from bench import store
 from bench.progress import say
 from bench.shapes import MODEL_SHAPES, MoEShape
+from bench.static_gate import machine
 
 FILE = store.ROOT / "results" / "static_gate.json"
 KERNELS = store.ROOT / "moe_kernels" / "backends" / "triton"
@@ -45,8 +44,6 @@ COUNTED = {
     "local": r"\b(?:LDL|STL)\b|\b(?:LDL|STL)\.",
 }
 GPUS = {80: ("NVIDIA A100-SXM4-80GB", 108), 90: ("NVIDIA H200", 132), 100: ("NVIDIA B200", 148)}
-THREADS, REGISTERS = 2048, 65536  # of a processor
-MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # its bytes of shared memory; a block takes a KiB for itself
 SETTINGS = (  # sm, shape, tokens, dtypes
     *((90, shape, T, tuple(DTYPES)) for shape in ("S/2-8E2A", "XL/2-8E2A") for T in (512, 8192)),
     *((sm, "S/2-8E2A", 8192, ("bf16", "tf32")) for sm in (80, 100)),
@@ -180,25 +177,15 @@ def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
 
 def facts(kernel, sm: int) -> Facts:
     """Read a compiled kernel's machine code."""
-    import triton
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        knobs = triton.knobs.nvidia
-        usage = _run(knobs.cuobjdump.path, "-res-usage", file.name)
-        code = _run(knobs.nvdisasm.path, "-c", file.name)
+        usage = machine.run("cuobjdump", "-res-usage", file.name)
+        code = machine.run("nvdisasm", "-c", file.name)
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
-    each_warp = -(-registers * 32 // 256) * 256  # registers come in units of 256 a warp
-    blocks = min(THREADS // (32 * warps), REGISTERS // (each_warp * warps), MEMORY[sm] // (shared + 1024))
-    counts = {name: len(re.findall(pattern, code)) for name, pattern in COUNTED.items()}
-    lines = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
-    return Facts(registers, stack, shared, warps, blocks, lines, **counts)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    blocks = machine.blocks_at_once(sm, registers, warps, shared)
+    return Facts(registers, stack, shared, warps, blocks, **machine.counts(code, COUNTED))
 
 
 def breaches(name: str, got: Facts) -> list[str]:
@@ -214,28 +201,8 @@ def breaches(name: str, got: Facts) -> list[str]:
     return out
 
 
-def worse(name: str, budget: Facts, got: Facts) -> list[str]:
-    """Say which figures of a kernel got worse than the committed ones."""
-    pairs = [(key, getattr(budget, key), getattr(got, key)) for key in WORSE]
-    return [f"{name}: {key} {was} -> {now}" for key, was, now in pairs if (now - was) * WORSE[key] > 0]
-
-
-def table(entries: dict[str, Facts]) -> str:
-    """Return one line per kernel."""
-    heads = [field.name for field in fields(Facts)]
-    rows = [["kernel", *heads], *([name, *(str(getattr(f, h)) for h in heads)] for name, f in entries.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-
-
-SUMMARY = ("variants", "registers", "shared KiB", "blocks", "instructions", "tensor-core", "spills")
-
-
 def summary(entries: dict[str, Facts]) -> list[tuple]:
-    """Return a row per architecture and kernel: SUMMARY, the worst of all variants."""
+    """Return a row per architecture and kernel: machine.SUMMARY, the worst of all variants."""
     groups: dict[tuple[str, str], list[Facts]] = {}
     for name, entry in entries.items():
         sm, *_, kernel = name.split("-")
@@ -265,35 +232,20 @@ def save(entries: dict[str, Facts], path: Path = FILE) -> None:
     path.write_text(f'{{"hash": "{source_hash()}", "triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--all", action="store_true", help="compile everything even where the sources are unchanged")
-    parser.add_argument("--size", choices=("tiny", "default"), default="default", help="tiny: one model, no budget")
-    parser.add_argument("--update", action="store_true", help=f"write results/{FILE.name}")
-    parser.add_argument(
-        "-k", metavar="EXPR", default="", help="show kernels whose name matches words with and, or, not"
-    )
-
-
-def main(args: argparse.Namespace) -> int:
-    """Check every kernel; return 1 with the lines that say what is broken or got worse."""
-    if importlib.util.find_spec("triton") is None:
-        raise ValueError("triton: got no such package, expected it installed (pip install .[triton])")
+def check(args: argparse.Namespace) -> tuple[list[str], str]:
+    """Show every kernel; return what is broken or got worse, and what was done."""
     known_hash, budget = load()
     tiny = args.size == "tiny"
     fresh = tiny or args.all or args.update or known_hash != source_hash()
     entries = dict(compile_all(TINY if tiny else SETTINGS)) if fresh else budget
     wanted = store.keyword_filter(args.k)
-    say(table({name: entry for name, entry in entries.items() if wanted(name)}))
+    say(machine.table({name: entry for name, entry in entries.items() if wanted(name)}))
     failures = [line for name, entry in entries.items() for line in breaches(name, entry)]
     if fresh and not tiny and not args.update:
-        failures += [line for name in entries.keys() & budget for line in worse(name, budget[name], entries[name])]
+        both = [name for name in entries if name in budget]
+        failures += [line for name in both for line in machine.worse(name, budget[name], entries[name], WORSE)]
         if entries != budget:
             failures.append("kernels changed: look at the table, then python -m bench static-gate --update")
     if args.update:
         save(entries)
-    say(
-        "\n".join(
-            ["", *failures, f"{len(entries)} kernels {'compiled' if fresh else 'unchanged since the last compilation'}"]
-        )
-    )
-    return int(bool(failures))
+    return failures, f"{len(entries)} kernels {'compiled' if fresh else 'unchanged since the last compilation'}"

@@ -1,0 +1,1 @@
+"""The sections of the report (bench/report.py), each computed from rows."""

@@ -1,0 +1,161 @@
+"""The verdict, the means over the cases of a level, and which backend ran where: computed from the rows."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from bench import store
+from bench.cases import ONLY_ON
+from bench.page import races
+from bench.page.words import BASELINES, LEVELS, listed, name, plural, rank
+from bench.peers import tables as contest
+
+NOT_YET = "not yet run on hardware"
+VERIFIED = store.ROOT / "moe_kernels" / "verified.json"
+BEST = "best other"
+GAIN_COLUMNS = ["level", "backend", "disturbed", "against", "value", "low", "high"]
+
+
+def headline(rows: Sequence[dict]) -> str:
+    """Say which backends have parity, whether the deliberate faults were found, and how often ours is the fastest."""
+    found = gains(rows)
+    best = found[found["against"] == BEST]
+    sentences = [_verdicts(rows), _controls(rows)]
+    for backend, cases in best.groupby("backend", sort=False):
+        won, lost = int((cases["low"] > 1).sum()), int((cases["high"] < 1).sum())
+        open_ = len(cases) - won - lost
+        sentences.append(
+            f"{backend} is faster than everything else in {won} of {plural(len(cases), 'case')}, slower in {lost}"
+            + (f", {open_} undecided" if open_ else "") + " (95 % intervals)."
+        )  # fmt: skip
+    wrong = [row for row in rows if row["kind"] == "time" and row["wrong"]]
+    if wrong:
+        who = listed(sorted({name(races.complete(row)["backend"]) for row in wrong}))
+        sentences.append(f"{plural(len(wrong), 'result')} of {who} failed the check and got no number.")
+    if len(best) and best["disturbed"].mean() > 0.5:
+        sentences.append("Other programs used the cores during most of these cases: the ratios are worth little.")
+    return " ".join(filter(None, sentences))
+
+
+def _verdicts(rows: Sequence[dict]) -> str:
+    dtypes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["kind"] == "parity":
+            dtypes[row["verdict"]][row["backend"]].append(row["dtype"])
+    parts = []
+    for verdict in ("DIFFERENT", "UNSURE", "PARITY"):
+        groups = defaultdict(list)
+        for backend, of in sorted(dtypes[verdict].items(), key=lambda item: rank(item[0])):
+            groups[listed(of)].append(backend)
+        parts += [f"{verdict} in {of}: {', '.join(backends)}" for of, backends in groups.items()]
+    return "; ".join(parts) + "." if parts else "No parity verdicts yet."
+
+
+def _controls(rows: Sequence[dict]) -> str:
+    controls = [row for row in rows if row["kind"] == "control"]
+    blind = [f"{row['control']} ({row['dtype']}) {row['verdict']}" for row in controls if row["verdict"] != "DIFFERENT"]
+    if blind:
+        return f"The ladder is blind: {listed(blind)}."
+    return f"All {plural(len(controls), 'deliberate fault')} came out DIFFERENT." if controls else ""
+
+
+def gains(rows: Sequence[dict]) -> pd.DataFrame:
+    """Return a line per case of our kernels and thing it was raced against: how many times faster it was, and interval.
+
+    Columns: level, backend, disturbed, against (a baseline, or the fastest other contender of the race), value, low,
+    high. Cases of the contest are a level of their own: other people's packages, each in its own process, the fastest
+    of ours against them.
+    """
+    lines = []
+    for race in races.of([row for row in rows if row["kind"] == "time"]):
+        right = [row for row in race["rows"] if not row["wrong"]]
+        others = [row for row in right if not _ours(row)]
+        best = min(others, key=lambda row: row["figures"]["time_us_median"], default={"backend": None})
+        for row in filter(_ours, right):
+            against = {title: row["speedups"].get(base) for base, title in BASELINES.items()}
+            against[BEST] = row["speedups"].get(best["backend"])
+            lines += [
+                (race["level"], row["backend"], row["figures"]["disturbed"], title, r["value"], r["low"], r["high"])
+                for title, r in against.items() if r
+            ]  # fmt: skip
+    for race in contest.races_of([row for row in rows if row["kind"] == "contest"]):
+        ours, best = contest.fastest(race, ours=True), contest.fastest(race, ours=False)
+        if ours and best and (r := best["speedup_of"].get(ours["contender"])):
+            disturbed = ours["figures"]["disturbed"]
+            lines.append(
+                ("contest", ours["contender"].removesuffix("_packed"), disturbed, BEST, r["value"], r["low"], r["high"])
+            )
+    return pd.DataFrame(lines, columns=GAIN_COLUMNS)
+
+
+def _ours(row: dict) -> bool:
+    return row["backend"].removesuffix("_graph").removesuffix("_packed") in ONLY_ON
+
+
+def levels(found: pd.DataFrame) -> list[dict]:
+    """Return per level and backend of ours the geometric mean against each baseline, its range and number of cases.
+
+    Means are taken over cases of one level only: a mean over a room and a training step means nothing.
+    """
+    order = [*LEVELS, "contest"]
+    out = []
+    groups = found.groupby(["level", "backend"], sort=False)
+    for (level, backend), cases in sorted(groups, key=lambda item: order.index(item[0][0])):
+        cells = {
+            against: {"mean": float(np.exp(np.log(values).mean())), "least": values.min(), "most": values.max(),
+                      "n": len(values)}
+            for against, values in cases.groupby("against")["value"]
+        }  # fmt: skip
+        disturbed = int(cases.loc[cases["against"] == BEST, "disturbed"].sum())
+        title = "layer, contest" if level == "contest" else LEVELS[level]
+        out.append(
+            {
+                "title": title,
+                "backend": backend,
+                "cells": cells,
+                "disturbed": disturbed,
+                "n": max(cell["n"] for cell in cells.values()),
+            }
+        )
+    return out
+
+
+def backends(rows: Sequence[dict]) -> list[dict]:
+    """Return per backend what ran it here, in which version, where it is verified, and why it did not run.
+
+    `label` is NOT_YET where neither moe_kernels/verified.json nor these rows know it on any hardware.
+    """
+    run = next((row for row in reversed(rows) if row["kind"] == "run"), None)
+    timed = [races.complete(row) for row in rows if row["kind"] == "time"]
+    verified = json.loads(VERIFIED.read_text())
+    out = []
+    for info in run["backends"] if run else []:
+        mine = [row for row in timed if row["backend"] == info["name"] and row["figures"]]
+        places = list(dict.fromkeys(where(row) for row in mine))
+        known = verified.get(info["name"], [])
+        out.append({
+            "name": info["name"], "places": places, "version": version(info["name"], (mine or [run])[-1]),
+            "verified": known, "reason": "" if info["available"] else info["reason"],
+            "label": "" if known or places else NOT_YET,
+        })  # fmt: skip
+    return out
+
+
+def where(row: dict) -> str:
+    """Name the machine of a row: the GPU of a case on a GPU, else the CPU with the level of its kernels."""
+    machine = row["machine"]
+    if row["device"] == "cuda":
+        return machine["gpu"]
+    return f"{machine['cpu']} {machine['isa']}" + (f", {plural(row['threads'], 'thread')}" if row["threads"] else "")
+
+
+def version(backend: str, row: dict) -> str:
+    """Return the package that computes: torch for its own code, triton for what it compiles, else this project."""
+    package = {"grouped": "torch", "eager": "torch", "triton": "triton"}.get(backend, "moe-kernels")
+    commit = f" ({row['commit'][:10]})" if package == "moe-kernels" and row["commit"] else ""
+    return f"{package} {row['versions'][package]}{commit}" if package in row["versions"] else ""

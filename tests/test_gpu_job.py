@@ -1,0 +1,194 @@
+"""The job of the GPU command: budgets kept, nothing run twice, the extension built, each backend tested by itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import ledger, record, store
+from bench.__main__ import main
+from bench.cases import Case
+from bench.gpu import command, tables
+from bench.shapes import MODEL_SHAPES
+from moe_kernels import BackendInfo
+
+TINY = Case("layer", "any", MODEL_SHAPES["digits"], "uniform", 32, "fp32", "fwd")
+
+
+def test_work_is_begun_while_it_fits():
+    now = [0.0]
+    budget = command.Budget(100.0, clock=lambda: now[0])
+
+    def work() -> None:
+        now[0] += 40.0
+
+    assert budget.spend(work) and budget.spend(work)
+    assert not budget.spend(work) and now[0] == 80.0 and budget.left == 20.0
+
+
+def job(tmp_path, **changes) -> command.Job:
+    fields = {
+        "out": tmp_path,
+        "device": "cpu",
+        "size": "tiny",
+        "wheel": None,
+        "cutlass": None,
+        "minutes": 1.0,
+        "stage": None,
+    }
+    return command.Job(argparse.Namespace(**{**fields, **changes}))
+
+
+def row(**fields) -> dict:
+    return store.row("time", **{"race": "r", "contender": "c", "ours": True, "wrong": None, "reason": "x", **fields})
+
+
+def test_what_the_folder_has_is_not_run_again_and_what_failed_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "line", lambda rows: "")
+    ran = []
+
+    def produce(case: Case):
+        ran.append(case.mode)
+        if case.mode == "bwd":
+            raise RuntimeError("out of luck")
+        yield row(wrong="error" if case.mode == "fwdbwd" else None)
+
+    cases = [replace(TINY, mode=mode) for mode in ("fwd", "bwd", "fwdbwd")]
+    job(tmp_path)._each("bench", cases, produce)
+    first = job(tmp_path)
+    first._each("bench", cases, produce)
+    assert ran == ["fwd", "bwd", "fwdbwd", "bwd", "fwdbwd"]
+    assert [r["summary"] for r in first.ledger.rows if r["kind"] == "failure"] == [
+        f"{cases[1].id}: RuntimeError: out of luck"
+    ]
+    assert sum(map(command.bad, first.ledger.rows)) == 2
+
+
+def test_what_does_not_fit_is_dropped_with_a_note(tmp_path, capsys):
+    done = []
+    job(tmp_path, minutes=0.0)._each("bench", [TINY], done.append)
+    assert not done and f"dropped 1 of 1 cases: bench {TINY.id}" in capsys.readouterr().out
+
+
+def test_who_takes_the_gpu_down_is_noted_and_left_out(tmp_path, monkeypatch):
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    first = job(tmp_path)
+    first.args.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(OSError, match=r"^sonic took the GPU's context down in .*: raised AcceleratorError"):
+        down = {"wrong": "raised AcceleratorError"}
+        first._look_after_gpu(TINY, [row(errors={"out": {}}, **down), row(contender="sonic", **down), row(**down)])
+    assert job(tmp_path)._lost() == {"sonic"}
+
+
+def test_bad_arguments_are_named(tmp_path, capsys):
+    for option, what in (("wheel", "this project"), ("cutlass", "nvidia-cutlass")):
+        assert main(["gpu", "--device", "cpu", "--out", str(tmp_path), f"--{option}", "no.whl"]) == 2
+        assert f"--{option}: got no.whl, expected a wheel of {what}" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["gpu", "--out", str(tmp_path)]) == 2
+        assert "--device: got cuda, expected cpu" in capsys.readouterr().err
+
+
+def wheel_in(folder: Path) -> Path:
+    wheel = folder / "moe_kernels-0.1.0-cp312.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("_C.so", "_cuda.so", "_checks.py", "layer.py"):
+            archive.writestr(f"moe_kernels/{name}", b"whatever")
+    return wheel
+
+
+def test_a_wheel_is_installed_and_its_extensions_put_beside_the_sources(tmp_path, monkeypatch, capsys):
+    wheel, commands = wheel_in(tmp_path), []
+    monkeypatch.setattr(command.moe_kernels, "backends", lambda: [BackendInfo("cuda", False, "no such luck", ())])
+    first = job(tmp_path / "out", wheel=wheel)
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    monkeypatch.setattr(first, "_logged", lambda log, words: commands.append(words) or 0)
+    (done,) = first._install()
+    assert (done["failed"], done["summary"]) == (False, f"{wheel.name} installed") and str(wheel) in commands[0]
+    assert sorted(p.name for p in (tmp_path / "moe_kernels").iterdir()) == ["_C.so", "_cuda.so"] and first._installed()
+    assert "without cuda: no such luck" in capsys.readouterr().out
+    monkeypatch.setattr(first, "_logged", lambda log, words: 1)
+    assert next(first._install())["failed"]
+
+
+def test_without_a_wheel_the_checkout_is_built_for_cuda(tmp_path, monkeypatch):
+    """Offline: CUTLASS comes from a wheel. What fails says why."""
+    commands, codes = [], [0, 1]
+    first = job(tmp_path)
+    first.args.cutlass = tmp_path / "nvidia_cutlass.whl"
+
+    def logged(log: str, words: list[str]) -> int:
+        commands.append(words)
+        (tmp_path / log).write_text(f"  {command.CMAKE_SAYS}no CUDA compiler; put nvcc\n  12.3 or newer on PATH\n")
+        return codes[len(commands) - 1]
+
+    monkeypatch.setattr(first, "_logged", logged)
+    (failed,) = first._install()
+    assert commands[0][-3:] == ["install", "--no-deps", str(first.args.cutlass)]
+    assert "cmake.define.MOE_KERNELS_CUDA=ON" in commands[1] and commands[1][-1] == str(store.ROOT)
+    assert failed["failed"] and failed["summary"] == "failed, see build.log: no CUDA compiler; put nvcc"
+
+
+def test_the_extension_is_built_anew_for_other_sources_and_other_machines(tmp_path, monkeypatch):
+    first, here, built = job(tmp_path), [True], []
+    first.args.device = "cuda"
+    monkeypatch.setattr(
+        first, "_install", lambda: iter([built.append(1) or store.row("build", summary="", failed=False)])
+    )
+    monkeypatch.setattr(first, "_installed", lambda: here[0])
+    for digest, present, times in (("a", True, 1), ("a", True, 1), ("a", False, 2), ("b", True, 3)):
+        monkeypatch.setattr(ledger, "source_digest", lambda suffixes, digest=digest: digest)
+        here[0] = present
+        first._build()
+        assert len(built) == times
+
+
+def test_tests_of_each_backend_have_a_process_of_their_own(tmp_path, monkeypatch, capsys):
+    """A backend that is missing is named, and the others go on."""
+    asked = []
+    infos = [BackendInfo("triton", True, "", ()), BackendInfo("cuda", True, "", ())]
+    monkeypatch.setattr(command.moe_kernels, "backends", lambda: infos)
+    first = job(tmp_path)
+    first.args.device = "cuda"
+    monkeypatch.setattr(first, "_logged", lambda log, words, env: asked.append((*words[-3:], *env.values())) or 0)
+    (tmp_path / "test.log").write_text("1 passed")
+    first._test()
+    assert asked == [("tests/test_dispatch.py", "-k", name, "cuda") for name in ("triton", "cuda")]
+    infos[1] = BackendInfo("cuda", False, "built without CUDA", ())
+    first.size = replace(first.size, tests=("dispatch", "gating"))
+    first._test()
+    assert [words[:3] for words in asked[2:]] == [("tests/test_gating.py", "-k", "triton")]
+    assert "without cuda: built without CUDA" in capsys.readouterr().out
+
+
+def test_what_runs_out_of_time_is_stopped(tmp_path):
+    first = job(tmp_path, minutes=0.02)
+    assert first._logged("a.log", [sys.executable, "-c", "import time; print('on', flush=True); time.sleep(60)"]) == 124
+    assert (tmp_path / "a.log").read_text() == "on\n\nstopped: out of time\n"
+
+
+def test_recorded_rows_name_the_commit_whose_sources_they_were_made_from(tmp_path, monkeypatch):
+    source = ledger.source_digest(command.SOURCES)
+    (tmp_path / "results").mkdir()
+    commit = {"commit": "0123456789abcdef", "dirty": False}
+    monkeypatch.setattr(store, "commit", lambda: commit)
+    for found in (source, "another"):
+        store.append(tmp_path / record.GPU_ROWS, row(source=found, stage="bench x"))
+    target = record.record_gpu(tmp_path, tmp_path)
+    (kept,) = store.read(target)
+    assert target.name.endswith("_0123456789_gpu.jsonl") and kept["source"] == source
+    store.append(tmp_path / record.GPU_ROWS, row(source=source, stage="bench y", wrong="out: error"))
+    with pytest.raises(ValueError, match="bench y failed or is wrong"):
+        record.record_gpu(tmp_path, tmp_path)
+    commit["dirty"] = True
+    with pytest.raises(ValueError, match="got a dirty tree or no commit"):
+        record.record_gpu(tmp_path, tmp_path)
