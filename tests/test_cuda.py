@@ -135,7 +135,7 @@ def configure(tmp_path, path: str, *options: str) -> str:
             *(cmake, "-S", ROOT, "-B", tmp_path, "-DMOE_KERNELS_CUDA=ON", f"-DPython_EXECUTABLE={sys.executable}"),
             *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options),
         ],
-        env={**os.environ, "PATH": path, "CUDACXX": ""},
+        env={**os.environ, "PATH": path, "CUDACXX": "", "LD_PRELOAD": ""},  # nvcc fails under a sanitizer
         capture_output=True,
         text=True,
     )

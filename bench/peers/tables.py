@@ -89,7 +89,7 @@ def charts(races: Sequence[Sequence[dict]], width: int = 300, height: int = 230)
         if row["mode"] == "fwd" and row["threads"] == 1 and row["figures"].get("peak_share"):
             groups.setdefault((row["model"], row["dtype"], row["routing"]), []).append(row)
     out = []
-    for (model, dtype, _), rows in groups.items():
+    for (model, dtype, routing), rows in groups.items():
         tokens = sorted({row["T"] for row in rows})
         if len(tokens) < 2:
             continue
@@ -101,7 +101,8 @@ def charts(races: Sequence[Sequence[dict]], width: int = 300, height: int = 230)
             line = lines.setdefault(row["contender"], {"title": row["title"], "ours": row["ours"], "points": []})
             line["points"].append((round(x, 1), round(y, 1)))
         ticks = [(T, width * (math.log2(T) - low) / (high - low)) for T in tokens]
-        out.append({"title": f"{model}, {dtype}", "lines": _labelled(lines.values(), height), "ticks": ticks})
+        title = f"{model}, {dtype}, {routing.replace('_', ' ')}"
+        out.append({"title": title, "lines": _labelled(lines.values(), height), "ticks": ticks})
     return out
 
 
