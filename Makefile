@@ -28,9 +28,9 @@ peers: setup
 	$(BIN)/python -m bench peers --install all
 	$(BIN)/python -m bench peers
 
-# Three runs side by side: the interpreter and the fibers leave the second core idle.
+# Two runs at a time: each leaves the second core idle for the most part.
 test: setup
-	$(MAKE) --output-sync=target -j3 test-host test-triton test-cuda SANITIZER=address
+	$(MAKE) --output-sync=target -j2 test-host test-triton test-cuda SANITIZER=address
 
 test-host: setup
 	$(BIN)/python -m pytest -q

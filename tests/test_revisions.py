@@ -32,7 +32,7 @@ def gating(*args):
     weights, *rest = _gating(*args)
     return 1.01 * weights, *rest
 """
-QUICK = trial.Budget(rounds=15, visits=1, looks=(2,))
+QUICK = trial.Budget(rounds=15, visits=1, looks=(2, 4, 8, 16))  # on a quiet machine the first look decides
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -81,7 +81,7 @@ def room(report, name: str) -> list[str]:
 def test_a_planted_slowdown_is_slower_a_wrong_result_has_no_speed_and_a_missing_op_is_new(report):
     found, report = report
     assert [(v.case.split("-")[0], v.verdict) for v in report.verdicts] == [("combine", "SLOWER")]
-    assert 0.2 < report.verdicts[0].speedup.value < 0.8 and report.verdicts[0].speedup.n == 30
+    assert 0.2 < report.verdicts[0].speedup.value < 0.8 and report.verdicts[0].speedup.n % 30 == 0
     (gating,) = report.broken
     assert gating.startswith("gating-eager") and "topk_weights: error" in report.broken[gating]
     (experts,) = report.new

@@ -219,11 +219,11 @@ class CudaBackend(Backend):
         activation: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dx, dgate_up_proj, ddown_proj = (torch.empty_like(t) for t in (x, gate_up_proj, down_proj))
-        w = MoEWeights(gate_up_proj, down_proj)
+        inputs, weights, how = (view(x), views(plan)), (view(gate_up_proj), view(down_proj)), (activation, _tf32(x))
+        workspace = _workspace(_c.moe_mlp_bwd_workspace_bytes(*inputs, *weights, None, None, *how, False), x)
         _c.experts_bwd(
-            view(dy_rows), view(x), views(plan), view(gate_up), view(gate_up_proj), view(down_proj), activation,
-            _tf32(x), view(dx), view(dgate_up_proj), view(ddown_proj),
-            view(self._backward_workspace(x, plan, w, activation, False)), _stream(x),
+            view(dy_rows), *inputs, view(gate_up), *weights, *how, view(dx), view(dgate_up_proj), view(ddown_proj),
+            view(workspace), _stream(x),
         )  # fmt: skip
         return dx, dgate_up_proj, ddown_proj
 
@@ -279,9 +279,10 @@ class CudaBackend(Backend):
         dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
         grads = [None if t is None else torch.empty_like(t) for t in w]
         saved = [view(t) if t.numel() else None for t in (gate_up, shared_gate_up)]
-        workspace = self._backward_workspace(x, plan, w, activation, saved == [None, None])
+        inputs, how = (view(x), views(plan), *map(view, w)), (activation, _tf32(x))
+        workspace = _workspace(_c.moe_mlp_bwd_workspace_bytes(*inputs, *how, saved == [None, None]), x)
         _c.moe_mlp_bwd(
-            view(dout), view(x), views(plan), *map(view, w), *saved, activation, _tf32(x), view(dx), view(drow_weight),
+            view(dout), *inputs, *saved, *how, view(dx), view(drow_weight),
             *map(view, grads), view(workspace), _stream(x),
         )  # fmt: skip
         return dx, drow_weight, *grads
@@ -294,10 +295,6 @@ class CudaBackend(Backend):
             view(dout), view(y), view(gate), view(dy), view(dgate), view(_workspace(nbytes, y)), _stream(y)
         )
         return dy, dgate
-
-    def _backward_workspace(self, x, plan, w: MoEWeights, activation: str, recompute: bool) -> Tensor:
-        nbytes = _c.moe_mlp_bwd_workspace_bytes(view(x), views(plan), *map(view, w), activation, _tf32(x), recompute)
-        return _workspace(nbytes, x)
 
 
 def _scores(x: Tensor, T: int, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
