@@ -39,8 +39,8 @@ test-host: setup
 test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests -k triton
 
-# The CUDA sources on the CPU, a fiber per thread: kernels alone in three orders of the threads, then the backend with
-# every engine. SANITIZER=address: under the address and undefined-behaviour sanitizers.
+# The CUDA sources on the CPU, a fiber per thread: kernels alone in three orders of the threads, then the backend: all
+# its tests with plain products, the fused layer's with mma.sync and wgmma. SANITIZER=address: under the address and undefined-behaviour sanitizers.
 test-cuda: fibers
 	$(FIBERS)/cuda_test
 	$(ON_FIBERS) MOE_FIBER_ENGINE=simt $(BIN)/python -m pytest -q tests -k cuda
