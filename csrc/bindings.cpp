@@ -1,5 +1,5 @@
-// The only file of the CPU that knows Python. Every buffer arrives with its sizes, strides and readable bytes, and is checked
-// against what the kernel will touch before the kernel runs; the GIL is released around the work.
+// The CPU's Python module. Every buffer arrives with its sizes, strides and readable bytes, and is checked against what
+// the kernel will touch before the kernel runs; the GIL is released around the work.
 #include "bindings.h"
 
 #include <memory>

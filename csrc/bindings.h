@@ -47,7 +47,7 @@ inline PlanOut out_of(const Plan& plan, int64_t T, int64_t E, int64_t R) {
 
 // Sizes read off the weights (no tokens, no rows), every weight checked against them.
 inline MoeSizes sizes_of(const Tensor& gate_up_proj, const Tensor& down_proj, const Tensor& shared_gate_up_proj,
-                  const Tensor& shared_down_proj, const std::string& activation, int threads) {
+                         const Tensor& shared_down_proj, const std::string& activation, int threads) {
   expect_float("down_proj", down_proj);
   MOE_CHECK(down_proj.sizes.size() == 3, "down_proj: ", down_proj.sizes.size(), " dimensions, expected 3");
   MOE_CHECK(threads > 0, "threads: ", threads, ", expected at least 1");
@@ -66,8 +66,8 @@ inline MoeSizes sizes_of(const Tensor& gate_up_proj, const Tensor& down_proj, co
 
 // The same with x and the plan.
 inline MoeSizes sizes_of(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
-                  const Tensor& shared_gate_up_proj, const Tensor& shared_down_proj, const std::string& activation,
-                  int threads) {
+                         const Tensor& shared_gate_up_proj, const Tensor& shared_down_proj,
+                         const std::string& activation, int threads) {
   MoeSizes s = sizes_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj, activation, threads);
   MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
   MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");

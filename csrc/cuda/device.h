@@ -2,8 +2,6 @@
 // Compiled by nvcc for a GPU and, with MOE_FIBERS, by a C++ compiler against csrc/tests/fibers.h for tests on a CPU.
 #pragma once
 #ifdef MOE_FIBERS
-#include "stream.h"
-
 #include "../tests/fibers.h"
 #else
 #include <cuda_bf16.h>
