@@ -16,7 +16,7 @@ from bench.static_gate import triton as gate
 pytest.importorskip("triton")
 COMMAND = ["static-gate", "--only", "triton"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GOOD = gate.Facts(128, 0, 98304, 4, 2, 1000, hmma=0, hgmma=8, utcmma=0, tma=0, cp_async=36, local=0)
+GOOD = gate.Facts(128, 0, 98304, 4, 2, 2, 1000, hmma=0, hgmma=8, utcmma=0, tma=6, cp_async=12, local=0)
 NAME = "sm90-S2-T8192-bf16-experts_fwd_up.0"
 
 
@@ -27,6 +27,10 @@ NAME = "sm90-S2-T8192-bf16-experts_fwd_up.0"
         (NAME, {"stack_bytes": 16}, "16 bytes of stack"),
         (NAME, {"hgmma": 0}, "no HGMMA"),
         (NAME.replace("sm90", "sm80"), {"hmma": 0}, "no HMMA"),
+        (NAME, {"tma": 0}, "no TMA"),
+        (NAME, {"blocks": 1}, "2 programs a processor, expected at most the 1 that run at once"),
+        (NAME.replace("sm90", "sm80"), {"hmma": 8, "tma": 0}, None),
+        (NAME.replace("fwd_up", "bwd_dweight"), {"tma": 0}, None),
         (NAME.replace("sm90", "sm100"), {}, "no UTCMMA"),
         (NAME, {}, None),
         (NAME.replace("bf16", "fp32"), {"hgmma": 0}, None),
@@ -73,7 +77,7 @@ def test_changed_figures_fail_until_they_are_committed(tmp_path, monkeypatch, ca
     monkeypatch.setattr(gate.load, "__defaults__", (gate.FILE,))
     monkeypatch.setattr(gate.save, "__defaults__", (gate.FILE,))
     gate.save({NAME: GOOD})
-    slower = dataclasses.replace(GOOD, blocks=1)
+    slower = dataclasses.replace(GOOD, blocks=1, programs=1)
     monkeypatch.setattr(gate, "compile_all", lambda settings: iter([(NAME, slower)]))
     assert main([*COMMAND, "--all"]) == 1
     assert f"{NAME}: blocks 2 -> 1" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from bench.shapes import MODEL_SHAPES
 from moe_kernels import dispatch
 from moe_kernels.backends import preferred, registry
 from moe_kernels.backends.base import Case, MoEWeights
-from tests.contenders import BACKENDS
-from tests.trap_cases import DEVICE, draw_router
+from tests.contenders import BACKENDS, gradients, moe_ours
+from tests.trap_cases import BY_NAME, DEVICE, draw_router, make_problem
 
 triton_backend = pytest.importorskip("moe_kernels.backends.triton", exc_type=ImportError)
 launches, tiles = triton_backend.launches, triton_backend.tiles
@@ -84,7 +85,7 @@ def test_every_tile_fits_into_shared_memory(precision, capability):
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
     """A tiles.json with one entry, for the H200."""
-    entry = tiles.Tile(64, 32, 16, 4, 2, 5)
+    entry = tiles.Tile(64, 32, 16, 4, 2, 5, 1, True, False)
     file = tmp_path / "tiles.json"
     file.write_text(json.dumps({"NVIDIA H200": {tiles.key("up", "bf16", 256, 1536, 384): entry}}))
     monkeypatch.setattr(tiles, "FILE", file)
@@ -116,7 +117,8 @@ def test_a_tuned_tile_comes_before_the_heuristic(tuned):
 def test_committed_tiles_are_tiles():
     for device, entries in tiles.table().items():
         for key, fields in entries.items():
-            assert len(fields) == len(tiles.Tile._fields) and min(fields) > 0, f"{device} {key}: {fields}"
+            tile = tiles.Tile(*fields)
+            assert len(fields) == len(tile) and min(tile[:-2]) > 0, f"{device} {key}: {fields}"
 
 
 def test_meta_tensors_stand_for_an_h200():
@@ -163,6 +165,31 @@ def test_auto_is_triton_on_a_gpu(room, with_gpu):
         assert registry.choose("auto", Case(room, dtype, "cuda", 8, 384, 1536)).name == "triton"
         assert registry.choose("auto", Case(room, dtype, "cpu", 8, 384, 1536)).name != "triton"
     assert registry.choose("auto", Case(room, torch.float64, "cuda", 8, 384, 1536)).name not in ("triton", "native")
+
+
+@where_it_runs
+@pytest.mark.parametrize("trap", ["plain", "empty_experts", "gelu", "no_shared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_descriptors_and_pointers_give_the_same_bits(dtype, trap, monkeypatch, seed):
+    """The same sums in the same order, however the operands come; poison lies around every tensor."""
+    problem, leaves = make_problem(replace(BY_NAME[trap], layout="poisoned_ends"), seed, dtype).with_leaves()
+    choose, results = tiles.choose, []
+    for fields in ({"tma": False}, {"tma": True}, {"tma": True, "specialize": True}):
+        monkeypatch.setattr(tiles, "choose", lambda *args, fields=fields: choose(*args)._replace(**fields))
+        results.append(gradients(moe_ours(problem, "triton"), leaves, problem.dout))
+    for other in results[1:]:
+        assert all(torch.equal(other[name], t) for name, t in results[0].items())
+
+
+@where_it_runs
+def test_operands_that_the_copy_engine_cannot_take_go_as_pointers():
+    tile = tiles.Tile(16, 16, 16, 1, 4, 1, 1, tma=True)
+    weight = torch.zeros(2 * 16 * 32 + 1, device=DEVICE)
+    even, odd = weight[:-1].view(2, 16, 32), weight[1:].view(2, 16, 32)
+    narrow, empty = torch.zeros(2, 16, 3, device=DEVICE), even[:0]
+    for pair, tma in (((even, None), True), ((even, odd[0]), False), ((narrow, None), False), ((empty, None), False)):
+        used, operands = launches._operands(tile, (pair, (1, 16, 16)))
+        assert used == tma and all(isinstance(operand, torch.Tensor) != tma for operand in operands)
 
 
 @where_it_runs

@@ -18,7 +18,7 @@ from bench.shapes import MODEL_SHAPES
 pytest.importorskip("triton")
 from moe_kernels.backends.triton import tiles
 
-OWN, FAST, WRONG, SPILLING = (tiles.Tile(m, 64, 32, 8, 4, 3) for m in (16, 32, 64, 128))
+OWN, FAST, WRONG, SPILLING = (tiles.Tile(m, 64, 32, 8, 4, 3, 2) for m in (16, 32, 64, 128))
 MILLISECONDS = {OWN: 10.0, FAST: 8.0, WRONG: 1.0, SPILLING: 1.0}
 
 

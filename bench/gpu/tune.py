@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +30,7 @@ from bench.shapes import MODEL_SHAPES
 from bench.verify import BOUND, whole_error
 
 PRECISIONS = ("bf16", "fp16", "tf32")  # float32 without tensor cores is no case for tuning
-CANDIDATES = (  # m, n, k in bf16 and fp16 (half of it in tf32), group, warps, stages
+CANDIDATES = (  # m, n, k in bf16 and fp16 (half of it in tf32), group, warps, stages; each with TMA and without
     (128, 128, 64, 8, 8, 3),
     (128, 128, 64, 8, 4, 3),
     (128, 128, 64, 8, 8, 4),
@@ -41,6 +41,7 @@ CANDIDATES = (  # m, n, k in bf16 and fp16 (half of it in tf32), group, warps, s
     (64, 256, 64, 8, 8, 3),
     (128, 128, 64, 16, 8, 3),
 )
+SPECIALIZED = (128, 128, 64, 8, 4, 3), (128, 128, 64, 8, 4, 4)  # with TMA, and some warps that only load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,8 +185,10 @@ def tune_case(case: Case, known: set[str], seconds: float) -> Iterator[tuple[str
 
     from moe_kernels.backends.triton import tiles
 
+    sizes = [(*tile, 8 // tile[-2], tma, False) for tile in CANDIDATES for tma in (True, False)]
+    sizes += [(*tile, 1, True, True) for tile in SPECIALIZED]
     depth = 2 if case.dtype == "tf32" else 1
-    candidates = [tiles.Tile(m, n, k // depth, group, warps, stages) for m, n, k, group, warps, stages in CANDIDATES]
+    candidates = [tile._replace(k=tile.k // depth) for tile in starmap(tiles.Tile, sizes)]
     with workloads.arithmetic(case.dtype), torch.no_grad():
         p = prepare(case)
         for name, run in products().items():

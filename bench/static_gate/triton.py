@@ -18,8 +18,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,6 +36,7 @@ KERNELS = store.ROOT / "moe_kernels" / "backends" / "triton"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 TENSOR_CORES = ("bf16", "fp16", "tf32")
 GEMMS = ("experts_fwd_up", "experts_rows_times", "experts_bwd_dact", "experts_bwd_dweight")
+THROUGH_TMA = GEMMS[:3]  # what gradients of weights sum over ends inside of a descriptor's rows
 MATRIX = {80: "hmma", 90: "hgmma", 100: "utcmma"}  # the instruction a product must consist of
 COUNTED = {
     "hmma": r"\bHMMA\b|\bHMMA\.",
@@ -60,6 +63,7 @@ class Facts:
     shared_bytes: int
     warps: int
     blocks: int  # at once on a processor, by registers, shared memory and threads
+    programs: int  # on a processor, as launched
     instructions: int
     hmma: int
     hgmma: int
@@ -98,15 +102,16 @@ def compile_one(setting: tuple[int, str, int, str]) -> list[tuple[str, Facts]]:
     out = []
     with compiling(sm) as kernels:
         launch_all(MODEL_SHAPES[shape], T, dtype)
-    for kernel in kernels:
+    for kernel, programs in kernels:
         number = seen[kernel.name] = seen.get(kernel.name, -1) + 1
-        out.append((f"sm{sm}-{MODEL_SHAPES[shape].model}-T{T}-{dtype}-{kernel.name}.{number}", facts(kernel, sm)))
+        name = f"sm{sm}-{MODEL_SHAPES[shape].model}-T{T}-{dtype}-{kernel.name}.{number}"
+        out.append((name, facts(kernel, sm, -(-programs // GPUS[sm][1]))))
     return out
 
 
 @contextmanager
-def compiling(sm: int) -> Iterator[list]:
-    """Let launches compile for that architecture without running; the kernels are collected, each once."""
+def compiling(sm: int) -> Iterator[list[tuple[Any, int]]]:
+    """Let launches compile for that architecture without running; collect each kernel and its most programs."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -119,11 +124,12 @@ def compiling(sm: int) -> Iterator[list]:
     driver.get_current_target.return_value = GPUTarget("cuda", sm, 32)
     driver.get_current_device.return_value = f"sm_{sm}"
     driver.get_current_stream.return_value = 0
-    kernels, launch = {}, JITFunction.run
+    kernels, programs, launch = {}, {}, JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        kernels.setdefault(kernel.hash, kernel)
+        kernels[kernel.hash] = kernel
+        programs[kernel.hash] = max(programs.get(kernel.hash, 0), prod(grid))
         return kernel
 
     name, processors = GPUS[sm]
@@ -132,9 +138,9 @@ def compiling(sm: int) -> Iterator[list]:
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(tiles, "META", tiles.Device(name, sm, processors)),
     ):
-        found: list = []
+        found: list[tuple[Any, int]] = []
         yield found
-        found += kernels.values()
+        found += [(kernel, programs[key]) for key, kernel in kernels.items()]
 
 
 def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
@@ -175,8 +181,8 @@ def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def facts(kernel, sm: int) -> Facts:
-    """Read a compiled kernel's machine code."""
+def facts(kernel: Any, sm: int, programs: int) -> Facts:
+    """Read a compiled kernel's machine code; programs: that a processor gets."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -185,7 +191,7 @@ def facts(kernel, sm: int) -> Facts:
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     blocks = machine.blocks_at_once(sm, registers, warps, shared)
-    return Facts(registers, stack, shared, warps, blocks, **machine.counts(code, COUNTED))
+    return Facts(registers, stack, shared, warps, blocks, programs, **machine.counts(code, COUNTED))
 
 
 def breaches(name: str, got: Facts) -> list[str]:
@@ -198,6 +204,10 @@ def breaches(name: str, got: Facts) -> list[str]:
     matrix = MATRIX[int(sm[2:])]
     if kernel in GEMMS and dtype in TENSOR_CORES and not getattr(got, matrix):
         out.append(f"{name}: no {matrix.upper()}, expected the product on tensor cores")
+    if kernel in GEMMS and got.programs > got.blocks:
+        out.append(f"{name}: {got.programs} programs a processor, expected at most the {got.blocks} that run at once")
+    if kernel in THROUGH_TMA and dtype in TENSOR_CORES and int(sm[2:]) >= 90 and not got.tma:
+        out.append(f"{name}: no TMA, expected the weights through it")
     return out
 
 
@@ -234,7 +244,7 @@ def save(entries: dict[str, Facts], path: Path = FILE) -> None:
 
 def check(args: argparse.Namespace) -> tuple[list[str], str]:
     """Show every kernel; return what is broken or got worse, and what was done."""
-    known_hash, budget = load()
+    known_hash, budget = ("", {}) if args.update else load()
     tiny = args.size == "tiny"
     fresh = tiny or args.all or args.update or known_hash != source_hash()
     entries = dict(compile_all(TINY if tiny else SETTINGS)) if fresh else budget

@@ -2,6 +2,10 @@
 
 Persistent programs walk the tiles in the order of groups.py. Rows past a group's end are computed on a valid row in
 their place and never stored; columns likewise. Only what is summed over is masked.
+
+With TMA the weights, and rows that are not gathered, come as tensor descriptors: weights (E, N, K) or (E, K, N), the
+shared expert's (1, ...), rows (R, K). Which of two descriptors a tile reads is chosen outside of its loop, so that both
+go through the same buffers.
 """
 
 from __future__ import annotations
@@ -10,6 +14,28 @@ import triton
 import triton.language as tl
 
 from .groups import expert_rows, locate, num_tiles, swizzle
+
+
+@triton.jit
+def load(at, live, MASKED: tl.constexpr):
+    """Load from pointers; only if MASKED, zeros where not live."""
+    return tl.load(at, mask=live, other=0.0) if MASKED else tl.load(at)
+
+
+@triton.jit
+def either(first, condition, second):
+    """Return one of two tensor descriptors."""
+    if condition:
+        chosen = first
+    else:
+        chosen = second
+    return chosen
+
+
+@triton.jit
+def block(weight, expert, i, j, M: tl.constexpr, N: tl.constexpr):
+    """Load (M, N) of an expert's weight through its descriptor, zeros beyond its sizes."""
+    return tl.reshape(weight.load([expert, i, j]), (M, N))
 
 
 @triton.jit
@@ -36,6 +62,15 @@ def activation_bwd(dact, gate, up, GELU: tl.constexpr):
 def halves(t, M: tl.constexpr, N: tl.constexpr):
     """Return the left and the right half of the columns of t (M, N)."""
     return tl.split(tl.permute(tl.reshape(t, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def quarters(t, M: tl.constexpr, N: tl.constexpr):
+    """Return the columns of t (M, N) in four parts."""
+    left, right = halves(t, M, N)
+    first, second = halves(left, M, N // 2)
+    third, fourth = halves(right, M, N // 2)
+    return first, second, third, fourth
 
 
 @triton.jit
@@ -89,6 +124,8 @@ def experts_fwd_up(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):
     """act_r = activation(x[token of r] gate_up_proj_e^T), the rows of x gathered while they are loaded."""
     PARTS: tl.constexpr = 1 if GELU else 2
@@ -98,34 +135,38 @@ def experts_fwd_up(
         group, row, last, n = locate(tile, start, stop, T, num_n, shared_num_n, E, E_PADDED, BLOCK_M, GROUP)
         shared = group == E
         width = tl.where(shared, SHARED_I, I)
-        weight = tl.where(shared, shared_gate_up_proj, gate_up_proj + group.to(tl.int64) * (PARTS * I * H))
         rows = row + tl.arange(0, BLOCK_M)
         tokens = tl.load(row_token + rows, mask=rows < tl.where(shared, 0, last), other=0)
         tokens = tl.where(shared, tl.minimum(rows, last - 1), tokens).to(tl.int64)
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         x_at = x + tokens[:, None] * H + k[None, :]
-        gate_at = weight + tl.minimum(columns, width - 1)[None, :].to(tl.int64) * H + k[:, None]
+        if TMA:
+            weight, expert = either(shared_gate_up_proj, shared, gate_up_proj), tl.where(shared, 0, group)
+        else:
+            weight = tl.where(shared, shared_gate_up_proj, gate_up_proj + group.to(tl.int64) * (PARTS * I * H))
+            gate_at = weight + tl.minimum(columns, width - 1)[None, :].to(tl.int64) * H + k[:, None]
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for first in tl.range(0, H, BLOCK_K):
-            if H % BLOCK_K:
-                live = first + k < H
-                x_tile = tl.load(x_at + first, mask=live[None, :], other=0.0)
-                gate = tl.dot(x_tile, tl.load(gate_at + first, mask=live[:, None], other=0.0), gate, PRECISION)
-                if not GELU:
-                    up_tile = tl.load(gate_at + width * H + first, mask=live[:, None], other=0.0)
-                    up = tl.dot(x_tile, up_tile, up, PRECISION)
+        for first in tl.range(0, H, BLOCK_K, warp_specialize=SPECIALIZE):
+            live = first + k < H
+            x_tile = load(x_at + first, live[None, :], H % BLOCK_K)
+            if TMA:
+                gate_tile = tl.trans(block(weight, expert, n * BLOCK_N, first, BLOCK_N, BLOCK_K))
             else:
-                x_tile = tl.load(x_at + first)
-                gate = tl.dot(x_tile, tl.load(gate_at + first), gate, PRECISION)
-                if not GELU:
-                    up = tl.dot(x_tile, tl.load(gate_at + width * H + first), up, PRECISION)
+                gate_tile = load(gate_at + first, live[:, None], H % BLOCK_K)
+            gate = tl.dot(x_tile, gate_tile, gate, PRECISION)
+            if not GELU:
+                if TMA:
+                    up_tile = tl.trans(block(weight, expert, width + n * BLOCK_N, first, BLOCK_N, BLOCK_K))
+                else:
+                    up_tile = load(gate_at + width * H + first, live[:, None], H % BLOCK_K)
+                up = tl.dot(x_tile, up_tile, up, PRECISION)
         out, saved = tl.where(shared, shared_act, act), tl.where(shared, shared_gate_up, gate_up)
-        gates, ups = halves(gate, BLOCK_M, BLOCK_N), halves(up, BLOCK_M, BLOCK_N)
-        for half in tl.static_range(2):
-            column = n * BLOCK_N + half * (BLOCK_N // 2)
-            up_epilogue(gates[half], ups[half], out, saved, rows, last, column, width, GELU, SAVE, BLOCK_N // 2)
+        gates, ups = quarters(gate, BLOCK_M, BLOCK_N), quarters(up, BLOCK_M, BLOCK_N)
+        for i in tl.static_range(4):
+            column = n * BLOCK_N + i * (BLOCK_N // 4)
+            up_epilogue(gates[i], ups[i], out, saved, rows, last, column, width, GELU, SAVE, BLOCK_N // 4)
 
 
 @triton.jit
@@ -149,36 +190,45 @@ def experts_rows_times(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):
     """rows_out_r = rows_in_r W_e^T for a weight (E, N, K) (K_INNER: down_proj), else rows_in_r W_e (gate_up_proj)."""
     start, stop = expert_rows(expert_offsets, E, E_PADDED)
+    MASKED: tl.constexpr = K % BLOCK_K or SHARED_K % BLOCK_K or (N % BLOCK_N and not K_INNER)
     num_n = tl.cdiv(N, BLOCK_N)
     shared_num_n = num_n if SHARED_K else 0
     for tile in tl.range(tl.program_id(0), num_tiles(start, stop, T, num_n, shared_num_n, BLOCK_M), tl.num_programs(0)):
         group, row, last, n = locate(tile, start, stop, T, num_n, shared_num_n, E, E_PADDED, BLOCK_M, GROUP)
         shared = group == E
         depth = tl.where(shared, SHARED_K, K)
-        matrix = tl.where(shared, shared_weight, weight + group.to(tl.int64) * (K * N))
         rows = row + tl.arange(0, BLOCK_M)
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
-        a_at = (
-            tl.where(shared, shared_in, rows_in) + tl.minimum(rows, last - 1).to(tl.int64)[:, None] * depth + k[None, :]
-        )
-        if K_INNER:
-            b_at = matrix + tl.minimum(columns, N - 1)[None, :].to(tl.int64) * depth + k[:, None]
+        if TMA:
+            a, b = either(shared_in, shared, rows_in), either(shared_weight, shared, weight)
+            expert = tl.where(shared, 0, group)
         else:
-            b_at = matrix + k.to(tl.int64)[:, None] * N + columns[None, :]
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for first in tl.range(0, depth, BLOCK_K):
-            b_step = first if K_INNER else tl.cast(first, tl.int64) * N
-            if K % BLOCK_K or SHARED_K % BLOCK_K or (N % BLOCK_N and not K_INNER):
-                live = first + k < depth
-                live_b = live[:, None] & (columns < N)[None, :]
-                a_tile = tl.load(a_at + first, mask=live[None, :], other=0.0)
-                total = tl.dot(a_tile, tl.load(b_at + b_step, mask=live_b, other=0.0), total, PRECISION)
+            a = tl.where(shared, shared_in, rows_in) + tl.minimum(rows, last - 1).to(tl.int64)[:, None] * depth
+            b = tl.where(shared, shared_weight, weight + group.to(tl.int64) * (K * N))
+            if K_INNER:
+                b += tl.minimum(columns, N - 1)[None, :].to(tl.int64) * depth + k[:, None]
             else:
-                total = tl.dot(tl.load(a_at + first), tl.load(b_at + b_step), total, PRECISION)
+                b += k.to(tl.int64)[:, None] * N + columns[None, :]
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in tl.range(0, depth, BLOCK_K, warp_specialize=SPECIALIZE):
+            if TMA:
+                a_tile = a.load([row, first])
+                if K_INNER:
+                    b_tile = tl.trans(block(b, expert, n * BLOCK_N, first, BLOCK_N, BLOCK_K))
+                else:
+                    b_tile = block(b, expert, first, n * BLOCK_N, BLOCK_K, BLOCK_N)
+            else:
+                live = first + k < depth
+                b_step = first if K_INNER else tl.cast(first, tl.int64) * N
+                a_tile = load(a + first + k[None, :], live[None, :], MASKED)
+                b_tile = load(b + b_step, live[:, None] & (columns < N)[None, :], MASKED)
+            total = tl.dot(a_tile, b_tile, total, PRECISION)
         out = tl.where(shared, shared_out, rows_out) + rows.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(out, total, mask=(rows < last)[:, None] & (columns < N)[None, :])
 
@@ -241,19 +291,21 @@ def experts_bwd_dact(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):
     """dact = row_weight (dout[token of r] down_proj_e); dgate_up = activation'(gate_up, dact).
 
     Also writes row_weight act and, per row and tile of columns, sum(dact act / row_weight): the parts of drow_weight.
     Without COMBINED dout is (R, H), one row each, and weights are 1.
     """
+    MASKED: tl.constexpr = H % BLOCK_K or I % BLOCK_N or SHARED_I % BLOCK_N
     start, stop = expert_rows(expert_offsets, E, E_PADDED)
     num_n, shared_num_n = tl.cdiv(I, BLOCK_N), tl.cdiv(SHARED_I, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_tiles(start, stop, T, num_n, shared_num_n, BLOCK_M), tl.num_programs(0)):
         group, row, last, n = locate(tile, start, stop, T, num_n, shared_num_n, E, E_PADDED, BLOCK_M, GROUP)
         shared = group == E
         width = tl.where(shared, SHARED_I, I)
-        matrix = tl.where(shared, shared_down_proj, down_proj + group.to(tl.int64) * (H * I))
         rows = row + tl.arange(0, BLOCK_M)
         routed_r = rows < tl.where(shared, 0, last)
         source = tl.minimum(rows, last - 1)
@@ -262,31 +314,31 @@ def experts_bwd_dact(
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         d_at = dout + source.to(tl.int64)[:, None] * H + k[None, :]
-        w_at = matrix + k.to(tl.int64)[:, None] * width + columns[None, :]
+        if TMA:
+            matrix, expert = either(shared_down_proj, shared, down_proj), tl.where(shared, 0, group)
+        else:
+            matrix = tl.where(shared, shared_down_proj, down_proj + group.to(tl.int64) * (H * I))
+            w_at = matrix + k.to(tl.int64)[:, None] * width + columns[None, :]
         dact = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for first in tl.range(0, H, BLOCK_K):
-            w_step = tl.cast(first, tl.int64) * width
-            if H % BLOCK_K or I % BLOCK_N or SHARED_I % BLOCK_N:
-                live = first + k < H
-                live_w = live[:, None] & (columns < width)[None, :]
-                d_tile = tl.load(d_at + first, mask=live[None, :], other=0.0)
-                dact = tl.dot(d_tile, tl.load(w_at + w_step, mask=live_w, other=0.0), dact, PRECISION)
+        for first in tl.range(0, H, BLOCK_K, warp_specialize=SPECIALIZE):
+            live = first + k < H
+            d_tile = load(d_at + first, live[None, :], H % BLOCK_K if TMA else MASKED)
+            if TMA:
+                w_tile = block(matrix, expert, first, n * BLOCK_N, BLOCK_K, BLOCK_N)
             else:
-                dact = tl.dot(tl.load(d_at + first), tl.load(w_at + w_step), dact, PRECISION)
+                w_step = tl.cast(first, tl.int64) * width
+                w_tile = load(w_at + w_step, live[:, None] & (columns < width)[None, :], MASKED)
+            dact = tl.dot(d_tile, w_tile, dact, PRECISION)
         weight = tl.full((BLOCK_M,), 1.0, tl.float32)
         if COMBINED:
             weight = tl.load(row_weight + rows, mask=routed_r, other=1.0).to(tl.float32)
         saved, out = tl.where(shared, shared_gate_up, gate_up), tl.where(shared, shared_dgate_up, dgate_up)
         out_act = tl.where(shared, shared_act, weighted_act)
         part = tl.zeros((BLOCK_M,), tl.float32)
-        left, right = halves(dact, BLOCK_M, BLOCK_N)
-        for half in tl.static_range(2):
-            slices = halves(left if half == 0 else right, BLOCK_M, BLOCK_N // 2)
-            for quarter in tl.static_range(2):
-                column = n * BLOCK_N + (2 * half + quarter) * (BLOCK_N // 4)
-                part += dact_epilogue(
-                    slices[quarter], saved, out, out_act, weight, rows, last, column, width, GELU, BLOCK_N // 4
-                )
+        slices = quarters(dact, BLOCK_M, BLOCK_N)
+        for i in tl.static_range(4):
+            column = n * BLOCK_N + i * (BLOCK_N // 4)
+            part += dact_epilogue(slices[i], saved, out, out_act, weight, rows, last, column, width, GELU, BLOCK_N // 4)
         if COMBINED:
             tl.store(partial_drow_weight + rows.to(tl.int64) * num_n + n, part, mask=routed_r)
 

@@ -11,13 +11,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import adaln, combine, dispatch, experts, gating, sums, tiles
 
 Pair = tuple[Tensor, Tensor | None]  # of the routed experts and of the shared one
-OCCUPANCY = 2  # programs of a grouped product on a processor
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 HISTOGRAM = 4096  # elements of the (picks, experts) table of a dispatch program
+DISPATCHING = 2  # programs of dispatch on a processor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -85,7 +86,7 @@ def dispatch_plan(topk_ids: Tensor, topk_weights: Tensor, plan: list[Tensor]) ->
     """Fill the tensors of a plan."""
     R, K, E = topk_ids.numel(), topk_ids.shape[1], plan[0].shape[0]
     block = max(16, HISTOGRAM // padded(E))
-    chunk = block * triton.cdiv(R, block * OCCUPANCY * tiles.device_of(topk_ids).processors)
+    chunk = block * triton.cdiv(R, block * DISPATCHING * tiles.device_of(topk_ids).processors)
     programs = triton.cdiv(R, chunk)
     counts = topk_ids.new_empty((programs, padded(E)))
     launch(dispatch.dispatch_count, (programs,), topk_ids, counts, R, chunk, E, padded(E), block)
@@ -116,7 +117,7 @@ def _grid(x: Tensor, plan, tile: tiles.Tile, num_n: int, shared_num_n: int) -> t
     """Return the number of programs: at most what runs at once, at most the tiles that any routing can give."""
     R, E = plan.num_rows, plan.num_experts
     most = (R // tile.m + min(E, R)) * num_n + triton.cdiv(x.shape[0], tile.m) * shared_num_n
-    return (min(most, OCCUPANCY * tiles.device_of(x).processors),)
+    return (min(most, tile.programs * tiles.device_of(x).processors),)
 
 
 def _width(shared: Tensor | None) -> int:
@@ -128,6 +129,24 @@ def _or(t: Tensor | None, stand_in: Tensor) -> Tensor:
     return stand_in if t is None else t
 
 
+def _operands(tile: tiles.Tile, *pairs: tuple[Pair, tuple[int, ...]]) -> tuple[bool, list[Any]]:
+    """Return whether descriptors are used, and what a kernel gets for (operand, block): descriptors, or tensors.
+
+    The copy engine wants rows and addresses of 16 bytes: where a tensor has others, all go as tensors.
+    """
+    tensors = [(_or(t, pair[0]), block) for pair, block in pairs for t in pair]
+    tma = tile.tma and all(
+        t.numel() and t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0 for t, _ in tensors
+    )
+    return tma, [_descriptor(t, block) if tma else t for t, block in tensors]
+
+
+def _descriptor(t: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """Describe a tensor as blocks of its last sizes; one that lacks sizes in front gets ones."""
+    sizes = [1] * (len(block) - t.dim()) + list(t.shape)
+    return TensorDescriptor(t, sizes, [t.numel()] * (len(block) - t.dim()) + list(t.stride()), list(block))
+
+
 def up(x: Tensor, plan, gate_up_proj: Pair, down_proj: Pair, save: bool) -> tuple[Pair, Pair]:
     """Return act (R, I) and gate_up (R, 2I), each with the shared expert's; gate_up is (0,) unless `save`."""
     (T, H), R, (E, _, I), Is = x.shape, plan.num_rows, down_proj[0].shape, _width(down_proj[1])
@@ -137,10 +156,11 @@ def up(x: Tensor, plan, gate_up_proj: Pair, down_proj: Pair, save: bool) -> tupl
     shared_gate_up = x.new_empty((T, parts * Is) if save and Is else 0)
     tile = _tile("up", x, plan, I, H)
     grid = _grid(x, plan, tile, triton.cdiv(I, tile.n), triton.cdiv(Is, tile.n))
+    tma, weights = _operands(tile, (gate_up_proj, (1, tile.n, tile.k)))
     launch(
-        experts.experts_fwd_up, grid, x, gate_up_proj[0], _or(gate_up_proj[1], gate_up_proj[0]), plan.expert_offsets,
-        plan.row_token, act, shared_act, gate_up, shared_gate_up, T, H, I, Is, E, padded(E), parts == 1, save,
-        _input_precision(x), **tile.arguments(),
+        experts.experts_fwd_up, grid, x, *weights, plan.expert_offsets, plan.row_token, act, shared_act, gate_up,
+        shared_gate_up, T, H, I, Is, E, padded(E), parts == 1, save, _input_precision(x), TMA=tma,
+        SPECIALIZE=tile.specialize, **tile.arguments(),
     )  # fmt: skip
     return (act, shared_act), (gate_up, shared_gate_up)
 
@@ -151,10 +171,12 @@ def rows_times(rows: Pair, weight: Pair, plan, x: Tensor, k_inner: bool) -> Pair
     out, shared_out = x.new_empty((plan.num_rows, N)), torch.empty_like(x) if Ks else None
     tile = _tile("rows_times", x, plan, N, K)
     num_n = triton.cdiv(N, tile.n)
+    block = (1, tile.n, tile.k) if k_inner else (1, tile.k, tile.n)
+    tma, operands = _operands(tile, ((rows[0], rows[1] if Ks else None), (tile.m, tile.k)), (weight, block))
     launch(
-        experts.experts_rows_times, _grid(x, plan, tile, num_n, num_n if Ks else 0), rows[0], rows[1], weight[0],
-        _or(weight[1], weight[0]), plan.expert_offsets, out, _or(shared_out, out), x.shape[0], K, Ks, N, E, padded(E),
-        k_inner, _input_precision(x), **tile.arguments(),
+        experts.experts_rows_times, _grid(x, plan, tile, num_n, num_n if Ks else 0), *operands, plan.expert_offsets,
+        out, _or(shared_out, out), x.shape[0], K, Ks, N, E, padded(E), k_inner, _input_precision(x), TMA=tma,
+        SPECIALIZE=tile.specialize, **tile.arguments(),
     )  # fmt: skip
     return out, shared_out
 
@@ -167,11 +189,12 @@ def dact(dout: Tensor, x: Tensor, plan, down_proj: Pair, gate_up: Pair, combined
     tile = _tile("dact", x, plan, I, H)
     num_n = triton.cdiv(I, tile.n)
     parts = x.new_empty((R, num_n if combined else 0), dtype=torch.float32)
+    tma, weights = _operands(tile, (down_proj, (1, tile.k, tile.n)))
     launch(
-        experts.experts_bwd_dact, _grid(x, plan, tile, num_n, triton.cdiv(Is, tile.n)), dout, down_proj[0],
-        _or(down_proj[1], down_proj[0]), *gate_up, plan.expert_offsets, plan.row_token, plan.row_weight, dgate_up,
-        shared_dgate_up, act, shared_act, parts, T, H, I, Is, E, padded(E), gate_up[0].shape[1] == I, combined,
-        _input_precision(x), **tile.arguments(),
+        experts.experts_bwd_dact, _grid(x, plan, tile, num_n, triton.cdiv(Is, tile.n)), dout, *weights, *gate_up,
+        plan.expert_offsets, plan.row_token, plan.row_weight, dgate_up, shared_dgate_up, act, shared_act, parts, T, H,
+        I, Is, E, padded(E), gate_up[0].shape[1] == I, combined, _input_precision(x), TMA=tma,
+        SPECIALIZE=tile.specialize, **tile.arguments(),
     )  # fmt: skip
     return (dgate_up, shared_dgate_up), (act, shared_act), parts
 
@@ -189,14 +212,14 @@ def dweight(
     (E, M, N), (shared_m, shared_n) = weight[0].shape, (0, 0) if weight[1] is None else weight[1].shape
     out, shared_out = torch.empty_like(weight[0]), None if weight[1] is None else torch.empty_like(weight[1])
     tile, T = _tile("dweight", out, plan, M, N), plan.num_tokens
-    processors = tiles.device_of(out).processors
+    programs = tile.programs * tiles.device_of(out).processors
     area = E * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
     shared_area = triton.cdiv(shared_m, tile.m) * triton.cdiv(shared_n, tile.n)
-    split = min(4, max(1, OCCUPANCY * processors // area))
+    split = min(4, max(1, programs // area))
     shared_split = split * min(8, max(1, T * E // max(plan.num_rows, 1)))
     partials = out.new_empty((split if split > 1 else 0, E, M, N), dtype=torch.float32)
     shared_partials = out.new_empty((shared_split if shared_split > 1 else 0, shared_m, shared_n), dtype=torch.float32)
-    grid = (min(area * split + shared_area * shared_split, OCCUPANCY * processors),)
+    grid = (min(area * split + shared_area * shared_split, programs),)
     launch(
         experts.experts_bwd_dweight, grid, *left, *right, plan.expert_offsets, plan.row_token, out,
         _or(shared_out, out), partials, shared_partials, T, M, shared_m, N, shared_n, E, *gather, split, shared_split,
