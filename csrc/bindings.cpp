@@ -65,14 +65,13 @@ void py_gating_bwd(const std::optional<Tensor>& dtopk_weights, const std::option
   weight.expect("gate_weight", F32, {s.E, s.H});
   dweight.expect("dgate_weight", F32, {s.E, s.H});
   probs.expect("probs", F32, {s.T, s.E});
-  if (dprobs) dprobs->expect("dprobs", F32, {s.T, s.E});
   if (dtopk_weights) {
     dtopk_weights->expect("dtopk_weights", F32, {s.T, s.K});
     topk_ids.expect("topk_ids", I32, {s.T, s.K});
     expect_indices("topk_ids", topk_ids.as<int32_t>(), s.T * s.K, s.E);
   }
   py::gil_scoped_release release;
-  gating_bwd(s, optional(dtopk_weights).as<float>(), optional(dprobs).as<float>(), x.data, weight.as<float>(),
+  gating_bwd(s, optional(dtopk_weights).as<float>(), dprobs_of(dprobs, s), x.data, weight.as<float>(),
              topk_ids.as<int32_t>(), probs.as<float>(), dx.data, dweight.as<float>());
 }
 

@@ -76,6 +76,13 @@ inline MoeSizes sizes_of(const Tensor& x, const Plan& plan, const Tensor& gate_u
   return s;
 }
 
+inline DProbs dprobs_of(const std::optional<Tensor>& t, const GatingSizes& s) {
+  if (!t) return {};
+  const bool one_row = t->sizes.at(0) == 1;
+  t->expect("dprobs", F32, {one_row ? 1 : s.T, s.E});
+  return {t->as<float>(), one_row ? 0 : s.E};
+}
+
 inline Tensor optional(const std::optional<Tensor>& t) { return t ? *t : Tensor{}; }
 
 inline void bind_tensor(pybind11::module_& m) {

@@ -66,19 +66,14 @@ int64_t py_gating_bwd_workspace_bytes(int64_t T, int64_t H, int64_t E, int64_t K
   return cuda::gating_bwd_workspace_bytes({T, H, E, K, F32, 1});
 }
 
-void expect_gradients(const GatingSizes& s, const Maybe& dtopk_weights, const Maybe& dprobs, const Tensor& topk_ids) {
-  if (dprobs) dprobs->expect("dprobs", F32, {s.T, s.E});
-  if (dtopk_weights) expect_picks(s, *dtopk_weights, topk_ids);
-}
-
 void py_gating_bwd(const Maybe& dtopk_weights, const Maybe& dprobs, const Tensor& x, const Tensor& weight,
                    const Tensor& topk_ids, const Tensor& probs, const Tensor& dx, const Tensor& dweight,
                    const Tensor& workspace, uintptr_t stream) {
   const GatingSizes s = gating_sizes(x, weight, probs, topk_ids.sizes.at(1));
-  expect_gradients(s, dtopk_weights, dprobs, topk_ids);
+  if (dtopk_weights) expect_picks(s, *dtopk_weights, topk_ids);
   dx.expect("dx", x.dtype, {s.T, s.H});
   dweight.expect("dgate_weight", F32, {s.E, s.H});
-  cuda::gating_bwd(s, optional(dtopk_weights).as<float>(), optional(dprobs).as<float>(), x.data, weight.as<float>(),
+  cuda::gating_bwd(s, optional(dtopk_weights).as<float>(), dprobs_of(dprobs, s), x.data, weight.as<float>(),
                    topk_ids.as<int32_t>(), probs.as<float>(), dx.data, dweight.as<float>(),
                    scratch_of(workspace, cuda::gating_bwd_workspace_bytes(s)), stream_of(stream));
 }
@@ -125,14 +120,14 @@ void py_modulated_gating_bwd(const Maybe& dtokens, const Maybe& dtopk_weights, c
   weight.expect("gate_weight", F32, {s.E, s.H});
   probs.expect("probs", F32, {s.T, s.E});
   if (dtokens) dtokens->expect("dtokens", s.dtype, {s.T, s.H});
-  expect_gradients(s, dtopk_weights, dprobs, topk_ids);
+  if (dtopk_weights) expect_picks(s, *dtopk_weights, topk_ids);
   moments.expect("moments", F32, {2, s.T});
   dx.expect("dx", x.dtype, x.sizes);
   dshift.expect("dshift", shift.dtype, shift.sizes);
   dscale.expect("dscale", scale.dtype, scale.sizes);
   dweight.expect("dgate_weight", F32, {s.E, s.H});
   cuda::modulated_gating_bwd(s, modulation, optional(dtokens).data, optional(dtopk_weights).as<float>(),
-                             optional(dprobs).as<float>(), weight.as<float>(), topk_ids.as<int32_t>(),
+                             dprobs_of(dprobs, s), weight.as<float>(), topk_ids.as<int32_t>(),
                              probs.as<float>(), moments.as<float>(), dx.data, dshift.data, dscale.data,
                              dweight.as<float>(),
                              scratch_of(workspace, cuda::modulated_gating_bwd_workspace_bytes(s, modulation)),

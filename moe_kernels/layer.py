@@ -161,9 +161,11 @@ def moe_forward(
     H = gate_weight.shape[1]
     _checks.shape("x", x.shape, (*x.shape[:-1], H), "...,H")
     tokens = x.reshape(-1, H)
-    scaled = getattr(router, "aux_loss_mode", None) == "scaled"
-    inject = training and torch.is_grad_enabled() and not scaled
-    how = {"tokens_per_image": x.shape[-2] if x.dim() > 1 else 1, "with_aux": inject or return_aux_loss}
+    how = {
+        "tokens_per_image": x.shape[-2] if x.dim() > 1 else 1,
+        "inject_aux": training and torch.is_grad_enabled(),
+        "with_aux": return_aux_loss,
+    }
     around = {}
     if modulation is None:
         plan, aux = router.route(tokens, gate_weight, backend, **how)
@@ -173,14 +175,12 @@ def moe_forward(
         tokens, *scores = ops.modulated_gating(x, shift, scale, gate_weight, router.picks, backend=backend)
         plan, aux = router.plan(*scores, backend, **how)
     y = ops.moe_mlp(tokens, plan, *weights, activation=activation, backend=backend, recompute=recompute, **around)
-    if inject and aux is not None:
-        y = _InjectGradient.apply(y, aux)
     y = y.reshape(x.shape)
     if not return_aux_loss:
         return y
     if aux is None:
         return y, torch.zeros((), dtype=_checks.accumulator(x.dtype), device=x.device)
-    return y, aux if scaled else aux.detach()
+    return y, aux
 
 
 def describe_backend(backend: str, weight: Tensor, E: int, H: int, I: int, Is: int, activation: str) -> str:
@@ -201,16 +201,3 @@ def _check_top_k(router: Router, top_k: int, num_experts: int) -> None:
         raise ValueError(f"top_k: got {top_k}, expected the router's top_k = {own}")
     if own > num_experts:
         raise ValueError(f"top_k: got {own}, expected at most num_experts = {num_experts}")
-
-
-class _InjectGradient(torch.autograd.Function):
-    """Identity on y whose backward gives the auxiliary loss gradient 1, whatever the gradient of y."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, aux: Tensor) -> Tensor:
-        ctx.aux_dtype = aux.dtype
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return dy, torch.ones((), dtype=ctx.aux_dtype, device=dy.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -23,6 +23,7 @@ class Router(Protocol):
         backend: str = "auto",
         *,
         tokens_per_image: int | None = None,
+        inject_aux: bool = False,
         with_aux: bool = True,
     ) -> tuple[RoutingPlan, Tensor | None]: ...
 
@@ -34,9 +35,10 @@ class TokenChoice:
     The auxiliary loss balances the load: alpha E sum_i f_i P_i over all tokens of the call. aux_loss_mode says how it
     reaches the parameters:
 
-    "injected", as in the original: in training, with gradients on, the layer's output carries it, as an identity whose
-        backward gives the auxiliary loss gradient 1. The printed loss does not contain it, and **nothing scales it**:
-        not gradient accumulation, and not the loss scale of fp16 training. Under a loss scale of 65536 its share of the
+    "injected", as in the original: in training, with gradients on, the weights of the picks carry it, through an
+        identity whose backward gives the auxiliary loss gradient 1 (the original's is on the output: the same
+        gradients). The printed loss does not contain it, and **nothing scales it**: not gradient accumulation, and not
+        the loss scale of fp16 training. Under a loss scale of 65536 its share of the
         unscaled gradient is 1/65536, so balancing is in effect off: a bug of the original recipe, kept for parity.
     "scaled": nothing is injected. Take (y, aux) from `layer(x, return_aux_loss=True)` and add aux to the loss: whatever
         scales the loss scales it too. Use it with fp16. An aux that is not added has no effect.
@@ -59,6 +61,7 @@ class TokenChoice:
         backend: str = "auto",
         *,
         tokens_per_image: int | None = None,
+        inject_aux: bool = False,
         with_aux: bool = True,
     ) -> tuple[RoutingPlan, Tensor | None]:
         """Route tokens to experts: gating, dispatch and, `with_aux`, the auxiliary loss.
@@ -68,14 +71,16 @@ class TokenChoice:
             gate_weight: (E, H).
             backend: "auto" or a name out of `backends()`.
             tokens_per_image: not used by this router.
+            inject_aux: in mode "injected", let the plan's row_weight carry the gradient of the auxiliary loss.
             with_aux: whether to compute the auxiliary loss.
-        Returns: the plan with R = T K rows, and the differentiable auxiliary loss or None.
+        Returns: the plan with R = T K rows, and the auxiliary loss or None; differentiable in mode "scaled".
         Raises: as `gating`.
         Cost: as `gating` and `dispatch`; no host syncs on a GPU.
         Source: reference.routing.token_choice, reference.routing.aux_loss.
         """
         scores = ops.gating(x, gate_weight, self.picks, backend)
-        return self.plan(*scores, backend, tokens_per_image=tokens_per_image, with_aux=with_aux)
+        how = {"tokens_per_image": tokens_per_image, "inject_aux": inject_aux, "with_aux": with_aux}
+        return self.plan(*scores, backend, **how)
 
     @property
     def picks(self) -> int:
@@ -90,13 +95,16 @@ class TokenChoice:
         backend: str = "auto",
         *,
         tokens_per_image: int | None = None,
+        inject_aux: bool = False,
         with_aux: bool = True,
     ) -> tuple[RoutingPlan, Tensor | None]:
         """Turn what `gating` or `modulated_gating` returned into what `route` returns."""
         plan = ops.dispatch(topk_ids, topk_weights, probs.shape[1], backend)
-        if not with_aux:
-            return plan, None
-        return plan, ops.aux_loss(probs, plan.expert_counts, self.top_k, self.aux_loss_alpha)
+        injected, of = self.aux_loss_mode == "injected", (probs, plan.expert_counts, self.top_k, self.aux_loss_alpha)
+        aux = ops.aux_loss(probs.detach() if injected else probs, *of[1:]) if with_aux else None
+        if inject_aux and injected:
+            plan = replace(plan, row_weight=ops.inject_aux_loss(plan.row_weight, *of))
+        return plan, aux
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,7 @@ class ExpertChoice:
         backend: str = "auto",
         *,
         tokens_per_image: int | None = None,
+        inject_aux: bool = False,
         with_aux: bool = True,
     ) -> tuple[RoutingPlan, Tensor | None]:
         """Route experts to tokens: each takes max(1, int(G capacity_factor / E)) tokens of every G consecutive ones.
@@ -131,14 +140,15 @@ class ExpertChoice:
             gate_weight: (E, H).
             backend: "auto" or a name out of `backends()`.
             tokens_per_image: G where tokens_per_group is None; T if that is None too.
-            with_aux: not used by this router.
+            inject_aux, with_aux: not used by this router.
         Returns: the plan and None.
         Raises: as `gating` and `dispatch_expert_choice`.
         Cost: as these two; no host syncs on a GPU.
         Source: reference.routing.expert_choice.
         """
         scores = ops.gating(x, gate_weight, self.picks, backend)
-        return self.plan(*scores, backend, tokens_per_image=tokens_per_image, with_aux=with_aux)
+        how = {"tokens_per_image": tokens_per_image, "inject_aux": inject_aux, "with_aux": with_aux}
+        return self.plan(*scores, backend, **how)
 
     @property
     def picks(self) -> int:
@@ -153,6 +163,7 @@ class ExpertChoice:
         backend: str = "auto",
         *,
         tokens_per_image: int | None = None,
+        inject_aux: bool = False,
         with_aux: bool = True,
     ) -> tuple[RoutingPlan, Tensor | None]:
         """Turn what `gating` or `modulated_gating` returned into what `route` returns."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference.moe
 from moe_kernels import ExpertChoice, MoELayer, TokenChoice, dispatch
+from moe_kernels.backends import registry
 from moe_kernels.weights import stack_dit_moe, unstack_dit_moe
 from tests.contenders import each_backend, each_contender, moe_loop
 from tests.error_rule import judge
@@ -119,6 +123,42 @@ def test_aux_loss_injected_is_not_scaled_with_the_loss_and_scaled_is(backend, se
     assert torch.equal(gate_gradient_of_aux(scaled, x, 2.0**16, add_aux=True), once * 2.0**16)
     assert not gate_gradient_of_aux(scaled, x, 1.0, add_aux=False).any()
     assert not gate_gradient_of_aux(inject.eval(), x, 1.0, add_aux=False).any(), "injected in eval mode"
+
+
+class Ops(TorchDispatchMode):
+    """The operators that run meanwhile."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@each_backend
+def test_the_injected_aux_loss_costs_two_operators_backward_and_none_forward(backend, seed, monkeypatch):
+    """On a GPU each is a launch. Its gradient is one row for all tokens, never (T, E) in memory."""
+    layer, x, dout = draw_layer(seed, torch.float32, backend=backend)
+    kind, shapes = type(registry.get(backend)), []
+    gating_bwd = kind.gating_bwd
+
+    def noting(self, dtopk_weights, dprobs, *args):
+        shapes.append(None if dprobs is None else tuple(dprobs.shape))
+        return gating_bwd(self, dtopk_weights, dprobs, *args)
+
+    monkeypatch.setattr(kind, "gating_bwd", noting)
+    ways = []
+    for training in (True, False):
+        layer.zero_grad()
+        with Ops() as forward:
+            out = layer.train(training)(x)
+        with Ops() as backward:
+            out.backward(dout)
+        ways.append(Counter(forward.names + backward.names))
+    assert ways[0] - ways[1] == {"aten::_to_copy": 1, "aten::mul.Tensor": 1, "aten::expand": 1, "aten::view": 1}
+    assert shapes == [(1, TRAP.E), None]
 
 
 @each_backend

@@ -14,6 +14,12 @@ struct GatingSizes {
   int threads;
 };
 
+// A gradient of probs: rows of E, `stride` apart, 0 where one row is every token's; null: none.
+struct DProbs {
+  const float* rows;
+  int64_t stride;
+};
+
 // A RoutingPlan to be filled.
 struct PlanOut {
   int32_t* expert_counts;      // (E,)

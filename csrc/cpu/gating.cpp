@@ -44,7 +44,7 @@ int64_t gating_fwd(const GatingSizes& s, const void* x, const float* weight, flo
   return bad < s.T ? bad.load() : -1;
 }
 
-void gating_bwd(const GatingSizes& s, const float* dtopk_weights, const float* dprobs, const void* x,
+void gating_bwd(const GatingSizes& s, const float* dtopk_weights, const DProbs& dprobs, const void* x,
                 const float* weight, const int32_t* topk_ids, const float* probs, void* dx, float* dweight) {
   constexpr int64_t kColumns = 64;
   Workspace memory(Workspace::padded(s.T * s.E * 4));
@@ -53,10 +53,10 @@ void gating_bwd(const GatingSizes& s, const float* dtopk_weights, const float* d
     for (int64_t t = begin; t < end; ++t) {
       float* g = dlogits + t * s.E;
       const float* p = probs + t * s.E;
-      if (dprobs)
-        std::copy(dprobs + t * s.E, dprobs + (t + 1) * s.E, g);
+      if (dprobs.rows)
+        std::copy_n(dprobs.rows + t * dprobs.stride, s.E, g);
       else
-        std::fill(g, g + s.E, 0.f);
+        std::fill_n(g, s.E, 0.f);
       for (int64_t k = 0; k < s.K; ++k) g[topk_ids[t * s.K + k]] += dtopk_weights[t * s.K + k];
       double mean = 0;
       for (int64_t e = 0; e < s.E; ++e) mean += double(p[e]) * g[e];

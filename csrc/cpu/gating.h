@@ -12,8 +12,8 @@ int64_t gating_fwd(const GatingSizes&, const void* x, const float* weight, float
                    int32_t* topk_ids);
 
 // dlogits = probs * (g - sum(probs * g)), g = dprobs + dtopk_weights at the picks; dx = dlogits weight,
-// dweight (E, H) = dlogits^T x. dprobs may be null.
-void gating_bwd(const GatingSizes&, const float* dtopk_weights, const float* dprobs, const void* x, const float* weight,
+// dweight (E, H) = dlogits^T x.
+void gating_bwd(const GatingSizes&, const float* dtopk_weights, const DProbs& dprobs, const void* x, const float* weight,
                 const int32_t* topk_ids, const float* probs, void* dx, float* dweight);
 
 }  // namespace moe

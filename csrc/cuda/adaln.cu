@@ -311,7 +311,7 @@ int64_t modulated_gating_bwd_workspace_bytes(const GatingSizes& s, const Modulat
 }
 
 void modulated_gating_bwd(const GatingSizes& s, const Modulation& m, const void* dtokens, const float* dtopk_weights,
-                          const float* dprobs, const float* weight, const int32_t* topk_ids, const float* probs,
+                          const DProbs& dprobs, const float* weight, const int32_t* topk_ids, const float* probs,
                           const float* moments, void* dx, void* dshift, void* dscale, float* dweight, void* workspace,
                           cudaStream_t stream) {
   const Share share = share_of(s, m.B, kThreads);

@@ -99,7 +99,7 @@ void gating_fwd(const GatingSizes& s, const void* x, const float* weight, float*
 
 int64_t gating_bwd_workspace_bytes(const GatingSizes& s) { return share_of(s, 1, kBwdThreads).chunks * s.E * s.H * 4; }
 
-void gating_bwd(const GatingSizes& s, const float* dtopk_weights, const float* dprobs, const void* x,
+void gating_bwd(const GatingSizes& s, const float* dtopk_weights, const DProbs& dprobs, const void* x,
                 const float* weight, const int32_t* topk_ids, const float* probs, void* dx, float* dweight,
                 void* workspace, cudaStream_t stream) {
   const Share share = share_of(s, 1, kBwdThreads);

@@ -9,10 +9,10 @@ namespace moe::cuda {
 void gating_fwd(const GatingSizes&, const void* x, const float* weight, float* probs, float* topk_weights,
                 int32_t* topk_ids, cudaStream_t);
 
-// As moe::gating_bwd; dtopk_weights or dprobs may be null. The workspace holds partial sums over blocks of tokens,
+// As moe::gating_bwd; dtopk_weights may be null. The workspace holds partial sums over blocks of tokens,
 // which are added in order.
 int64_t gating_bwd_workspace_bytes(const GatingSizes&);
-void gating_bwd(const GatingSizes&, const float* dtopk_weights, const float* dprobs, const void* x, const float* weight,
+void gating_bwd(const GatingSizes&, const float* dtopk_weights, const DProbs& dprobs, const void* x, const float* weight,
                 const int32_t* topk_ids, const float* probs, void* dx, float* dweight, void* workspace, cudaStream_t);
 
 // adaLN: x (B, L, H), shift and scale (B, H), each of its own dtype; tokens (T, H) of GatingSizes::dtype; T = B L.
@@ -31,10 +31,10 @@ void modulated_gating_fwd(const GatingSizes&, const Modulation&, const float* we
                           float* topk_weights, int32_t* topk_ids, float* moments, cudaStream_t);
 
 // Gradients: dx (B, L, H), dshift and dscale (B, H) of the dtypes of x, shift and scale, dweight (E, H) fp32. dtokens (T, H) of
-// GatingSizes::dtype, dtopk_weights and dprobs may each be null. Sums over tokens are ordered.
+// GatingSizes::dtype and dtopk_weights may each be null. Sums over tokens are ordered.
 int64_t modulated_gating_bwd_workspace_bytes(const GatingSizes&, const Modulation&);
 void modulated_gating_bwd(const GatingSizes&, const Modulation&, const void* dtokens, const float* dtopk_weights,
-                          const float* dprobs, const float* weight, const int32_t* topk_ids, const float* probs,
+                          const DProbs& dprobs, const float* weight, const int32_t* topk_ids, const float* probs,
                           const float* moments, void* dx, void* dshift, void* dscale, float* dweight, void* workspace,
                           cudaStream_t);
 

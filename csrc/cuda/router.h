@@ -212,7 +212,7 @@ struct RouterGradient {
   int64_t T;
   int H, E, K;
   const float* dtopk_weights;  // (T, K), null: none
-  const float* dprobs;         // (T, E), null: none
+  DProbs dprobs;
   const int32_t* topk_ids;
   const float* probs;
   const float* weight;
@@ -223,7 +223,7 @@ struct RouterGradient {
 template <int lanes>
 __device__ __forceinline__ void router_gradient(const RouterGradient& r, int64_t t, bool live, int padded, float* row) {
   const int lane = threadIdx.x % lanes;
-  for (int e = lane; e < padded; e += lanes) row[e] = live && e < r.E && r.dprobs ? r.dprobs[t * r.E + e] : 0;
+  for (int e = lane; e < padded; e += lanes) row[e] = live && e < r.E && r.dprobs.rows ? r.dprobs.rows[t * r.dprobs.stride + e] : 0;
   __syncwarp();
   if (live && r.dtopk_weights)
     for (int k = lane; k < r.K; k += lanes) row[r.topk_ids[t * r.K + k]] += r.dtopk_weights[t * r.K + k];

@@ -269,7 +269,7 @@ void test_gating(int64_t T, int64_t H, int64_t E, int64_t K) {
     expect(gating_fwd(s, bad.data(), weight.data(), probs.data(), topk.data(), ids.data()) == 1, name + " not finite");
   const Floats dtopk(T * K, 1.f);
   gating_fwd(s, x.data(), weight.data(), probs.data(), topk.data(), ids.data());
-  gating_bwd(s, dtopk.data(), nullptr, x.data(), weight.data(), ids.data(), probs.data(), dx.data(), dweight.data());
+  gating_bwd(s, dtopk.data(), {}, x.data(), weight.data(), ids.data(), probs.data(), dx.data(), dweight.data());
   Doubles dweight_want(E * H);
   for (int64_t t = 0; t < T; ++t) {
     double mean = 0;

@@ -78,7 +78,10 @@ class Backend(ABC):
         topk_ids: Tensor,
         probs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return dx (T,H) in the dtype of x and dgate_weight (E,H) in the dtype of gate_weight."""
+        """Return dx (T,H) in the dtype of x and dgate_weight (E,H) in the dtype of gate_weight.
+
+        dprobs is (T,E), or (1,E): the same for every token, as the auxiliary loss gives it.
+        """
 
     @abstractmethod
     def dispatch(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> RoutingPlan:

@@ -40,7 +40,7 @@ class EagerBackend(Backend):
         topk_ids: Tensor,
         probs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        total = torch.zeros_like(probs) if dprobs is None else dprobs
+        total = torch.zeros_like(probs) if dprobs is None else dprobs.expand_as(probs)
         if dtopk_weights is not None:
             total = total.scatter_add(1, topk_ids.long(), dtopk_weights)
         dlogits = probs * (total - (probs * total).sum(-1, keepdim=True))

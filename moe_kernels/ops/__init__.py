@@ -4,7 +4,7 @@ from .adaln import modulated_gating
 from .combine import combine
 from .dispatch import dispatch, dispatch_expert_choice
 from .experts import experts
-from .gating import aux_loss, gating
+from .gating import aux_loss, gating, inject_aux_loss
 from .moe_mlp import moe_mlp
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "dispatch_expert_choice",
     "experts",
     "gating",
+    "inject_aux_loss",
     "modulated_gating",
     "moe_mlp",
 ]

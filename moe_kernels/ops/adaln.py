@@ -11,6 +11,7 @@ from .. import _checks
 from ..backends.base import Backend, Case
 from ..backends.registry import choose
 from ._library import register
+from .gating import one_row_or_all
 
 
 def modulated_gating(
@@ -88,10 +89,10 @@ def _backward(
 def _bwd_kernel(
     dtokens, dtopk_weights, dprobs, x, shift, scale, gate_weight, topk_ids, probs, moments, dtype, backend: str
 ):
-    dtokens, dtopk_weights, dprobs = (t if t is None else t.contiguous() for t in (dtokens, dtopk_weights, dprobs))
+    dtokens, dtopk_weights = (t if t is None else t.contiguous() for t in (dtokens, dtopk_weights))
     given = (t.contiguous() for t in (x, shift, scale, gate_weight))
     return _backend(x, gate_weight, backend).modulated_gating_bwd(
-        dtokens, dtopk_weights, dprobs, *given, topk_ids, probs, moments, dtype
+        dtokens, dtopk_weights, one_row_or_all(dprobs), *given, topk_ids, probs, moments, dtype
     )
 
 

@@ -55,11 +55,49 @@ def aux_loss(probs: Tensor, expert_counts: Tensor, top_k: int, alpha: float) -> 
     """
     _checks.tensor("probs", probs, "T,E")
     _checks.tensor("expert_counts", expert_counts, "E", _checks.INTEGERS, like=probs)
-    T, E = probs.shape
-    _checks.shape("expert_counts", expert_counts.shape, (E,), "E")
+    _checks.shape("expert_counts", expert_counts.shape, probs.shape[1:], "E")
     _checks.positive("top_k", top_k)
-    fractions = expert_counts.to(probs.dtype) / max(T * top_k, 1)
-    return alpha * E / max(T, 1) * (fractions * probs.sum(0)).sum()
+    return torch.dot(probs.sum(0), _AuxLoss.gradient(expert_counts, probs, top_k, alpha))
+
+
+def inject_aux_loss(row_weight: Tensor, probs: Tensor, expert_counts: Tensor, top_k: int, alpha: float) -> Tensor:
+    """Let weights carry the gradient of the load-balancing loss: an identity whose backward gives it gradient 1.
+
+    Args:
+        row_weight: of a plan that came from probs.
+        probs, expert_counts, top_k, alpha: as in `aux_loss`.
+    Returns: row_weight.
+    Cost: nothing forward; the gradient of probs is one row for all tokens, backward.
+    Source: reference.moe.inject_aux.
+    """
+    return _AuxLoss.apply(row_weight, probs, expert_counts, top_k, alpha)
+
+
+class _AuxLoss(torch.autograd.Function):
+    """What inject_aux_loss says; the value of the loss is not needed for it."""
+
+    @staticmethod
+    def gradient(expert_counts: Tensor, probs: Tensor, top_k: int, alpha: float) -> Tensor:
+        """Return (E,), the same for every token: alpha E f_i / T."""
+        T, E = probs.shape
+        return expert_counts.to(probs.dtype) * (alpha * E / max(T * T * top_k, 1))
+
+    @staticmethod
+    def forward(ctx: Any, row_weight: Tensor, probs: Tensor, expert_counts: Tensor, top_k: int, alpha: float) -> Tensor:
+        ctx.save_for_backward(expert_counts, probs)
+        ctx.top_k, ctx.alpha = top_k, alpha
+        return row_weight.view_as(row_weight)
+
+    @staticmethod
+    def backward(ctx: Any, drow_weight: Tensor) -> tuple:
+        expert_counts, probs = ctx.saved_tensors
+        dprobs = _AuxLoss.gradient(expert_counts, probs, ctx.top_k, ctx.alpha).expand_as(probs)
+        return drow_weight, dprobs, None, None, None
+
+
+def one_row_or_all(t: Tensor | None) -> Tensor | None:
+    """Return a gradient as backends take it: contiguous; (1, n) where all rows are one in memory."""
+    return None if t is None else (t[:1] if t.shape[0] > 1 and not t.stride(0) else t).contiguous()
 
 
 def _backend(x: Tensor, gate_weight: Tensor, backend: str):
@@ -94,9 +132,8 @@ def _backward(ctx: Any, dtopk_weights: Tensor | None, dtopk_ids: None, dprobs: T
 
 def _bwd_kernel(dtopk_weights, dprobs, x, gate_weight, topk_ids, probs, backend: str):
     dtopk_weights = None if dtopk_weights is None else dtopk_weights.contiguous()
-    dprobs = None if dprobs is None else dprobs.contiguous()
     return _backend(x, gate_weight, backend).gating_bwd(
-        dtopk_weights, dprobs, x.contiguous(), gate_weight.contiguous(), topk_ids, probs
+        dtopk_weights, one_row_or_all(dprobs), x.contiguous(), gate_weight.contiguous(), topk_ids, probs
     )
 
 

@@ -91,7 +91,7 @@ def adaln_bwd_sums(
     K: tl.constexpr,
     HAS_DTOKENS: tl.constexpr,
     HAS_DTOPK: tl.constexpr,
-    HAS_DPROBS: tl.constexpr,
+    DPROBS: tl.constexpr,
     E_PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -103,7 +103,7 @@ def adaln_bwd_sums(
     image = (t // L).to(tl.int64)[:, None] * H
     experts = tl.arange(0, E_PADDED)
     dlogits = router_gradient(
-        dtopk_weights, dprobs, topk_ids, probs, t, live_t, E, K, HAS_DTOPK, HAS_DPROBS, E_PADDED, BLOCK_T
+        dtopk_weights, dprobs, topk_ids, probs, t, live_t, E, K, HAS_DTOPK, DPROBS, E_PADDED, BLOCK_T
     )
     mean = tl.load(moments + t, mask=live_t, other=0.0)[:, None]
     reciprocal = tl.load(moments + T + t, mask=live_t, other=0.0)[:, None]
@@ -151,7 +151,7 @@ def adaln_bwd_gating(
     K: tl.constexpr,
     HAS_DTOKENS: tl.constexpr,
     HAS_DTOPK: tl.constexpr,
-    HAS_DPROBS: tl.constexpr,
+    DPROBS: tl.constexpr,
     ROUNDED: tl.constexpr,
     E_PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -180,7 +180,7 @@ def adaln_bwd_gating(
         live = live_t[:, None] & live_h[None, :]
         at = t.to(tl.int64)[:, None] * H + h[None, :]
         dlogits = router_gradient(
-            dtopk_weights, dprobs, topk_ids, probs, t, live_t, E, K, HAS_DTOPK, HAS_DPROBS, E_PADDED, BLOCK_T
+            dtopk_weights, dprobs, topk_ids, probs, t, live_t, E, K, HAS_DTOPK, DPROBS, E_PADDED, BLOCK_T
         )
         gradient = tl.dot(dlogits, weight, input_precision="ieee")
         if HAS_DTOKENS:

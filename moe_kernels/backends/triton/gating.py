@@ -48,17 +48,22 @@ def router_gradient(
     E: tl.constexpr,
     K: tl.constexpr,
     HAS_DTOPK: tl.constexpr,
-    HAS_DPROBS: tl.constexpr,
+    DPROBS: tl.constexpr,
     E_PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Return dlogits = probs (d - sum(probs d)), d = dprobs + dtopk_weights at the picks."""
+    """Return dlogits = probs (d - sum(probs d)), d = dprobs + dtopk_weights at the picks.
+
+    DPROBS: "none", "row" (the same for every token) or "rows".
+    """
     experts = tl.arange(0, E_PADDED)
     at = tokens.to(tl.int64)
     live_p = live_t[:, None] & (experts < E)[None, :]
     scores = tl.load(probs + at[:, None] * E + experts[None, :], mask=live_p, other=0.0)
     total = tl.zeros((BLOCK_T, E_PADDED), tl.float32)
-    if HAS_DPROBS:
+    if DPROBS == "row":
+        total += tl.load(dprobs + experts, mask=experts < E, other=0.0)[None, :]
+    elif DPROBS == "rows":
         total = tl.load(dprobs + at[:, None] * E + experts[None, :], mask=live_p, other=0.0)
     if HAS_DTOPK:
         for k in tl.static_range(K):
@@ -117,7 +122,7 @@ def gating_bwd(
     E: tl.constexpr,
     K: tl.constexpr,
     HAS_DTOPK: tl.constexpr,
-    HAS_DPROBS: tl.constexpr,
+    DPROBS: tl.constexpr,
     E_PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -140,7 +145,7 @@ def gating_bwd(
         live_t = tokens < stop
         at = tokens.to(tl.int64)
         dlogits = router_gradient(
-            dtopk_weights, dprobs, topk_ids, probs, tokens, live_t, E, K, HAS_DTOPK, HAS_DPROBS, E_PADDED, BLOCK_T
+            dtopk_weights, dprobs, topk_ids, probs, tokens, live_t, E, K, HAS_DTOPK, DPROBS, E_PADDED, BLOCK_T
         )
         live_x = live_t[:, None] & live_h[None, :]
         x_tile = tl.load(x + at[:, None] * H + h[None, :], mask=live_x, other=0.0).to(tl.float32)

@@ -63,6 +63,11 @@ def gating_fwd(x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tens
     return topk_weights, topk_ids, probs
 
 
+def _rows_of(dprobs: Tensor | None, T: int) -> str:
+    """Return what kernels call DPROBS."""
+    return "none" if dprobs is None else "rows" if dprobs.shape[0] == T else "row"
+
+
 def gating_bwd(
     dtopk_weights: Tensor | None, dprobs: Tensor | None, x: Tensor, gate_weight: Tensor, topk_ids: Tensor, probs: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -75,7 +80,7 @@ def gating_bwd(
     launch(
         gating.gating_bwd, (partials.shape[0], triton.cdiv(H, blocks["BLOCK_H"])),
         probs if dtopk_weights is None else dtopk_weights, probs if dprobs is None else dprobs, x, gate_weight,
-        topk_ids, probs, dx, partials, T, chunk, H, E, K, dtopk_weights is not None, dprobs is not None, **blocks,
+        topk_ids, probs, dx, partials, T, chunk, H, E, K, dtopk_weights is not None, _rows_of(dprobs, T), **blocks,
         num_warps=4,
     )  # fmt: skip
     sum_in_order((partials, dgate_weight))
@@ -304,7 +309,7 @@ def modulated_gating_bwd(
     dmodulation = x.new_empty((2, chunks, B, H), dtype=torch.float32)
     dweight = x.new_empty((chunks * B, E, H), dtype=torch.float32)
     gradients = _or(dtokens, x), _or(dtopk_weights, probs), _or(dprobs, probs)
-    flags = dtokens is not None, dtopk_weights is not None, dprobs is not None
+    flags = dtokens is not None, dtopk_weights is not None, _rows_of(dprobs, B * L)
     launch(
         adaln.adaln_bwd_sums, (triton.cdiv(B * L, 16),), *gradients, x, scale, gate_weight, topk_ids, probs, moments,
         sums_, B * L, L, H, E, K, *flags, **blocks, num_warps=4,
