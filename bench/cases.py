@@ -36,6 +36,7 @@ DTYPES = {
 }
 MODES = ("fwd", "bwd", "fwdbwd")
 PRESETS = tuple(name for name in ROUTING_PRESETS if name != "real")
+EXPERT_CHOICE = "expert_choice"  # routing of "dispatch" alone: experts take tokens, image by image
 LOGIT_MARGIN = 1e-3
 _ID = re.compile(
     r"(?P<level>\w+)-(?P<backend>\w+)-(?P<model>\w+)-(?P<routing>\w+)-T(?P<T>\d+)_(?P<sizes>\w+)"
@@ -46,7 +47,7 @@ _ID = re.compile(
 @dataclass(frozen=True)
 class Case:
     """One thing to time. T counts tokens of one call; `routing` is a preset, or "gate" where the model's own gate
-    routes.
+    routes, or "expert_choice" where experts pick.
 
     level: a room, "layer" (dispatch + fused layer on given picks), "block" (adaLN, attention, gate, layer),
         "train_step" (rectified-flow loss, backward, AdamW) or "sampling_step" (velocity with guidance, both halves in
@@ -137,7 +138,7 @@ class Case:
         if level == "gating":
             return tokens + size * s.E * s.H, 4 * T * s.E + picks
         if level == "dispatch":
-            return picks, 4 * (4 * R + T + 2 * s.E + 2)
+            return 4 * T * s.E if self.routing == EXPERT_CHOICE else picks, 4 * (4 * R + T + 2 * s.E + 2)
         if level == "experts":
             return tokens + weights, size * R * s.H
         if level == "combine":
@@ -163,20 +164,22 @@ def make_inputs(case: Case, seed: int = 0, dtype: torch.dtype | None = None) -> 
     """Draw everything a layer case needs, never zeros: on the CPU, whatever the device of the case.
 
     Args:
-        case: gives shape, T, device and routing preset ("gate": the picks of a softmax gate on x).
+        case: gives shape, T, device and routing preset ("gate", "expert_choice": the scores of a softmax gate on x).
         seed: same seed, same numbers, in every dtype up to rounding.
         dtype: of x and the weights; the case's own by default.
     Returns:
         x (T, H), gate_weight (E, H), gate_up_proj (E, 2I, H), down_proj (E, H, I), shared_gate_up_proj (2Is, H) and
-        shared_down_proj (H, Is) or None, topk_ids (T, K) int32, topk_weights (T, K) float32 (float64 for float64).
+        shared_down_proj (H, Is) or None, topk_ids (T, K) int32, topk_weights (T, K) float32 (float64 for float64), and
+        likewise affinities (T, E) for expert choice, else None.
         Tokens whose router logits nearly tie are replaced, so that every precision picks the same experts.
-    Raises: ValueError for an unknown routing preset.
+    Raises: ValueError for an unknown routing preset, or expert choice where "dispatch" is not what is timed.
     """
     dtype = dtype or case.torch_dtype
     if case.device == "cpu":
         return _inputs(case, seed, dtype)
     drawn = vars(_drawn_for_gpu(replace(case, backend="", mode="fwd"), seed))
-    own = {"topk_ids": torch.int32, "topk_weights": torch.promote_types(dtype, torch.float32)}
+    wide = torch.promote_types(dtype, torch.float32)
+    own = {"topk_ids": torch.int32, "topk_weights": wide, "affinities": wide}
     return SimpleNamespace(
         **{name: None if t is None else t.to(case.device, own.get(name, dtype), copy=True) for name, t in drawn.items()}
     )
@@ -201,12 +204,16 @@ def _inputs(case: Case, seed: int, dtype: torch.dtype) -> SimpleNamespace:
     parts = 2 if s.activation == "swiglu" else 1
     x, gate_weight = draw(T, s.H, scale=1.0), weight(s.E, s.H)
     x = _without_near_ties(x, gate_weight)
-    if case.routing == "gate":
-        topk_weights, topk_ids = (x.double() @ gate_weight.double().T).softmax(-1).topk(s.K)
+    probs = None
+    if case.routing == "gate" or (case.routing == EXPERT_CHOICE and case.level == "dispatch"):
+        probs = (x.double() @ gate_weight.double().T).softmax(-1)
+        topk_weights, topk_ids = probs.topk(s.K)
     elif case.routing in ROUTING_PRESETS:
         topk_ids, topk_weights = ROUTING_PRESETS[case.routing](T, s.E, s.K, generator)
     else:
-        raise ValueError(f"routing: got {case.routing!r}, expected 'gate' or one of {', '.join(ROUTING_PRESETS)}")
+        expected = f"'gate', {EXPERT_CHOICE!r} (dispatch only) or one of {', '.join(ROUTING_PRESETS)}"
+        raise ValueError(f"routing: got {case.routing!r}, expected {expected}")
+    wide = torch.promote_types(dtype, torch.float32)
     return SimpleNamespace(
         x=x,
         gate_weight=gate_weight,
@@ -215,7 +222,8 @@ def _inputs(case: Case, seed: int, dtype: torch.dtype) -> SimpleNamespace:
         shared_gate_up_proj=weight(parts * s.Is, s.H) if s.Is else None,
         shared_down_proj=weight(s.H, s.Is) if s.Is else None,
         topk_ids=topk_ids.int(),
-        topk_weights=topk_weights.to(torch.float32 if dtype != torch.float64 else dtype),
+        topk_weights=topk_weights.to(wide),
+        affinities=probs.to(wide) if case.routing == EXPERT_CHOICE else None,
     )
 
 
@@ -266,7 +274,8 @@ def all_cases(size: str | None = None) -> tuple[Case, ...]:
 def _room_cases(base: Case) -> Iterator[Case]:
     for room, backend in product(ROOMS, backends_on("cpu")):
         if room == "dispatch":  # integers: no dtype, no gradient worth timing
-            yield replace(base, level=room, backend=backend)
+            for routing in (base.routing, EXPERT_CHOICE):
+                yield replace(base, level=room, backend=backend, routing=routing)
             continue
         for dtype, mode in product(("fp32", "bf16"), ("fwd", "bwd")):
             yield replace(base, level=room, backend=backend, dtype=dtype, mode=mode)

@@ -12,6 +12,7 @@ from torch import Tensor
 import moe_kernels
 import reference.moe
 import reference.routing
+from bench.shapes import MoEShape
 
 PLAN = ("expert_counts", "row_token", "row_weight", "row_pick", "token_rows")
 
@@ -32,6 +33,8 @@ def _plain_gating(p: SimpleNamespace) -> Sequence[Tensor]:
 
 
 def _plain_dispatch(p: SimpleNamespace) -> Sequence[Tensor]:
+    if p.affinities is not None:
+        return _plain_expert_choice(p.affinities, *_capacity(p.shape))
     flat = p.topk_ids.long().flatten()
     row_pick = flat.argsort(stable=True)
     row_token = row_pick // p.shape.K
@@ -39,8 +42,25 @@ def _plain_dispatch(p: SimpleNamespace) -> Sequence[Tensor]:
     return counts, row_token, p.topk_weights.flatten()[row_pick], row_pick, row_token.argsort(stable=True)
 
 
+def _plain_expert_choice(affinities: Tensor, capacity: int, tokens_per_image: int) -> Sequence[Tensor]:
+    images = affinities.view(-1, tokens_per_image, affinities.shape[1])
+    best = images.sort(dim=1, descending=True, stable=True).indices[:, :capacity]
+    picks = torch.zeros_like(images, dtype=torch.bool).scatter_(1, best, True).view_as(affinities)
+    expert, row_token = picks.T.nonzero().unbind(1)
+    row_pick = row_token * affinities.shape[1] + expert
+    return picks.sum(0), row_token, affinities.flatten()[row_pick], row_pick, row_token.argsort(stable=True)
+
+
+def _capacity(shape: MoEShape) -> tuple[int, int]:
+    """Return tokens per expert and image, such that a token is taken K times on average, and tokens per image."""
+    return max(1, shape.tokens_per_image * shape.K // shape.E), shape.tokens_per_image
+
+
 def _ours_dispatch(p: SimpleNamespace, backend: str) -> Sequence[Tensor]:
-    plan = moe_kernels.dispatch(p.topk_ids, p.topk_weights, p.shape.E, backend)
+    if p.affinities is None:
+        plan = moe_kernels.dispatch(p.topk_ids, p.topk_weights, p.shape.E, backend)
+    else:
+        plan = moe_kernels.dispatch_expert_choice(p.affinities, *_capacity(p.shape), backend)
     return [getattr(plan, name) for name in PLAN]
 
 

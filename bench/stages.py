@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from bench import measure, workloads
-from bench.cases import PEERS, ROOMS, Case
+from bench.cases import EXPERT_CHOICE, PEERS, ROOMS, Case
 from bench.shapes import MODEL_SHAPES
 
 DIGITS = MODEL_SHAPES["digits"]
@@ -45,6 +45,8 @@ def _races(shape, deep, T, dtypes, backends, threads, rounds, seconds, sampling_
     for dtype in dtypes:
         for room in ROOMS:
             yield race_of(replace(base, level=room, dtype=dtype), backends, rounds, seconds / 3)
+        if dtype == dtypes[0]:  # scores are fp32 in every dtype
+            yield race_of(replace(base, level="dispatch", routing=EXPERT_CHOICE), backends, rounds, seconds / 3)
         for mode in ("fwd", "fwdbwd"):
             yield race_of(replace(base, dtype=dtype, mode=mode), (*backends, *PEERS), rounds, seconds)
         yield race_of(replace(base, level="block", routing="gate", dtype=dtype), (*backends, LOOP), rounds, seconds)

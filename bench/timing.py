@@ -10,10 +10,11 @@ from itertools import product
 from pathlib import Path
 
 from bench import stages, store, workloads
-from bench.cases import BACKENDS, DEVICES, DTYPES, LEVELS, MODES, PEERS, Case
+from bench.cases import BACKENDS, DEVICES, DTYPES, EXPERT_CHOICE, LEVELS, MODES, PEERS, Case
 from bench.progress import say
 from bench.shapes import MODEL_SHAPES, ROUTING_PRESETS
 
+ROUTINGS = ("gate", *ROUTING_PRESETS, EXPERT_CHOICE)
 STEPS = {"train_step": "fwdbwd", "sampling_step": "fwd"}  # their only mode
 DEFAULT = {"cpu": ("native", "grouped", stages.LOOP), "cuda": ("triton", "cuda", "grouped", stages.LOOP)}
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backends", help=f"some of {', '.join((*BACKENDS, *PEERS))}")
     parser.add_argument("--dtypes", default="fp32", help="some of fp32, bf16, fp16; on a GPU tf32, too")
     parser.add_argument("--modes", default="fwd", help="some of fwd, bwd, fwdbwd; steps have one of their own")
-    parser.add_argument("--routing", default="position_skewed", help=f"gate, or one of {', '.join(ROUTING_PRESETS)}")
+    parser.add_argument("--routing", default="position_skewed", help=f"{', '.join(ROUTINGS)}")
     parser.add_argument("--threads", default=str(len(os.sched_getaffinity(0))), help="comma-separated (default: all)")
     parser.add_argument("--rounds", type=int, default=9, help="least number of rounds")
     parser.add_argument("--seconds", type=float, default=10.0, help="more rounds are run until a race took so long")
@@ -48,8 +49,9 @@ def races(args: argparse.Namespace) -> Iterator[tuple[stages.Race, dict]]:
     contenders = words("backends", (*BACKENDS, *PEERS)) if args.backends else DEFAULT[args.device]
     modes = [STEPS[args.level]] if args.level in STEPS else words("modes", MODES)
     routing = "gate" if args.level in (*LEVELS["block"], *STEPS) else args.routing
-    if routing not in ("gate", *ROUTING_PRESETS):
-        raise ValueError(f"--routing: got {routing!r}, expected one of gate, {', '.join(ROUTING_PRESETS)}")
+    allowed = [name for name in ROUTINGS if name != EXPERT_CHOICE or args.level == "dispatch"]
+    if routing not in allowed:
+        raise ValueError(f"--routing: got {routing!r}, expected one of {', '.join(allowed)}")
     settings = product(
         words("shapes", MODEL_SHAPES), args.tokens.split(","), words("dtypes", DTYPES), modes, args.threads.split(",")
     )

@@ -4,6 +4,7 @@
 
 #include "cuda/combine.h"
 #include "cuda/dispatch.h"
+#include "cuda/expert_choice.h"
 #include "cuda/experts.h"
 #include "cuda/gating.h"
 #ifdef MOE_FIBERS
@@ -142,6 +143,20 @@ void py_dispatch(const Tensor& topk_ids, const Tensor& topk_weights, int64_t num
   cuda::dispatch_fwd(T, K, num_experts, topk_ids.as<int32_t>(), topk_weights.as<float>(),
                      out_of(plan, T, num_experts, T * K),
                      scratch_of(workspace, cuda::dispatch_workspace_bytes(T, K, num_experts)), stream_of(stream));
+}
+
+void py_dispatch_expert_choice(const Tensor& affinities, int64_t capacity, int64_t tokens_per_group, const Plan& plan,
+                               const Tensor& workspace, uintptr_t stream) {
+  const int64_t T = affinities.sizes.at(0), E = affinities.sizes.at(1);
+  affinities.expect("affinities", F32, {T, E});
+  MOE_CHECK(T * E < (int64_t(1) << 31), "affinities: ", T * E, " elements, expected less than 2^31");
+  MOE_CHECK(tokens_per_group > 0 && T % tokens_per_group == 0, "tokens_per_group: ", tokens_per_group,
+            ", expected a divisor of ", T, " tokens");
+  MOE_CHECK(capacity > 0 && capacity <= tokens_per_group, "capacity: ", capacity, ", expected 1..", tokens_per_group);
+  cuda::dispatch_expert_choice_fwd(T, E, capacity, tokens_per_group, affinities.as<float>(),
+                                   out_of(plan, T, E, E * (T / tokens_per_group) * capacity),
+                                   scratch_of(workspace, cuda::dispatch_expert_choice_workspace_bytes(T, E)),
+                                   stream_of(stream));
 }
 
 void py_dispatch_bwd(const Tensor& drow_weight, const Tensor& row_pick, const Tensor& out, uintptr_t stream) {
@@ -350,6 +365,8 @@ PYBIND11_MODULE(MOE_MODULE, m) {
   m.def("dispatch", &py_dispatch);
   m.def("dispatch_bwd", &py_dispatch_bwd);
   m.def("dispatch_workspace_bytes", &cuda::dispatch_workspace_bytes);
+  m.def("dispatch_expert_choice", &py_dispatch_expert_choice);
+  m.def("dispatch_expert_choice_workspace_bytes", &cuda::dispatch_expert_choice_workspace_bytes);
   m.def("experts_fwd", &py_experts_fwd);
   m.def("experts_bwd", &py_experts_bwd);
   m.def("moe_mlp_fwd", &py_moe_mlp_fwd);

@@ -13,8 +13,9 @@ import pybind11
 import pytest
 import torch
 
-from moe_kernels import MoELayer, dispatch, gating, moe_mlp
+from moe_kernels import ExpertChoice, MoELayer, dispatch, gating, moe_mlp
 from moe_kernels.backends import cuda, registry
+from moe_kernels.backends.eager import EagerBackend
 from tests.contenders import BACKENDS, judge_trap, moe_compute
 from tests.trap_cases import DEVICE, PLAIN, Trap, make_problem
 
@@ -72,6 +73,15 @@ def test_a_layer_takes_few_launches(monkeypatch):
 
 
 @on_fibers
+def test_expert_choice_takes_as_few():
+    """The selection and the rows of each token: as many as dispatch takes."""
+    layer = MoELayer(32, 24, 5, 2, router=ExpertChoice(2.0), backend="cuda")
+    before = cuda._c.launches()
+    layer(torch.randn(2, 24, 32))
+    assert cuda._c.launches() - before == 6
+
+
+@on_fibers
 def test_what_is_misaligned_is_copied(seed):
     x = torch.empty(37 * 32 + 1)[1:].view(37, 32).normal_()
     weight = torch.randn(5, 32)
@@ -101,12 +111,41 @@ def test_bindings_check_what_they_get():
 
 
 @on_fibers
+@pytest.mark.parametrize(
+    ("capacity", "group", "words", "match"),
+    [
+        (2, 3, 12, "tokens_per_group: 3, expected a divisor of 4 tokens"),
+        (2, 0, 12, "tokens_per_group: 0, expected a divisor of 4 tokens"),
+        (0, 2, 12, r"capacity: 0, expected 1\.\.2"),
+        (3, 2, 12, r"capacity: 3, expected 1\.\.2"),
+        (2, 4, 12, "plan: size 12 in dimension 0, expected 6"),
+        (2, 2, 11, "workspace: 44 bytes, expected at least 48"),
+    ],
+)
+def test_bindings_check_expert_choice(capacity, group, words, match):
+    plan = cuda.empty_plan(torch.device("cpu"), 4, 3, 12)
+    views = cuda.view(torch.zeros(4, 3)), capacity, group, cuda.views(plan), cuda.view(torch.zeros(words)), 0
+    with pytest.raises(ValueError, match=match):
+        cuda._c.dispatch_expert_choice(*views)
+
+
+@on_fibers
 def test_ids_out_of_range_are_clamped():
     """A GPU cannot raise; every row of the plan is written all the same."""
     ids = torch.tensor([[0, 7], [-3, 1]], dtype=torch.int32)
     plan = cuda.CudaBackend().dispatch(ids, torch.ones(2, 2), 3)
     assert plan.expert_counts.tolist() == [2, 1, 1]
     plan.validate()
+
+
+@on_fibers
+def test_affinities_that_are_no_numbers_leave_the_plan_whole(seed):
+    affinities = torch.rand(48, 3, generator=torch.Generator().manual_seed(seed))
+    affinities[::5, 0], affinities[:, 1], affinities[7, 2] = torch.nan, -torch.nan, torch.inf
+    plan = cuda.CudaBackend().dispatch_expert_choice(affinities, 5, 16)
+    expected = EagerBackend().dispatch_expert_choice(affinities, 5, 16)  # NaN is the largest there, too
+    for got, want in zip(plan.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
 
 
 @on_fibers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_kernels import dispatch
+from moe_kernels import dispatch, dispatch_expert_choice
 from tests.contenders import each_backend, plan_of
 from tests.trap_cases import TRAPS, make_problem, sample
 
@@ -51,3 +51,31 @@ def test_many_tokens_equal_a_stable_sort(backend, seed):
     order = ids.flatten().long().sort(stable=True).indices
     plan.validate()
     assert torch.equal(plan.row_pick.long(), order) and torch.equal(plan.row_token.long(), order // K)
+
+
+CHOICES = {  # T, E, tokens per group, capacity
+    "one group longer than a block": (2100, 3, 2100, 300),
+    "several groups": (72, 5, 24, 7),
+    "every token": (40, 4, 10, 10),
+    "one token": (3, 4, 1, 1),
+    "more experts than tokens": (3, 20, 3, 2),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("values", ["distinct", "ties", "equal", "signed"])
+@pytest.mark.parametrize("sizes", CHOICES.values(), ids=CHOICES)
+def test_expert_choice_equals_a_stable_sort(sizes, values, backend, seed):
+    """Ties, zeros of both signs and negative values too, though a softmax gives none."""
+    T, E, G, capacity = sizes
+    affinities = sample(torch.rand, T, E, generator=torch.Generator().manual_seed(seed))
+    if values == "ties":
+        affinities = (affinities * 4).floor() / 4
+    elif values == "equal":
+        affinities = torch.full_like(affinities, 0.125)
+    elif values == "signed":
+        affinities = (affinities * 8 - 4).trunc() * 0.5  # -0.0 among them
+    order = affinities.view(T // G, G, E).sort(dim=1, descending=True, stable=True).indices[:, :capacity].tolist()
+    tokens = [[sorted(group * G + t[e] for t in order[group]) for group in range(T // G)] for e in range(E)]
+    rows = [(e, t, t * E + e) for e in range(E) for group in tokens[e] for t in group]
+    assert_plan(dispatch_expert_choice(affinities, capacity, G, backend=backend), rows, affinities, T, E)

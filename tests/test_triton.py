@@ -15,6 +15,7 @@ from bench.shapes import MODEL_SHAPES
 from moe_kernels import dispatch
 from moe_kernels.backends import preferred, registry
 from moe_kernels.backends.base import Case, MoEWeights
+from moe_kernels.backends.eager import EagerBackend
 from tests.contenders import BACKENDS, gradients, moe_ours
 from tests.trap_cases import BY_NAME, DEVICE, draw_router, make_problem
 
@@ -219,6 +220,16 @@ def test_ids_out_of_range_leave_the_plan_whole():
     plan = triton_backend.TritonBackend().dispatch(topk_ids, torch.rand(3, 2, device=DEVICE), 4)
     plan.validate()
     assert plan.expert_counts.tolist() == [3, 1, 0, 2]
+
+
+@where_it_runs
+def test_affinities_that_are_no_numbers_leave_the_plan_whole(seed):
+    affinities = torch.rand(48, 3, generator=torch.Generator().manual_seed(seed), device="cpu").to(DEVICE)
+    affinities[::5, 0], affinities[:, 1], affinities[7, 2] = torch.nan, -torch.nan, torch.inf
+    plan = triton_backend.TritonBackend().dispatch_expert_choice(affinities, 5, 16)
+    expected = EagerBackend().dispatch_expert_choice(affinities, 5, 16)  # NaN is the largest there, too
+    for got, want in zip(plan.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
 
 
 @where_it_runs

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from bench.cases import ROOMS, Case
+from bench.cases import EXPERT_CHOICE, ROOMS, Case
 from bench.shapes import MODEL_SHAPES
 
 ROUTING = "position_skewed"  # what DiT-MoE learns
@@ -85,7 +85,8 @@ def _rooms(size: Size, device: str, dtype: str) -> Iterator[Case]:
         if room != "dispatch":
             yield _case(room, name, T, dtype, mode, device)
         elif mode == "fwd":  # integers: no gradient, no dtype
-            yield _case(room, name, T, "fp32", mode, device)
+            case = _case(room, name, T, "fp32", mode, device)
+            yield from (case, replace(case, routing=EXPERT_CHOICE))
 
 
 def compiled(size: Size, device: str) -> list[Case]:

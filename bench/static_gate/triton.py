@@ -162,6 +162,7 @@ def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
         backend.gating_bwd(new(T, K, dtype=f32), new(T, E, dtype=f32), x, gate_weight, topk_ids, probs)
         plan = backend.dispatch(topk_ids, topk_weights, E)
         backend.dispatch_bwd(plan.row_weight, plan.row_pick, T * K)
+        backend.dispatch_expert_choice(probs, max(1, K * shape.tokens_per_image // E), shape.tokens_per_image)
         for save in (False, True):
             _, gate_up, shared_gate_up = backend.moe_mlp(x, plan, weights, shape.activation, save)
         backend.moe_mlp_bwd(x, x, plan, weights, gate_up, shared_gate_up, shape.activation)

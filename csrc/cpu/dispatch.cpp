@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -21,6 +22,32 @@ void token_rows_from_rows(int64_t T, int64_t R, const PlanOut& plan) {
 void offsets_from_counts(int64_t E, const PlanOut& plan) {
   plan.expert_offsets[0] = 0;
   std::partial_sum(plan.expert_counts, plan.expert_counts + E, plan.expert_offsets + 1);
+}
+
+// An integer in the order of the scores, 0 and -0 alike.
+int32_t order_key(float score) {
+  score += 0.f;
+  int32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  return bits ^ ((bits >> 31) & INT32_MAX);
+}
+
+int64_t count_from(const std::vector<int32_t>& keys, int32_t bound) {
+  int32_t count = 0;
+  for (int32_t key : keys) count += key >= bound;
+  return count;
+}
+
+// A bound that the k largest keys reach and no others, unless they tie with the k-th, which is then the bound: bit by
+// bit the largest bound that k keys reach. No branch depends on a single score.
+int32_t bound_of_largest(const std::vector<int32_t>& keys, int64_t k) {
+  int64_t reached = count_from(keys, 0);
+  int32_t bound = reached >= k ? 0 : INT32_MIN;
+  for (int32_t step = 1 << 30; step > 0 && reached != k; step >>= 1) {
+    reached = count_from(keys, bound + step);
+    if (reached >= k) bound += step;
+  }
+  return bound;
 }
 
 }  // namespace
@@ -51,18 +78,18 @@ void dispatch_expert_choice_fwd(int64_t T, int64_t E, int64_t capacity, int64_t 
   offsets_from_counts(E, plan);
   parallel_tasks(threads, E * groups, [&](int64_t task, int) {
     const int64_t e = task / groups, first = task % groups * tokens_per_group;
-    std::vector<int32_t> tokens(tokens_per_group);
-    std::iota(tokens.begin(), tokens.end(), int32_t(first));
-    std::nth_element(tokens.begin(), tokens.begin() + capacity - 1, tokens.end(), [&](int32_t a, int32_t b) {
-      const float sa = affinities[a * E + e], sb = affinities[b * E + e];
-      return sa > sb || (sa == sb && a < b);
-    });
-    std::sort(tokens.begin(), tokens.begin() + capacity);
-    for (int64_t c = 0; c < capacity; ++c) {
-      const int64_t row = e * per_expert + task % groups * capacity + c, pick = tokens[c] * E + e;
-      plan.row_token[row] = tokens[c];
+    thread_local std::vector<int32_t> keys;
+    keys.resize(tokens_per_group);
+    for (int64_t i = 0; i < tokens_per_group; ++i) keys[i] = order_key(affinities[(first + i) * E + e]);
+    const int32_t bound = bound_of_largest(keys, capacity);
+    int64_t ties = capacity - std::count_if(keys.begin(), keys.end(), [bound](int32_t key) { return key > bound; });
+    int64_t row = e * per_expert + task % groups * capacity;
+    for (int64_t i = 0; i < tokens_per_group; ++i) {
+      if (keys[i] < bound || (keys[i] == bound && ties-- <= 0)) continue;
+      const int64_t token = first + i, pick = token * E + e;
+      plan.row_token[row] = int32_t(token);
       plan.row_pick[row] = int32_t(pick);
-      plan.row_weight[row] = affinities[pick];
+      plan.row_weight[row++] = affinities[pick];
     }
   });
   token_rows_from_rows(T, E * per_expert, plan);

@@ -2,6 +2,7 @@
 // against double-precision loops, at the sizes that have bitten others, in three orders of the threads.
 #include "../cuda/combine.h"
 #include "../cuda/dispatch.h"
+#include "../cuda/expert_choice.h"
 #include "../cuda/products.h"
 #include "../cuda/sums.h"
 #include "cuda_test_router.h"
@@ -17,6 +18,13 @@ struct Plan {
   PlanOut out() {
     return {counts.data(),   offsets.data(),           row_token.data(), row_weight.data(),
             row_pick.data(), token_row_offsets.data(), token_rows.data()};
+  }
+  void take_tokens_rows(const std::vector<Ints>& rows_of) {
+    token_row_offsets[0] = 0;
+    for (size_t t = 0; t < rows_of.size(); ++t) {
+      token_row_offsets[t + 1] = token_row_offsets[t] + int32_t(rows_of[t].size());
+      std::copy(rows_of[t].begin(), rows_of[t].end(), token_rows.begin() + token_row_offsets[t]);
+    }
   }
   bool operator==(const Plan& o) const {
     return counts == o.counts && offsets == o.offsets && row_token == o.row_token && row_pick == o.row_pick &&
@@ -39,11 +47,7 @@ Plan plan_by_loops(int64_t T, int64_t K, int64_t E, const Ints& ids, const Float
     }
   }
   plan.offsets[E] = row;
-  plan.token_row_offsets[0] = 0;
-  for (int64_t t = 0; t < T; ++t) {
-    plan.token_row_offsets[t + 1] = plan.token_row_offsets[t] + int32_t(rows_of[t].size());
-    std::copy(rows_of[t].begin(), rows_of[t].end(), plan.token_rows.begin() + plan.token_row_offsets[t]);
-  }
+  plan.take_tokens_rows(rows_of);
   return plan;
 }
 
@@ -68,6 +72,53 @@ void test_dispatch(int64_t T, int64_t K, int64_t E, const std::string& routing) 
     cuda::dispatch_bwd(T * K, count, weights.data(), plan.row_pick.data(), out.data(), nullptr);
     expect(out == want, name + " backward");
   }
+}
+
+// Every expert's tokens of each group from a stable sort, NaN first; then the rows as those of dispatch, from pairs.
+Plan choice_by_loops(int64_t T, int64_t E, int64_t C, int64_t G, const Floats& affinities) {
+  Plan plan(T, E, E * (T / G) * C);
+  std::vector<Ints> rows_of(T);
+  int32_t row = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    plan.offsets[e] = row, plan.counts[e] = int32_t(T / G * C);
+    for (int64_t first = 0; first < T; first += G) {
+      Ints tokens(static_cast<size_t>(G));
+      std::iota(tokens.begin(), tokens.end(), int32_t(first));
+      const auto before = [&](int32_t a, int32_t b) {
+        const float of_a = affinities[a * E + e], of_b = affinities[b * E + e];
+        return of_a > of_b || (std::isnan(of_a) && !std::isnan(of_b));
+      };
+      std::stable_sort(tokens.begin(), tokens.end(), before);
+      std::sort(tokens.begin(), tokens.begin() + C);
+      for (int64_t c = 0; c < C; ++c) {
+        const int64_t pick = tokens[c] * E + e;
+        plan.row_token[row] = tokens[c], plan.row_pick[row] = int32_t(pick), plan.row_weight[row] = affinities[pick];
+        rows_of[tokens[c]].push_back(row++);
+      }
+    }
+  }
+  plan.offsets[E] = row;
+  plan.take_tokens_rows(rows_of);
+  return plan;
+}
+
+void test_expert_choice(int64_t T, int64_t E, int64_t C, int64_t G, const std::string& values) {
+  const std::string name = label("expert choice", Dtype::kFloat32, T, E, C, G) + " " + values;
+  Floats affinities = random_values(T * E, 1, Dtype::kFloat32);
+  for (float& v : affinities) {
+    if (values == "equal") v = 0.125f;
+    if (values == "few") v = std::trunc(2 * v);  // zeros of both signs
+    if (values == "tiny") v *= 1e-39f;           // no normal numbers
+    if (values == "not finite" && v < 0) v = v < -1 ? (v < -1.5f ? INFINITY : -INFINITY) : v < -0.5f ? NAN : -NAN;
+  }
+  Plan plan(T, E, E * (T / G) * C), want = choice_by_loops(T, E, C, G, affinities);
+  Ints workspace(size_t(cuda::dispatch_expert_choice_workspace_bytes(T, E) / 4), -7);
+  cuda::dispatch_expert_choice_fwd(T, E, C, G, affinities.data(), plan.out(), workspace.data(), nullptr);
+  bool same = true;  // bit by bit: zeros have signs, and NaN does not equal itself
+  for (size_t r = 0; r < want.row_weight.size(); ++r)
+    same &= std::memcmp(&plan.row_weight[r], &want.row_weight[r], sizeof(float)) == 0;
+  plan.row_weight = want.row_weight = {};
+  expect(same && plan == want, name);
 }
 
 // Tokens with 0 to `most` rows, as expert choice gives them.
@@ -296,6 +347,20 @@ void test_everything() {
     for (const auto& [T, K, E] : std::vector<std::array<int64_t, 3>>{
              {1, 1, 1}, {2, 2, 3}, {31, 2, 7}, {300, 5, 60}, {129, 8, 8}, {40, 3, 300}, {100, 4, 1000}, {17000, 2, 5}})
       test_dispatch(T, K, E, routing);
+  for (const char* values : {"random", "equal", "few", "tiny", "not finite"})
+    for (const auto& [T, E, C, G] : std::vector<std::array<int64_t, 4>>{
+             {1, 1, 1, 1},           //
+             {6, 5, 1, 1},           // groups of a token
+             {66, 3, 9, 33},         // a block of two warps, the second with one token
+             {96, 9, 32, 32},        // all tokens of a group
+             {40, 70, 1, 8},         // one token of a group; many experts
+             {3, 300, 2, 3},         // more experts than tokens, and than threads
+             {1200, 4, 150, 600},    // groups of three chunks, the last one ragged
+             {512, 2, 511, 512},     // all but one
+             {8200, 2, 4100, 8200},  // keys in global memory
+         })
+      test_expert_choice(T, E, C, G, values);
+  test_expert_choice(0, 9, 2, 3, "random");
   test_dispatch(0, 2, 9, "random");
   test_dispatch(7, 0, 9, "random");  // no picks
 }

@@ -375,6 +375,11 @@ inline unsigned __match_any_sync(unsigned mask, int value) {
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 using std::max;
 using std::min;

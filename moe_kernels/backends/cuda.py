@@ -19,7 +19,6 @@ from ..plan import RoutingPlan
 from ._views import TAGS, empty_plan
 from ._views import view as view_of
 from .base import Backend, Case, MoEWeights
-from .eager import EagerBackend
 
 FIBERS = "MOE_KERNELS_FIBERS"  # path of the module that runs the same sources on CPU tensors, for tests
 ALIGNMENT = 16  # bytes of one access of the kernels
@@ -88,8 +87,7 @@ def _tf32(x: Tensor) -> bool:
 class CudaBackend(Backend):
     """Kernels of csrc/cuda/: wgmma and TMA on Hopper, mma.sync from sm_80 on, plain fp32 products elsewhere.
 
-    float32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 says so. Expert choice selects by torch's
-    sort. Widths are multiples of 8.
+    float32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 says so. Widths are multiples of 8.
     """
 
     name = "cuda"
@@ -191,8 +189,15 @@ class CudaBackend(Backend):
         _c.dispatch_bwd(view(drow_weight), view(row_pick), view(out), _stream(out))
         return out
 
+    @_on_device
     def dispatch_expert_choice(self, affinities: Tensor, capacity: int, tokens_per_group: int) -> RoutingPlan:
-        return EagerBackend().dispatch_expert_choice(affinities, capacity, tokens_per_group)
+        T, E = affinities.shape
+        plan = empty_plan(affinities.device, T, E, E * (T // tokens_per_group) * capacity)
+        workspace = _workspace(_c.dispatch_expert_choice_workspace_bytes(T, E), affinities)
+        _c.dispatch_expert_choice(
+            view(affinities), capacity, tokens_per_group, views(plan), view(workspace), _stream(affinities)
+        )
+        return plan
 
     @_on_device
     def experts(

@@ -53,7 +53,8 @@ def dispatch_expert_choice(
         backend: "auto" or a name out of `backends()`.
     Returns: a RoutingPlan with R = E capacity T / tokens_per_group rows; row_weight = the raw affinities.
     Raises: TypeError, ValueError naming the argument; ValueError for affinities that are not finite (CPU only).
-    Cost: a sort of each group for each expert; no host syncs on a GPU.
+    Cost: 33 passes over the affinities (native: a selection, eager: a sort of each group for each expert); no host
+        syncs on a GPU.
     Source: reference.routing.expert_choice.
     """
     _checks.tensor("affinities", affinities, "T,E")

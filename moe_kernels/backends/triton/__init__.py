@@ -13,7 +13,6 @@ from torch import Tensor
 from ... import _checks
 from ...plan import RoutingPlan
 from ..base import Backend, Case, MoEWeights
-from ..eager import EagerBackend
 from . import launches
 
 _FLOATS = torch.float32, torch.bfloat16, torch.float16
@@ -34,11 +33,18 @@ def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _new_plan(weights: Tensor, T: int, E: int, R: int) -> list[Tensor]:
+    """Return the tensors of a plan to be filled, or of one without rows."""
+    new = weights.new_empty if R else weights.new_zeros
+    plan = [new(n, dtype=torch.int32) for n in (E, E + 1, R, R, R, T + 1, R)]
+    plan[3] = weights.new_empty(R)
+    return plan
+
+
 class TritonBackend(Backend):
     """Kernels of this folder. Under TRITON_INTERPRET=1 they run on CPU tensors, for tests: thousands of times slower.
 
-    float32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 says so. Expert choice selects by torch's
-    sort.
+    float32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 says so.
     """
 
     name = "triton"
@@ -77,9 +83,7 @@ class TritonBackend(Backend):
     @_on_device
     def dispatch(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> RoutingPlan:
         T, R, E = topk_ids.shape[0], topk_ids.numel(), num_experts
-        new = topk_ids.new_empty if R else topk_ids.new_zeros
-        plan = [new(n) for n in (E, E + 1, R, R, R, T + 1, R)]
-        plan[3] = topk_weights.new_empty(R)
+        plan = _new_plan(topk_weights, T, E, R)
         if R:
             launches.dispatch_plan(topk_ids, topk_weights, plan)
         return RoutingPlan.from_tensors(plan)
@@ -88,8 +92,14 @@ class TritonBackend(Backend):
     def dispatch_bwd(self, drow_weight: Tensor, row_pick: Tensor, count: int) -> Tensor:
         return launches.dispatch_bwd(drow_weight, row_pick, count)
 
+    @_on_device
     def dispatch_expert_choice(self, affinities: Tensor, capacity: int, tokens_per_group: int) -> RoutingPlan:
-        return EagerBackend().dispatch_expert_choice(affinities, capacity, tokens_per_group)
+        T, E = affinities.shape
+        R = T // tokens_per_group * capacity * E
+        plan = _new_plan(affinities, T, E, R)
+        if R:
+            launches.expert_choice_plan(affinities, capacity, tokens_per_group, plan)
+        return RoutingPlan.from_tensors(plan)
 
     @_on_device
     def experts(

@@ -1,4 +1,7 @@
-"""Dispatch: how often each program's picks are of every expert, then the row of each pick; no atomics."""
+"""Dispatch: how often each program's picks are of every expert, then the row of each pick; no atomics.
+
+By expert choice: the tokens of each expert and group, then the rows of each token.
+"""
 
 from __future__ import annotations
 
@@ -100,3 +103,113 @@ def dispatch_bwd(drow_weight, row_pick, dweights, R, BLOCK: tl.constexpr):
     live = rows < R
     pick = tl.load(row_pick + rows, mask=live, other=0)
     tl.store(dweights + pick, tl.load(drow_weight + rows, mask=live, other=0.0), mask=live)
+
+
+@triton.jit
+def order_keys(affinities, expert, first, tokens, G, E: tl.constexpr):
+    """Load an expert's affinities as integers in the same order: 0 and -0 alike, NaN above infinity as in torch."""
+    values = tl.load(affinities + (first + tokens).to(tl.int64) * E + expert, mask=tokens < G, other=0.0)
+    bits = (values + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(values == values, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
+def count_keys(affinities, expert, first, G, bound, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Return how many tokens of a group have a key of at least `bound`."""
+    count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, G, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        keys = order_keys(affinities, expert, first, tokens, G, E)
+        count += ((tokens < G) & (keys >= bound)).to(tl.int32)
+    return tl.sum(count, 0)
+
+
+@triton.jit
+def choice_limit(affinities, expert, first, G, capacity, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Return bound and ties: taken are the keys above bound, and the first `ties` of those that equal it.
+
+    Bit by bit the largest bound is found that enough keys reach, up to the first that just enough reach.
+    """
+    reached = count_keys(affinities, expert, first, G, 0, E, BLOCK)
+    bound = tl.where(reached >= capacity, 0, -2147483648).to(tl.int32)
+    above = tl.where(reached >= capacity, 0, reached)
+    step = tl.full((), 1 << 30, tl.int32)
+    while (step > 0) & (reached != capacity):
+        reached = count_keys(affinities, expert, first, G, bound + step, E, BLOCK)
+        bound += tl.where(reached >= capacity, step, 0)
+        above = tl.where(reached >= capacity, above, reached)
+        step = step >> 1
+    exact = reached == capacity
+    return tl.where(exact, bound - 1, bound), tl.where(exact, 0, capacity - above)
+
+
+@triton.jit
+def choice_select(
+    affinities,
+    row_of,
+    row_token,
+    row_weight,
+    row_pick,
+    capacity,
+    G,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rows of the `capacity` largest affinities of an expert in a group of G tokens, the lower token first on a tie.
+
+    Program (group, expert), expert faster. row_of (E, T): the row of a token at an expert; ~row where it has none, row
+    being the next one.
+    """
+    expert, group = tl.program_id(0) % E, tl.program_id(0) // E
+    groups = tl.num_programs(0) // E
+    first, row = group * G, (expert * groups + group) * capacity
+    bound, ties = choice_limit(affinities, expert, first, G, capacity, E, BLOCK)
+    for start in range(0, G, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        keys, live = order_keys(affinities, expert, first, tokens, G, E), tokens < G
+        equal = (live & (keys == bound)).to(tl.int32)
+        chosen = (live & (keys > bound)) | ((equal == 1) & (tl.cumsum(equal, 0) <= ties))
+        rows = row + tl.cumsum(chosen.to(tl.int32), 0)
+        rows = tl.where(chosen, rows - 1, rows)
+        tl.store(row_of + expert.to(tl.int64) * groups * G + first + tokens, tl.where(chosen, rows, ~rows), mask=live)
+        pick = (first + tokens).to(tl.int64) * E + expert
+        tl.store(row_token + rows, first + tokens, mask=chosen)
+        tl.store(row_weight + rows, tl.load(affinities + pick, mask=chosen, other=0.0), mask=chosen)
+        tl.store(row_pick + rows, pick.to(tl.int32), mask=chosen)
+        row += tl.sum(chosen.to(tl.int32), 0)
+        ties -= tl.sum(equal, 0)
+
+
+@triton.jit
+def choice_tokens(
+    row_of,
+    expert_counts,
+    expert_offsets,
+    token_row_offsets,
+    token_rows,
+    rows_per_expert,
+    T,
+    E: tl.constexpr,
+    E_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """token_row_offsets and token_rows from row_of. A token's rows ascend as experts do.
+
+    Before its first come the rows of earlier tokens: at every expert as many as lie before the token's row there, or
+    before the next one where it has none. No scan over tokens.
+    """
+    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    experts = tl.arange(0, E_PADDED)
+    live = (tokens < T)[:, None] & (experts < E)[None, :]
+    starts = experts * rows_per_expert
+    rows = tl.load(row_of + experts[None, :].to(tl.int64) * T + tokens[:, None], mask=live, other=0)
+    has = (live & (rows >= 0)).to(tl.int32)
+    before = tl.where(live, tl.where(rows >= 0, rows, ~rows) - starts[None, :], 0)
+    offsets = tl.sum(before, 1)
+    tl.store(token_row_offsets + tokens, offsets, mask=tokens < T)
+    tl.store(token_rows + offsets[:, None] + tl.cumsum(has, 1) - has, rows, mask=has == 1)
+    if tl.program_id(0) == 0:
+        tl.store(token_row_offsets + T, E * rows_per_expert)
+        tl.store(expert_counts + experts, tl.zeros_like(experts) + rows_per_expert, mask=experts < E)
+        tl.store(expert_offsets + experts, starts, mask=experts < E)
+        tl.store(expert_offsets + E, E * rows_per_expert)

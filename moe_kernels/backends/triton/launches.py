@@ -18,6 +18,7 @@ from . import adaln, combine, dispatch, experts, gating, sums, tiles
 Pair = tuple[Tensor, Tensor | None]  # of the routed experts and of the shared one
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 HISTOGRAM = 4096  # elements of the (picks, experts) table of a dispatch program
+CHOOSING = 2048  # tokens that a program of expert choice looks at together
 DISPATCHING = 2  # programs of dispatch on a processor
 
 
@@ -98,6 +99,21 @@ def dispatch_plan(topk_ids: Tensor, topk_weights: Tensor, plan: list[Tensor]) ->
     launch(
         dispatch.dispatch_place, (programs,), topk_ids, topk_weights, counts, *plan, R, chunk, E, K, padded(E), block,
         64,
+    )  # fmt: skip
+
+
+def expert_choice_plan(affinities: Tensor, capacity: int, tokens_per_group: int, plan: list[Tensor]) -> None:
+    """Fill the tensors of a plan."""
+    (T, E), G = affinities.shape, tokens_per_group
+    counts, offsets, row_token, row_weight, row_pick, token_row_offsets, token_rows = plan
+    row_of, block = row_token.new_empty((E, T)), max(16, HISTOGRAM // padded(E))
+    launch(
+        dispatch.choice_select, (T // G * E,), affinities, row_of, row_token, row_weight, row_pick, capacity, G, E,
+        min(CHOOSING, padded(G)),
+    )  # fmt: skip
+    launch(
+        dispatch.choice_tokens, (triton.cdiv(T, block),), row_of, counts, offsets, token_row_offsets, token_rows,
+        T // G * capacity, T, E, padded(E), block,
     )  # fmt: skip
 
 
