@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from reference.routing import token_choice
 PASS, FAIL = "pass", "fail"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TIE = 1e-5  # router logits nearer than this (relative to the largest) may fall either way in float32
+NO_NUMBER = 1e30  # in place of NaN and infinity, which the rows' JSON does not know
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Ladder:
             block = baseline.model.blocks[layer].moe
             exact = oracle_layer(x, block)
             ours, theirs = (m.blocks[layer].moe(x).double() for m in (model, baseline.rival))
-            error = max(error, float((ours - exact).norm() / exact.norm()))
+            error = max(error, quotient((ours - exact).norm(), exact.norm()))
             outputs = max(outputs, ratio(ours, theirs, exact), rows_ratio(ours, theirs, exact))
             plan = even_plan(len(x), model.config.top_k, model.config.num_experts)
             counts = plan.expert_counts.tolist()
@@ -313,15 +315,21 @@ def oracle_layer(x: Tensor, block: nn.Module) -> Tensor:
 
 def ratio(ours: Tensor, theirs: Tensor, exact: Tensor) -> float:
     """Return e_ours / e_torch for one tensor; 0 for an empty or exact one."""
-    e_ours, e_torch = (float((v.double() - exact).norm()) for v in (ours, theirs))
-    return e_ours / (e_torch + 1e-30) if e_ours > 1e-30 else 0.0
+    return quotient(*((v.double() - exact).norm() for v in (ours, theirs)))
 
 
 def rows_ratio(ours: Tensor, theirs: Tensor, exact: Tensor) -> float:
     """Return the largest relative row error of ours over the largest of theirs."""
-    size = exact.norm(dim=-1)
-    e_ours, e_torch = (float(((v.double() - exact).norm(dim=-1) / size).max()) for v in (ours, theirs))
-    return e_ours / (e_torch + 1e-30) if e_ours > 1e-30 else 0.0
+    errors = ((v.double() - exact).norm(dim=-1) for v in (ours, theirs))
+    return quotient(*(torch.where(e == 0, 0.0, e / exact.norm(dim=-1)).max() for e in errors))
+
+
+def quotient(e_ours: Tensor, e_torch: Tensor) -> float:
+    """Return e_ours / e_torch, 0 for no error; NO_NUMBER where one is not finite: NaN loses in max() and every `>`."""
+    ours, theirs = float(e_ours), float(e_torch)
+    if not math.isfinite(ours + theirs):
+        return NO_NUMBER
+    return ours / (theirs + 1e-30) if ours > 1e-30 else 0.0
 
 
 def agreement(samples: Tensor, baseline: Tensor) -> dict:

@@ -64,7 +64,10 @@ def why_not(case: Case) -> str | None:
 
 @contextmanager
 def arithmetic(dtype: str) -> Iterator[None]:
-    """Let GPUs compute products of float32 in TF32 if that is the dtype of a case, and only then."""
+    """Let GPUs compute products of float32 in TF32 if that is the dtype of a case, and only then.
+
+    Through torch's older switches: with `fp32_precision` set, torch.compile (2.13) fails to read them.
+    """
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [switch.allow_tf32 for switch in switches]
     try:

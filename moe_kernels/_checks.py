@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,6 +45,14 @@ def positive(name: str, value: int) -> None:
         raise ValueError(f"{name}: got {value}, expected at least 1")
 
 
+def finite_number(name: str, value: float) -> None:
+    """Check a number that is to be computed with."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+
+
 def router(gate_weight: object, like: Tensor, hidden_size: int, top_k: object) -> None:
     """Check a router's weight (E, H) and its number of picks, 0 to E."""
     tensor("gate_weight", gate_weight, "E,H", like=like)
@@ -57,13 +68,13 @@ def router(gate_weight: object, like: Tensor, hidden_size: int, top_k: object) -
 
 def activation(name: str) -> int:
     """Return how many rows of gate_up_proj make one unit of the intermediate size."""
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"activation: got {name!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
     return ACTIVATIONS[name]
 
 
 def plan(plan: object, num_tokens: int | None, like: Tensor) -> RoutingPlan:
-    """Check that a plan is one, and that it was made for these tokens and this device."""
+    """Check a plan, made for these tokens and this device; return it with row_weight as backends take it."""
     if not isinstance(plan, RoutingPlan):
         raise TypeError(f"plan: got {type(plan).__name__}, expected a RoutingPlan")
     if num_tokens is not None and plan.num_tokens != num_tokens:
@@ -71,7 +82,13 @@ def plan(plan: object, num_tokens: int | None, like: Tensor) -> RoutingPlan:
     if plan.row_token.device != like.device:
         raise ValueError(f"plan: got device {plan.row_token.device}, expected {like.device}")
     plan.check_layout()
-    return plan
+    row_weight = narrow(plan.row_weight, like)
+    return plan if row_weight is plan.row_weight else replace(plan, row_weight=row_weight)
+
+
+def narrow(t: Tensor, x: Tensor) -> Tensor:
+    """Return t; float32 for float64 beside an x that is not: no kernel reads that, and sums are in float32."""
+    return t.float() if t.dtype == torch.float64 != x.dtype else t
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -114,7 +114,7 @@ class MoELayer(nn.Module):
             return_aux_loss: as in `forward`.
         Returns: out (B, L, H) in the dtype of x; with return_aux_loss (out, aux).
         Raises: TypeError, ValueError naming the argument; TypeError for a router without `picks` and `plan`.
-        Cost: as `forward`; where the backend fuses (triton) x is read once in front, the residual once behind.
+        Cost: as `forward`; where the backend fuses (triton, cuda) x is read once in front, the residual once behind.
         Source: reference.dit.DiTBlock.
         """
         for name in ("picks", "plan"):
@@ -173,6 +173,8 @@ def moe_forward(
         shift, scale, gate = modulation
         around = {"residual": tokens, "gate": gate}
         tokens, *scores = ops.modulated_gating(x, shift, scale, gate_weight, router.picks, backend=backend)
+        _checks.tensor("gate", gate, "B,H", like=x)
+        _checks.shape("gate", gate.shape, (x.shape[0], H), "B,H")  # moe_mlp knows tokens, not images: any divisor does
         plan, aux = router.plan(*scores, backend, **how)
     y = ops.moe_mlp(tokens, plan, *weights, activation=activation, backend=backend, recompute=recompute, **around)
     y = y.reshape(x.shape)

@@ -19,13 +19,15 @@ def packed_weights(model: nn.Module) -> Iterator[int]:
         with moe_kernels.packed_weights(model), torch.no_grad():
             images = sample(model, ...)
 
-    The CPU kernels read weights in panels, and otherwise make these anew in every call: a sixth of the time at 256
-    tokens, a twentieth at 1024. Results are the same bits. The weights must not change inside: a forward after an
-    update raises. A write through `.data` into part of a matrix is the one change that goes unnoticed.
+    The CPU kernels read weights in panels, and otherwise make these anew in every call: 12 to 18 % of the time at 256
+    tokens, 0 to 3 % at 1024 (S/2 width, one thread: results/*_6f539b63ab_peers.jsonl). Results are the same bits. The
+    weights must not change inside: a forward after an update raises. A write through `.data` into part of a matrix is
+    the one change that goes unnoticed.
 
     Args:
         model: any module with MoELayer or blocks of `replace_moe`; those on a backend that reads weights as they are
-            (any but native) are left alone, and so are calls that autocast to another dtype.
+            (any but native) or with weights that are not contiguous are left alone, and so are calls that autocast to
+            another dtype.
     Yields: the number of layers packed.
     Raises: ValueError where the model has no such layer, and from a forward inside for changed weights.
     Cost: the memory of the expert weights once more (twice for bfloat16 on a CPU without avx512_bf16).

@@ -50,6 +50,7 @@ class TokenChoice:
 
     def __post_init__(self) -> None:
         _checks.positive("top_k", self.top_k)
+        _checks.finite_number("aux_loss_alpha", self.aux_loss_alpha)
         if self.aux_loss_mode not in AUX_LOSS_MODES:
             expected = " or ".join(map(repr, AUX_LOSS_MODES))
             raise ValueError(f"aux_loss_mode: got {self.aux_loss_mode!r}, expected {expected}")
@@ -114,10 +115,11 @@ class ExpertChoice:
     Load is balanced by construction, so there is no auxiliary loss. A token may be taken by 0 to E experts.
     """
 
-    capacity_factor: float = 2.0
+    capacity_factor: float = 2.0  # mean picks per token, in (0, E]
     tokens_per_group: int | None = None  # None: one image, the size of the second to last dimension of x
 
     def __post_init__(self) -> None:
+        _checks.finite_number("capacity_factor", self.capacity_factor)
         if not self.capacity_factor > 0:
             raise ValueError(f"capacity_factor: got {self.capacity_factor}, expected more than 0")
         if self.tokens_per_group is not None:
@@ -142,7 +144,7 @@ class ExpertChoice:
             tokens_per_image: G where tokens_per_group is None; T if that is None too.
             inject_aux, with_aux: not used by this router.
         Returns: the plan and None.
-        Raises: as `gating` and `dispatch_expert_choice`.
+        Raises: as `gating` and `dispatch_expert_choice`; ValueError for a capacity_factor above E.
         Cost: as these two; no host syncs on a GPU.
         Source: reference.routing.expert_choice.
         """
@@ -168,6 +170,8 @@ class ExpertChoice:
     ) -> tuple[RoutingPlan, Tensor | None]:
         """Turn what `gating` or `modulated_gating` returned into what `route` returns."""
         T, E = affinities.shape
+        if self.capacity_factor > E:
+            raise ValueError(f"capacity_factor: got {self.capacity_factor}, expected (0, E] with E = {E} experts")
         group = self.tokens_per_group or tokens_per_image or max(T, 1)
         capacity = max(1, int(group * self.capacity_factor / E))
         return ops.dispatch_expert_choice(affinities, capacity, group, backend), None

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
+import reference.moe
 import reference.routing
-from moe_kernels import ExpertChoice, MoELayer, gating, modulated_gating, moe_mlp, replace_moe
+from moe_kernels import ExpertChoice, MoELayer, modulated_gating, moe_mlp, replace_moe
 from reference.dit import modulate
 from reference.moe import SparseMoeBlock
 from tests.contenders import each_backend, each_contender, gradients, moe_loop, moe_oracle, plan_of, refusals
 from tests.error_rule import judge
-from tests.test_gating import gating_loop
+from tests.test_gating import GATINGS, gating_loop
 from tests.trap_cases import BY_NAME, PLAIN, make_problem, sample
 
 SHAPES = {  # B, L, H, E, K
@@ -47,16 +48,14 @@ def prologue(x, shift, scale):
 
 
 def compute_modulated(shape, dtype):
-    gates = {"oracle": reference.routing.token_choice, "loop": gating_loop}
-
     def compute(seed, how):
         (B, L, H, E, K), g = shape, torch.Generator().manual_seed(seed)
         inputs = draw(shape, dtype, seed)
         dtokens, dweights, dprobs = (sample(torch.randn, B * L, n, generator=g).to(dtype) for n in (H, K, E))
         inputs = [(t.double() if how == "oracle" else t).detach().requires_grad_() for t in inputs]
-        if how in gates:
+        if how in GATINGS:
             tokens = prologue(*inputs[:3]).reshape(-1, H)
-            weights, ids, probs = gates[how](tokens, inputs[3], K)
+            weights, ids, probs = GATINGS[how](tokens, inputs[3], K)
         else:
             tokens, weights, ids, probs = modulated_gating(*inputs, K, backend=how)
         loss = sum((t * d.to(t.dtype)).sum() for t, d in ((tokens, dtokens), (weights, dweights), (probs, dprobs)))
@@ -76,24 +75,38 @@ def test_modulated_gating(shape, backend, dtype, seed):
 
 @each_backend
 def test_modulated_gating_routes_the_tokens_that_it_returns(backend, seed):
-    x, shift, scale, gate_weight = draw(SHAPES["plain"], torch.bfloat16, seed)
-    tokens, *scores = modulated_gating(x, shift, scale, gate_weight, 2, backend=backend)
-    again = gating(tokens, gate_weight, 2, backend=backend)
-    assert torch.equal(scores[1], again[1])
-    torch.testing.assert_close(scores[2], again[2], rtol=1e-5, atol=1e-6)
+    """Those rounded to bfloat16, not what they were rounded from."""
+
+    def compute(seed, how):
+        *inputs, gate_weight = draw(SHAPES["plain"], torch.bfloat16, seed)
+        tokens, *scores = modulated_gating(*inputs, gate_weight, 2, backend=backend)
+        if how == "oracle":
+            scores = reference.routing.token_choice(tokens.double(), gate_weight.double(), 2)
+        elif how != backend:
+            scores = gating_loop(tokens, gate_weight, 2)
+        return dict(zip(("topk_weights", "topk_ids", "probs"), scores, strict=True))
+
+    judge("modulated_gating", compute, backend, torch.bfloat16, seed)
 
 
 @each_backend
 @pytest.mark.parametrize("which", ["tokens", "topk_weights", "probs"])
 def test_gradients_through_one_output_only(which, backend, seed):
-    inputs = [t.requires_grad_() for t in draw(SHAPES["plain"], torch.float32, seed)]
     index = ("tokens", "topk_weights", "topk_ids", "probs").index(which)
-    got = torch.autograd.grad(modulated_gating(*inputs, 2, backend=backend)[index].square().sum(), inputs)
-    out = prologue(*inputs[:3]).reshape(-1, 32)
-    plain = (out, *gating_loop(out, inputs[3], 2))[index].square().sum()
-    expected = torch.autograd.grad(plain, inputs, allow_unused=True)
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, rtol=1e-4, atol=1e-5)
+
+    def compute(seed, how):
+        inputs = draw(SHAPES["plain"], torch.float32, seed)
+        inputs = [(t.double() if how == "oracle" else t).requires_grad_() for t in inputs]
+        if how in GATINGS:
+            tokens = prologue(*inputs[:3]).reshape(-1, 32)
+            outputs = tokens, *GATINGS[how](tokens, inputs[3], 2)
+        else:
+            outputs = modulated_gating(*inputs, 2, backend=how)
+        grads = torch.autograd.grad(outputs[index].square().sum(), inputs, allow_unused=True)
+        pairs = zip(("dx", "dshift", "dscale", "dgate_weight"), inputs, grads, strict=True)
+        return {name: torch.zeros_like(t) if grad is None else grad for name, t, grad in pairs}
+
+    judge("modulated_gating", compute, backend, torch.float32, seed)
 
 
 @pytest.mark.parametrize(
@@ -151,38 +164,59 @@ def test_layer_in_a_block_with_expert_choice(backend, seed):
 
 
 def layer_compute(router, dtype):
-    """MoELayer.forward_adaln against the same layer with plain torch around it."""
+    """MoELayer.forward_adaln against reference/ in float64; its rival is reference/ in dtype behind a plain router."""
 
     def compute(seed, how):
         torch.manual_seed(seed)
-        named = "eager" if how in ("oracle", "loop") else how
+        named = "eager" if how in GATINGS else how
         layer = MoELayer(32, 24, 5, 2, shared_intermediate_size=16, router=router, backend=named).to(dtype)
-        x, *modulation = (t.requires_grad_() for t in (*draw(SHAPES["plain"], dtype, seed)[:3], torch.randn(3, 32)))
+        x, shift, scale, gate_weight = draw(SHAPES["plain"], dtype, seed)
         with torch.no_grad():
-            layer.gate_weight.copy_(draw(SHAPES["plain"], dtype, seed)[3])
-        if how == "oracle":
-            layer, x = layer.double(), x.detach().double().requires_grad_()
-            modulation = [t.detach().double().requires_grad_() for t in modulation]
-        shift, scale, gate = modulation
-        if how in ("oracle", "loop"):
-            out = x + gate[:, None] * layer(prologue(x, shift, scale).to(layer.gate_weight.dtype))
+            layer.gate_weight.copy_(gate_weight)
+        gate = torch.randn(3, 32, dtype=torch.promote_types(dtype, torch.float32))
+        leaves = {"x": x, "shift": shift, "scale": scale, "gate": gate, **dict(layer.named_parameters())}
+        if how in GATINGS:
+            leaves = {name: t.detach().double() if how == "oracle" else t.detach() for name, t in leaves.items()}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        if how in GATINGS:
+            out = block_by_hand(GATINGS[how], isinstance(router, ExpertChoice), *leaves.values())
         else:
             out = layer.forward_adaln(x, shift, scale, gate)
-        leaves = {"x": x, "shift": shift, "scale": scale, "gate": gate, **dict(layer.named_parameters())}
-        return gradients(out.to(x.dtype), leaves, torch.ones_like(x))
+        return gradients(out, leaves, torch.ones_like(x))
 
     return compute
 
 
+def block_by_hand(gate_tokens, experts_choose, x, shift, scale, gate, gate_weight, gate_up, down, *shared):
+    """The second half of reference.dit.DiTBlock from the functions of reference/, with the defaults of our routers."""
+    tokens = prologue(x, shift, scale).reshape(-1, x.shape[2])
+    if experts_choose:
+        scores = reference.routing.expert_choice(tokens, gate_weight, 2.0, x.shape[1])
+        y = reference.moe.moe_expert_choice(tokens, *scores, gate_up, down, "swiglu")
+        y = y + reference.moe.expert_mlp(tokens, *shared, "swiglu")
+    else:
+        topk_weights, ids, probs = gate_tokens(tokens, gate_weight, 2)
+        y = reference.moe.moe(tokens, topk_weights, ids, gate_up, down, *shared)
+        y = reference.moe.inject_aux(y, reference.routing.aux_loss(probs, ids, 0.01))
+    return (x + gate[:, None] * y.view(x.shape)).to(x.dtype)
+
+
 @each_backend
 def test_replaced_blocks_have_it_too(backend, seed):
-    torch.manual_seed(seed)
-    block = SparseMoeBlock(32, 24, 5, 2, 16)
-    replace_moe(block, backend=backend)
-    block.eval()
-    x, shift, scale, gate = torch.randn(2, 5, 32), *torch.randn(3, 2, 32)
-    expected = x + gate[:, None] * block(prologue(x, shift, scale))
-    torch.testing.assert_close(block.forward_adaln(x, shift, scale, gate), expected, rtol=1e-4, atol=1e-5)
+    def compute(seed, how):
+        torch.manual_seed(seed)
+        block = SparseMoeBlock(32, 24, 5, 2, 16).eval()
+        x, shift, scale, block.gate.weight.data = draw(SHAPES["plain"], torch.float32, seed)
+        gate = torch.randn(3, 32)
+        if how == "oracle":
+            block, (x, shift, scale, gate) = block.double(), (t.double() for t in (x, shift, scale, gate))
+        if how in GATINGS:
+            return {"out": x + gate[:, None] * block(prologue(x, shift, scale))}
+        replace_moe(block, backend=how)
+        return {"out": block.forward_adaln(x, shift, scale, gate)}
+
+    judge("forward_adaln", compute, backend, torch.float32, seed)
 
 
 def test_a_router_with_route_alone_is_refused(seed):

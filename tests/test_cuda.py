@@ -17,9 +17,10 @@ from moe_kernels import ExpertChoice, MoELayer, dispatch, gating, moe_mlp
 from moe_kernels.backends import cuda, registry
 from moe_kernels.backends.eager import EagerBackend
 from tests.contenders import BACKENDS, judge_trap, moe_compute
+from tests.error_rule import judge
 from tests.trap_cases import DEVICE, PLAIN, Trap, make_problem
 
-on_fibers = pytest.mark.skipif("cuda" not in BACKENDS or DEVICE != "cpu", reason=f"needs {cuda.FIBERS}: make cuda-test")
+on_fibers = pytest.mark.skipif("cuda" not in BACKENDS or DEVICE != "cpu", reason=f"needs {cuda.FIBERS}: make test-cuda")
 ROOT = Path(__file__).parents[1]
 ENGINES = ("simt", "sm80", "sm90", "sm90_middle", "sm90_wide")
 LONG = (
@@ -49,14 +50,20 @@ def test_long_sums(trap, engine, dtype, seed, monkeypatch):
 @on_fibers
 @pytest.mark.parametrize("trap", [PLAIN, *LONG[:2]], ids=str)
 def test_tf32_products_have_the_error_of_tf32(trap, seed, monkeypatch, tf32):
-    """10 bits of mantissa: as far from the oracle as float16 products with the same inputs."""
+    """10 bits of mantissa, so the rival is float16 with the same inputs; torch has no TF32 on a CPU."""
+    exactly = moe_compute(trap, torch.float32)
+
+    def compute(seed, how):
+        if how != "eager":
+            return exactly(seed, how)
+        return {name: t.float() for name, t in moe_compute(trap, torch.float16)(seed, how).items()}
+
+    monkeypatch.setenv("MOE_FIBER_ENGINE", "simt")
+    in_float32 = exactly(seed, "cuda")
     monkeypatch.setenv("MOE_FIBER_ENGINE", "sm80")
-    problem = make_problem(trap, seed, torch.float32)
-    out = {how: moe_compute(trap, torch.float32)(seed, how) for how in ("oracle", "cuda")}
-    assert problem.x.dtype == torch.float32
-    for name, exact in out["oracle"].items():
-        error = (out["cuda"][name].double() - exact).norm() / exact.norm().clamp(min=1e-30)
-        assert 1e-5 < error < 2**-10, name
+    judge("tf32", compute, "cuda", torch.float32, seed)
+    for name, rounded in compute(seed, "cuda").items():
+        assert not torch.equal(rounded, in_float32[name]), f"{name} was not rounded to TF32"
 
 
 @on_fibers

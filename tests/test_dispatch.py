@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moe_kernels import dispatch, dispatch_expert_choice
-from tests.contenders import each_backend, plan_of
+from moe_kernels.backends import registry
+from tests.contenders import BACKENDS, each_backend, plan_of
 from tests.trap_cases import TRAPS, make_problem, sample
 
 
@@ -51,6 +52,15 @@ def test_many_tokens_equal_a_stable_sort(backend, seed):
     order = ids.flatten().long().sort(stable=True).indices
     plan.validate()
     assert torch.equal(plan.row_pick.long(), order) and torch.equal(plan.row_token.long(), order // K)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "native"])
+def test_ids_out_of_range_are_clamped_where_a_gpu_may_be(backend):
+    """The op looks at ids on a CPU only: see test_errors.py."""
+    ids = torch.tensor([[0, 7], [-3, 1]], dtype=torch.int32)
+    plan = registry.get(backend).dispatch(ids, torch.rand(2, 2), 3)
+    plan.validate()
+    assert plan.expert_counts.tolist() == [2, 1, 1]
 
 
 CHOICES = {  # T, E, tokens per group, capacity

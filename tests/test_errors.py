@@ -5,13 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import moe_kernels
-from moe_kernels import MoELayer, combine, dispatch, dispatch_expert_choice, experts, gating, moe_mlp
-from moe_kernels.backends import registry
+from moe_kernels import (
+    ExpertChoice,
+    MoELayer,
+    TokenChoice,
+    combine,
+    dispatch,
+    dispatch_expert_choice,
+    experts,
+    gating,
+    moe_mlp,
+)
+from moe_kernels.backends import _views, registry
 from moe_kernels.weights import load, save, stack_dit_moe, unstack_dit_moe
 from tests.contenders import BACKENDS, each_backend, moe_ours, needs_native, plan_of
 from tests.trap_cases import DEVICE, PLAIN, make_problem
@@ -86,6 +97,7 @@ BAD_INPUTS = [  # op, argument, value, what the message must show
     ("experts", "down_proj", DOWN[..., :3], r"\(4, 16, 3\)"),
     ("experts", "down_proj", DOWN.transpose(1, 2), r"\(4, 8, 16\)"),
     ("experts", "activation", "relu", "relu"),
+    ("experts", "activation", ["relu"], "relu"),
     ("combine", "y_rows", Y_ROWS[:5], r"\(5, 16\)"),
     ("combine", "y_rows", Y_ROWS.int(), "int32"),
     ("combine", "shared", X[:3], r"\(3, 16\)"),
@@ -188,6 +200,11 @@ def test_float64_is_computed_or_refused(backend, seed):
         assert re.search(f"{backend}.*float64", str(refusal)), refusal
 
 
+def test_a_dtype_that_kernels_do_not_know_is_named():
+    with pytest.raises(TypeError, match=r"got torch.float64, expected one of torch.float32, torch.bfloat16"):
+        _views.view(SimpleNamespace(Tensor=None), torch.zeros(1, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_auto_finds_a_backend_for_every_dtype(dtype, seed):
     assert moe_ours(make_problem(PLAIN, seed, dtype), "auto").isfinite().all()
@@ -213,11 +230,30 @@ BAD_LAYERS = {"hidden_size": 0, "intermediate_size": -1, "num_experts": 0, "top_
 BAD_LAYERS |= {"activation": "relu", "backend": "warp"}
 
 
-@pytest.mark.parametrize(("argument", "value"), [*BAD_LAYERS.items(), ("top_k", 0)])
+@pytest.mark.parametrize(("argument", "value"), [*BAD_LAYERS.items(), ("top_k", 0), ("activation", ["relu"])])
 def test_layer_arguments(argument, value):
     arguments = {"hidden_size": H, "intermediate_size": I, "num_experts": E, "top_k": K} | {argument: value}
-    with pytest.raises((ValueError, TypeError), match=rf"{argument}: got '?{value}.*expected"):
+    with pytest.raises((ValueError, TypeError), match=rf"{argument}: got '?{re.escape(str(value))}.*expected"):
         MoELayer(**arguments)
+
+
+NO_NUMBERS = ["x", None, True, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+def test_router_numbers(value):
+    with pytest.raises((ValueError, TypeError), match=r"aux_loss_alpha: got .*expected a"):
+        TokenChoice(2, aux_loss_alpha=value)
+    with pytest.raises((ValueError, TypeError), match=r"capacity_factor: got .*expected a"):
+        ExpertChoice(capacity_factor=value)
+
+
+def test_capacity_factor_above_the_number_of_experts():
+    for name in ("forward", "forward_adaln"):
+        layer, vector = MoELayer(H, I, E, K, router=ExpertChoice(9.0)), torch.ones(1, H)
+        with pytest.raises(ValueError, match=r"capacity_factor: got 9.0, expected \(0, E\] with E = 4"):
+            getattr(layer, name)(X[None], *([vector] * 3 if name == "forward_adaln" else []))
+    assert MoELayer(H, I, E, K, router=ExpertChoice(float(E)))(X).shape == X.shape
 
 
 @pytest.mark.parametrize("x", [torch.ones(3, H + 1), torch.ones(3, H).int(), torch.ones(3, H).double(), "x"])
@@ -233,6 +269,50 @@ def test_layer_refuses_a_state_dict_in_another_layout():
         layer.load_state_dict(unstack_dit_moe(state))
     with pytest.raises(RuntimeError, match="gate_up_proj"):
         layer.load_state_dict(state | {"gate_up_proj": state["gate_up_proj"].transpose(1, 2)})
+
+
+def half(weight):
+    return weight.half()
+
+
+MISFITS = [  # conversion, what is changed, how, what the message must say
+    (unstack_dit_moe, "gate_weight", lambda w: w[0], r"gate_weight: got shape \(16,\), expected \(E,H\)"),
+    (unstack_dit_moe, "down_proj", lambda w: w[:3], r"down_proj: got shape \(3, 16, 8\), expected .* \(4, 16, 8\)"),
+    (unstack_dit_moe, "gate_up_proj", lambda w: w[:3], r"gate_up_proj: got shape \(3, 16, 16\), expected \(E,2I,H"),
+    (
+        unstack_dit_moe,
+        "gate_up_proj",
+        lambda w: w[:, :8],
+        r"gate_up_proj: got shape \(4, 8, 16\), .*gelu.* \(4, 16, 16\)",
+    ),
+    (unstack_dit_moe, "shared_down_proj", lambda w: w[:5], r"shared_down_proj: got shape \(5, 4\), expected \(H,I"),
+    (
+        unstack_dit_moe,
+        "shared_gate_up_proj",
+        lambda w: w[:4],
+        r"shared_gate_up_proj: got shape \(4, 16\), .* \(8, 16\)",
+    ),
+    (stack_dit_moe, "gate.weight", lambda w: w[:3], r"gate.weight: got shape \(3, 16\), expected \(E,H\) = \(4, 16\)"),
+    (stack_dit_moe, "experts.1.up_proj.weight", half, r"experts.1.: got .*float16.*, expected one dtype"),
+    (stack_dit_moe, "shared_experts.down_proj.weight", half, r"shared_experts.: got .*float16, expected one dtype"),
+]
+
+
+@pytest.mark.parametrize(("convert", "key", "change", "said"), MISFITS)
+def test_conversions_refuse_weights_that_do_not_fit(convert, key, change, said):
+    state = MoELayer(H, I, E, K, shared_intermediate_size=4).state_dict()
+    state = unstack_dit_moe(state) if convert is stack_dit_moe else state
+    with pytest.raises(ValueError, match=rf"state_dict: {said}"):
+        convert(state | {key: change(state[key])})
+
+
+def test_conversions_refuse_a_shared_expert_of_another_width_and_experts_of_another_dtype():
+    state = unstack_dit_moe(MoELayer(H, I, E, K).state_dict())
+    other = unstack_dit_moe(MoELayer(8, I, E, K, shared_intermediate_size=4).state_dict())
+    with pytest.raises(ValueError, match=r"shared_experts.down_proj.weight: got shape \(8, 4\), expected \(H,Is\) ="):
+        stack_dit_moe(state | {key: weight for key, weight in other.items() if "shared" in key})
+    with pytest.raises(ValueError, match=r"experts: got .*float16.*, expected one shape and dtype"):
+        stack_dit_moe(state | {key: half(weight) for key, weight in state.items() if "experts.2." in key})
 
 
 def test_conversions_refuse_foreign_layouts(tmp_path):

@@ -12,7 +12,7 @@ import torch
 import moe_kernels
 from bench.cases import kernels_on
 from bench.shapes import MODEL_SHAPES
-from moe_kernels import MoELayer, dispatch, dispatch_expert_choice, gating
+from moe_kernels import MoELayer, TokenChoice, dispatch, dispatch_expert_choice, gating
 from tests.contenders import BACKENDS, DTYPES, gradients, moe_compute, moe_oracle, moe_ours
 from tests.error_rule import judge
 from tests.test_compile import assert_same, forward_backward
@@ -191,15 +191,17 @@ def test_a_captured_graph_replays_with_other_routing(backend, dtype):
 @pytest.mark.unpoisoned
 @each_backend
 def test_inductor_with_graphs(backend):
-    """Other numbers of tokens and other routing after the first recording."""
+    """Other numbers of tokens and other routing after the first recording.
+
+    The same bits, since Inductor only adds between our ops; it may round an auxiliary loss with T unknown otherwise.
+    """
     torch.compiler.reset()
-    layer = make_layer(backend)
+    layer = make_layer(backend, router=TokenChoice(2, aux_loss_alpha=0.0))
     compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
     for tokens in (50, 50, 50, 34):
         x = torch.randn(3, tokens, 96)
         torch.compiler.cudagraph_mark_step_begin()
-        for a, b in zip(forward_backward(compiled, x), forward_backward(layer, x), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+        assert_same(forward_backward(compiled, x), forward_backward(layer, x))
 
 
 @each_backend
@@ -281,4 +283,4 @@ def test_logits_that_are_not_finite_are_let_through(value, backend):
     y = layer(x)
     others = torch.arange(50) != 11
     assert y[11].isnan().all()
-    torch.testing.assert_close(y[others], expected[others])
+    assert torch.equal(y[others], expected[others])

@@ -15,7 +15,7 @@ from moe_kernels.weights import stack_dit_moe, unstack_dit_moe
 from tests.contenders import each_backend, each_contender, moe_loop
 from tests.error_rule import judge
 from tests.test_gating import aux_loss_loop, gating_loop
-from tests.trap_cases import Problem, Trap, draw_router
+from tests.trap_cases import Problem, Trap, draw_router, sample
 
 TRAP = Trap("layer", "", T=36, H=32, I=24, Is=16, E=5, K=2)
 PARAMETERS = ("gate_weight", "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj")
@@ -171,6 +171,26 @@ def test_returned_aux_loss_is_the_oracles(mode, backend, seed):
     assert torch.equal(y, layer(x))
     assert aux.shape == () and aux.item() == pytest.approx(block.last_aux.item(), rel=1e-5)
     assert aux.requires_grad == (mode == "scaled")
+
+
+@pytest.mark.parametrize("images", [1, 4, 16])
+def test_a_gate_for_another_number_of_images_is_refused(images):
+    """The tokens of all images, 16, would do for each."""
+    layer, (shift, scale) = MoELayer(32, 24, 5, 2), torch.randn(2, 2, 32)
+    with pytest.raises(ValueError, match=rf"gate: got shape \({images}, 32\), expected \(B,H\) = \(2, 32\)"):
+        layer.forward_adaln(torch.randn(2, 8, 32), shift, scale, torch.randn(images, 32))
+
+
+@each_backend
+def test_float64_vectors_in_a_block(backend, seed):
+    layer, x, dout = draw_layer(seed, torch.float32, backend=backend)
+    drawn, answers = sample(torch.randn, 3, 3, 32, generator=torch.Generator().manual_seed(seed)), []
+    for dtype in (torch.float32, torch.float64):
+        vectors = drawn.to(dtype).requires_grad_()
+        out = layer.forward_adaln(x, *vectors)
+        (grad,) = torch.autograd.grad(out, vectors, dout)
+        answers.append((out, grad.float()))
+    assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
 
 
 @each_backend

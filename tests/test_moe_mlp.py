@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from moe_kernels import moe_mlp
+from moe_kernels import combine, experts, moe_mlp
 from tests.contenders import (
     each_backend,
     each_contender,
@@ -18,7 +20,7 @@ from tests.contenders import (
     moe_ours,
     plan_of,
 )
-from tests.trap_cases import BY_NAME, PLAIN, Problem, make_problem
+from tests.trap_cases import BY_NAME, PLAIN, Problem, Trap, make_problem, sample
 
 WEIGHTS = ("gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj")
 
@@ -122,6 +124,36 @@ def test_gradients_of_some_inputs_only(wanted, backend, seed):
         leaves[name].requires_grad_(False)
     some = gradients(moe_ours(problem, backend), {name: leaves[name] for name in wanted}, problem.dout)
     assert all(torch.equal(some[name], everything[name]) for name in some)
+
+
+@each_backend
+def test_float64_row_weights_beside_narrower_tokens(backend, seed):
+    """Nothing else has a gradient: `experts`, which has none to give then, must not stand in the way of theirs."""
+    problem, answers = make_problem(PLAIN, seed, torch.float32), []
+    weights, plan = [getattr(problem, name) for name in WEIGHTS], plan_of(problem, backend)
+    for dtype in (torch.float32, torch.float64):
+        row_weight = plan.row_weight.to(dtype).requires_grad_()
+        given = replace(plan, row_weight=row_weight)
+        rows = experts(problem.x, given, *weights[:2], backend=backend)
+        outs = combine(rows, given, backend=backend), moe_mlp(problem.x, given, *weights, backend=backend)
+        (grad,) = torch.autograd.grad(outs, row_weight, (problem.dout, problem.dout))
+        assert grad.dtype == dtype
+        answers.append((*outs, grad.float()))
+    for narrow, wide in zip(*answers, strict=True):
+        torch.testing.assert_close(wide, narrow, rtol=0, atol=1e-6 * narrow.abs().max().item())
+
+
+@each_backend
+def test_a_float64_residual_keeps_its_bits(backend, seed):
+    problem, images = make_problem(Trap("images", "", T=6, I=8, Is=8), seed, torch.float32), 3
+    weights, plan = [getattr(problem, name) for name in WEIGHTS], plan_of(problem, backend)
+    residual, gate, dout = (sample(torch.randn, n, 32, dtype=torch.float64).requires_grad_() for n in (6, images, 6))
+    out = moe_mlp(problem.x, plan, *weights, backend=backend, residual=residual, gate=gate)
+    y = moe_mlp(problem.x, plan, *weights, backend=backend).double()
+    assert torch.equal(out, residual + (gate[:, None] * y.view(images, 2, 32)).view(6, 32))
+    dresidual, dgate = torch.autograd.grad(out, (residual, gate), dout)
+    assert torch.equal(dresidual, dout)
+    torch.testing.assert_close(dgate, (dout * y).view(images, 2, 32).sum(1))
 
 
 @each_contender

@@ -5,6 +5,7 @@ import torch
 
 import moe_kernels
 from bench.cases import DTYPES
+from moe_kernels.backends import registry
 from reference.moe import SparseMoeBlock
 
 SIZES = dict(hidden_size=40, intermediate_size=72, num_experts=5, top_k=2)  # no multiple of a panel
@@ -82,6 +83,18 @@ def test_nested_contexts_and_foreign_backends():
     with torch.no_grad():  # nothing is left behind
         native.down_proj.mul_(2)
         native(torch.randn(3, SIZES["hidden_size"]))
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj"])
+def test_weights_that_every_call_copies_are_not_packed(name):
+    """The pack of a copy would be found by whoever gets the copy's memory next, and by nobody else."""
+    moe, x = layer(), torch.randn(7, SIZES["hidden_size"])
+    with torch.no_grad():
+        expected = moe(x)
+        setattr(moe, name, torch.nn.Parameter(getattr(moe, name).mT.contiguous().mT))
+        with moe_kernels.packed_weights(moe) as packed:
+            assert packed == 0 and not registry.get("native")._packed
+            assert torch.equal(moe(x), expected)
 
 
 def test_a_model_without_layers_is_an_error():

@@ -70,6 +70,42 @@ def test_a_wrong_pick_fails_the_plans(ladder, baseline):
     assert ladder.plans(model, baseline)["plans"] == "fail"
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rows", [slice(None), 2], ids=["everywhere", "one row"])
+def test_what_is_no_number_has_the_worst_ratio(rows, value):
+    exact = torch.ones(5, 3, dtype=torch.float64)
+    ours, theirs = exact + 1e-7, exact + 1e-7
+    ours[rows] = value
+    for judged in (parity.ratio, parity.rows_ratio):
+        assert judged(exact + 1e-7, theirs, exact) == 1
+        assert judged(ours, theirs, exact) == judged(theirs, ours, exact) == judged(ours, ours, exact) > 2
+
+
+def test_weights_that_are_no_numbers_fail_the_plans(ladder, baseline, monkeypatch):
+    right = parity.route
+
+    def route(block, x):
+        plan = right(block, x)
+        plan.row_weight[3] = torch.nan
+        return plan
+
+    model = replaced(baseline.model, "eager")
+    assert ladder.plans(model, baseline)["plans"] == "pass"
+    monkeypatch.setattr(parity, "route", route)
+    record = ladder.plans(model, baseline)
+    assert record["plans"] == "fail" and record["plans_equal"]
+
+
+def test_experts_that_compute_no_numbers_fail_the_layers(ladder, baseline):
+    model = replaced(baseline.model, "eager")
+    with torch.no_grad():
+        for expert in model.blocks[0].moe.experts:
+            expert.down_proj.weight[3] = torch.nan
+    record = ladder.layers(model, baseline)
+    assert record["layers"] == "fail"
+    assert min(record[name] for name in ("e_ours", "outputs_ratio", "experts_ratio")) == parity.NO_NUMBER
+
+
 def test_oracle_plan_is_valid_and_the_oracle_layer_is_its_sum(ladder):
     block = ladder.model.blocks[0]
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))

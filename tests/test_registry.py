@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.cases import kernels_on
-from moe_kernels.backends import cuda, preferred, registry
+from moe_kernels.backends import _device, cuda, preferred, registry
 from moe_kernels.backends.base import Backend, Case
 
 LAYER = Case("moe_mlp", torch.bfloat16, "cuda", 8, 384, 1536, 768)
@@ -65,6 +68,41 @@ def test_cuda_says_why_it_is_not_here(module, on_gpu, reason, monkeypatch, fresh
         with pytest.raises(RuntimeError) as raised:
             registry.choose("cuda", LAYER)
         assert str(raised.value) == f"backend 'cuda' is not available: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("version", "capabilities", "reason"),
+    [
+        ("13.0", [(9, 0)], None),
+        ("13.0", [(6, 1), (8, 0)], None),
+        ("13.0", [(7, 5)], "compute capability 7.5, expected at least 8.0"),
+        (None, [(9, 0)], f"torch {torch.__version__}, expected one for CUDA"),
+    ],
+    ids=["H200", "a small one beside", "T4", "ROCm"],
+)
+def test_devices_that_kernels_are_not_for(version, capabilities, reason, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    assert _device.unfit_devices.__wrapped__((8, 0)) == reason
+
+
+SWITCHES = {
+    "nothing": "pass",
+    "older": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "matmul": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "all": "torch.backends.fp32_precision = 'tf32'",
+    "precision": "torch.set_float32_matmul_precision('high')",
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_tf32_is_seen_whichever_switch_allowed_it(switch):
+    """In a process of its own: torch refuses to mix its switches."""
+    code = f"import torch; {SWITCHES[switch]}; from moe_kernels.backends._device import tf32_allowed as a; print(a())"
+    env = {name: value for name, value in os.environ.items() if "TF32" not in name}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == str(switch != "nothing"), done.stderr
 
 
 def test_an_extension_that_cannot_be_loaded_is_a_reason(monkeypatch, fresh):

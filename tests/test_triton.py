@@ -152,6 +152,7 @@ def with_gpu(monkeypatch):
     """A machine that has a GPU, as far as the registry can see."""
     monkeypatch.setattr(triton_backend.TritonBackend, "why_not", lambda self: "")
     monkeypatch.setattr(triton_backend, "_INTERPRETED", False)
+    monkeypatch.setattr(triton_backend, "unfit_devices", lambda least: None)
     monkeypatch.setattr(preferred, "table", dict)
     for cached in (registry._load, registry._choose):
         cached.cache_clear()

@@ -7,6 +7,7 @@ With --backends it is triton or cuda for "auto" instead: bench/gpu/prefer.py.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ CANDIDATES = (  # m, n, k in bf16 and fp16 (half of it in tf32), group, warps, s
     (64, 256, 64, 8, 8, 3),
     (128, 128, 64, 16, 8, 3),
 )
-SPECIALIZED = (128, 128, 64, 8, 4, 3), (128, 128, 64, 8, 4, 4)  # with TMA, and some warps that only load
+SPECIALIZED = (128, 128, 64, 8, 4, 3), (128, 128, 64, 8, 4, 4)  # some warps only load: where nothing is gathered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,6 +162,9 @@ def tune(
     usable = {name: trial for name, trial in trials.items() if trial.tile == own or not trial.unusable()}
     allowed = [BOUND * whole_error(t.float(), e) + 1e-30 for t, e in zip(Trial(own, run)(), exact, strict=True)]
 
+    if not all(map(math.isfinite, allowed)):
+        raise RuntimeError(f"the heuristic's tile {tuple(own)} failed: errors {allowed}")
+
     def verify(name: str, result: Sequence[Tensor]) -> str | None:
         errors = [whole_error(t.float(), e) for t, e in zip(result, exact, strict=True)]
         worse = [f"{error:.1e}" for error, most in zip(errors, allowed, strict=True) if not error <= most]
@@ -179,16 +183,24 @@ def best(samples: Mapping[str, measure.Samples], own: str) -> str:
     return max(faster, key=faster.get, default=own)
 
 
+def candidates(kernel: str, dtype: str) -> list[Any]:
+    """Return the tiles that a product is tried with; "dweight" has no descriptors."""
+    from moe_kernels.backends.triton import tiles
+
+    ways = (False,) if kernel == "dweight" else (True, False)
+    sizes = [(*tile, 8 // tile[-2], tma, False) for tile in CANDIDATES for tma in ways]
+    if kernel == "rows_times":
+        sizes += [(*tile, 1, True, True) for tile in SPECIALIZED]
+    depth = 2 if dtype == "tf32" else 1
+    return [tile._replace(k=tile.k // depth) for tile in starmap(tiles.Tile, sizes)]
+
+
 def tune_case(case: Case, known: set[str], seconds: float) -> Iterator[tuple[str, Any]]:
     """Yield key and tile of every product of a layer that is not known yet."""
     import triton
 
     from moe_kernels.backends.triton import tiles
 
-    sizes = [(*tile, 8 // tile[-2], tma, False) for tile in CANDIDATES for tma in (True, False)]
-    sizes += [(*tile, 1, True, True) for tile in SPECIALIZED]
-    depth = 2 if case.dtype == "tf32" else 1
-    candidates = [tile._replace(k=tile.k // depth) for tile in starmap(tiles.Tile, sizes)]
     with workloads.arithmetic(case.dtype), torch.no_grad():
         p = prepare(case)
         for name, run in products().items():
@@ -202,7 +214,7 @@ def tune_case(case: Case, known: set[str], seconds: float) -> Iterator[tuple[str
             try:
                 with workloads.arithmetic("fp32"):
                     exact = run(in_float32(p))
-                tile = tune(lambda run=run: run(p), exact, own, candidates, seconds, case.device)
+                tile = tune(lambda run=run: run(p), exact, own, candidates(kernel, case.dtype), seconds, case.device)
             except Exception as error:  # the heuristic's tile does not launch, or memory ran out
                 say(f"{name}: {key}: not tuned: {type(error).__name__}: {str(error).partition(chr(10))[0][:120]}")
                 continue

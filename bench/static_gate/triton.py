@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch
 
-from bench import store
+from bench import store, workloads
 from bench.progress import say
 from bench.shapes import MODEL_SHAPES, MoEShape
 from bench.static_gate import machine
@@ -154,9 +154,7 @@ def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
     backend, parts = TritonBackend(), 2 if shape.activation == "swiglu" else 1
     H, I, Is, E, K, f32 = shape.H, shape.I, shape.Is, shape.E, shape.K, torch.float32
     weights = MoEWeights(new(E, parts * I, H), new(E, H, I), new(parts * Is, H), new(H, Is))
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    try:
+    with workloads.arithmetic(dtype):
         x, gate_weight = new(T, H), new(E, H)
         topk_weights, topk_ids, probs = backend.gating(x, gate_weight, K)
         backend.gating_bwd(new(T, K, dtype=f32), new(T, E, dtype=f32), x, gate_weight, topk_ids, probs)
@@ -178,8 +176,6 @@ def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
         backend.experts_bwd(y_rows, x, plan, gate_up, *weights[:2], shape.activation)
         backend.combine(y_rows, plan, x)
         backend.combine_bwd(x, y_rows, plan)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def facts(kernel: Any, sm: int, programs: int) -> Facts:

@@ -106,6 +106,7 @@ __device__ void load_tiles(const Product& product, const Maps& maps, const Share
       }
     }
   }
+  if constexpr (C::kGathers) wait_chunks<0>();  // a thread must not end before its copies
 }
 
 // Descriptor of step k (of 16) of an operand in swizzled lines.

@@ -19,6 +19,10 @@ namespace moe::cuda::hopper {
 
 using TensorMap = CUtensorMap;
 
+// CUTLASS' barriers and proxy fences do not say that they touch memory: without this a compiler may move plain accesses
+// of shared memory across them.
+__device__ inline void keep_accesses() { asm volatile("" ::: "memory"); }
+
 // A barrier in shared memory: a phase ends when all arrivals and all announced bytes have come.
 struct Barrier {
   uint64_t state;
@@ -28,13 +32,17 @@ __device__ inline void init(Barrier& barrier, int arrivals) {
   cutlass::arch::ClusterBarrier::init(&barrier.state, arrivals);
 }
 __device__ inline void make_barriers_visible() { cutlass::arch::fence_barrier_init(); }
-__device__ inline void arrive(Barrier& barrier) { cutlass::arch::ClusterBarrier::arrive(&barrier.state); }
+__device__ inline void arrive(Barrier& barrier) {
+  keep_accesses();
+  cutlass::arch::ClusterBarrier::arrive(&barrier.state);
+}
 __device__ inline void arrive_announcing(Barrier& barrier, int bytes) {
   cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&barrier.state, bytes);
 }
 // Wait until the phase of this parity has ended.
 __device__ inline void wait(Barrier& barrier, int parity) {
   cutlass::arch::ClusterBarrier::wait(&barrier.state, parity);
+  keep_accesses();
 }
 
 // TMA: a box at these coordinates, innermost first, into swizzled lines; zeros outside of the tensor.
@@ -48,10 +56,21 @@ __device__ inline void arrive_after_chunks(Barrier& barrier) {
   cutlass::arch::cpasync_barrier_arrive_noinc(&barrier.state);
 }
 // Plain and cp.async writes before this are seen by the tensor cores after it.
-__device__ inline void make_visible() { cutlass::arch::fence_view_async_shared(); }
+__device__ inline void make_visible() {
+  keep_accesses();
+  cutlass::arch::fence_view_async_shared();
+  keep_accesses();
+}
 
-__device__ inline void sync_threads(int id, int threads) { cutlass::arch::NamedBarrier::sync(threads, id); }
-__device__ inline void arrive_threads(int id, int threads) { cutlass::arch::NamedBarrier::arrive(threads, id); }
+__device__ inline void sync_threads(int id, int threads) {
+  keep_accesses();
+  cutlass::arch::NamedBarrier::sync(threads, id);
+  keep_accesses();
+}
+__device__ inline void arrive_threads(int id, int threads) {
+  keep_accesses();
+  cutlass::arch::NamedBarrier::arrive(threads, id);
+}
 
 template <int REGISTERS>
 __device__ void release_registers() {

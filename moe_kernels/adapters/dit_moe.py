@@ -25,7 +25,10 @@ def replace_moe(model: nn.Module, backend: str = "auto", recompute: bool = False
     `gate.top_k`. Its class is not imported. The module objects, their hooks, their state_dict() keys and values, their
     named_parameters() and the Parameter objects stay, so an optimizer or EMA made before goes on working. What changes
     is the block's class, hence its forward, and the storage: parameters become views of one slab per kind of matrix.
-    Train and eval take the same path, and both give gradients (the original gives none in eval).
+    Train and eval take the same path, and both give gradients (the original gives none in eval). The modules inside a
+    block (`gate`, the experts and their nn.Linear) only hold parameters from then on: their forward is never called, so
+    a hook that is registered on one of them afterwards never runs, and nothing says so. Hooks on the block itself run
+    with its forward.
 
     Args:
         model: any module, the block itself included.

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from ..plan import RoutingPlan
 
-TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}  # csrc/core/dtype.h
+
+class _Tags(dict):  # a dtype that slipped through the ops is told by name, at no cost for the others
+    def __missing__(self, dtype: torch.dtype) -> int:
+        raise TypeError(f"tensor: got {dtype}, expected one of {', '.join(map(str, self))}")
+
+
+TAGS = _Tags({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3})  # csrc/core/dtype.h
 
 
 def view(module: ModuleType, t: Tensor | None):

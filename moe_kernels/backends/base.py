@@ -85,7 +85,7 @@ class Backend(ABC):
 
     @abstractmethod
     def dispatch(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> RoutingPlan:
-        """(T,K) ids i32 in [0,E), (T,K) weights -> plan with R = T K rows."""
+        """(T,K) ids i32 in [0,E), (T,K) weights -> plan with R = T K rows. On a GPU other ids are clamped to [0,E)."""
 
     @abstractmethod
     def dispatch_expert_choice(self, affinities: Tensor, capacity: int, tokens_per_group: int) -> RoutingPlan:

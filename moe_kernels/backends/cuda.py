@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..plan import RoutingPlan
+from ._device import tf32_allowed, unfit_devices
 from ._views import TAGS, empty_plan
 from ._views import view as view_of
 from .base import Backend, Case, MoEWeights
@@ -81,13 +82,14 @@ def _workspace(nbytes: int, like: Tensor) -> Tensor:
 
 
 def _tf32(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return x.dtype == torch.float32 and tf32_allowed()
 
 
 class CudaBackend(Backend):
     """Kernels of csrc/cuda/: wgmma and TMA on Hopper, mma.sync from sm_80 on, plain fp32 products elsewhere.
 
-    float32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 says so. Widths are multiples of 8.
+    float32 products use TF32 where torch allows it (torch.backends.cuda.matmul.fp32_precision). Widths are
+    multiples of 8.
     """
 
     name = "cuda"
@@ -106,7 +108,7 @@ class CudaBackend(Backend):
         for what in ("hidden_size", "intermediate_size", "shared_intermediate_size"):
             if getattr(case, what) % 8:
                 return f"{what} {getattr(case, what)}, expected a multiple of 8"
-        return None
+        return None if _c.on_fibers else unfit_devices((7, 5))
 
     @_on_device
     def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,6 +47,7 @@ def modulated_gating(
         _checks.shape(name, value.shape, (B, H), "B,H")
     _checks.router(gate_weight, x, H, top_k)
     dtype = _checks.compute_dtype(x)
+    shift, scale = _checks.narrow(shift, x), _checks.narrow(scale, x)
     return _modulated_gating(x, shift, scale, gate_weight, top_k, eps, dtype, backend)[:4]
 
 

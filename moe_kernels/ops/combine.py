@@ -32,7 +32,7 @@ def combine(y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None = None, bac
     """
     _checks.tensor("y_rows", y_rows, "R,H")
     R, H = y_rows.shape
-    _checks.plan(plan, None, y_rows)
+    plan = _checks.plan(plan, None, y_rows)
     _checks.shape("y_rows", (R, H), (plan.num_rows, H), "R,H")
     if shared is not None:
         _checks.tensor("shared", shared, "T,H", (y_rows.dtype,), like=y_rows)

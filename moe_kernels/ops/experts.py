@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,9 +43,11 @@ def experts(
     """
     _checks.tensor("x", x, "T,H")
     x = x.to(_checks.compute_dtype(x))
-    _checks.plan(plan, x.shape[0], x)
+    plan = _checks.plan(plan, x.shape[0], x)
     gate_up, down = check(x, plan, gate_up_proj, down_proj, activation)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *gate_up, *down))
+    if plan.row_weight.requires_grad and not save:  # the rows do not depend on it, and backward has nothing saved
+        plan = replace(plan, row_weight=plan.row_weight.detach())
     return _experts(x, plan.tensors(), gate_up, down, activation, save, backend)[0]
 
 

@@ -57,7 +57,7 @@ def moe_mlp(
     """
     _checks.tensor("x", x, "T,H")
     x = x.to(_checks.compute_dtype(x))
-    _checks.plan(plan, x.shape[0], x)
+    plan = _checks.plan(plan, x.shape[0], x)
     gate_up, down = check(x, plan, gate_up_proj, down_proj, activation)
     if (shared_gate_up_proj is None) != (shared_down_proj is None):
         missing = "shared_down_proj" if shared_down_proj is None else "shared_gate_up_proj"
@@ -66,7 +66,11 @@ def moe_mlp(
     if shared_gate_up_proj is not None:
         shared_gate_up, shared_down = check(x, plan, shared_gate_up_proj, shared_down_proj, activation, shared=True)
     _check_gate(x, residual, gate)
-    given = [t for t in (residual, gate) if t is not None]
+    if residual is not None and residual.dtype == torch.float64 != x.dtype:
+        weights = gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj
+        y = moe_mlp(x, plan, *weights, activation=activation, backend=backend, recompute=recompute)
+        return _add_gated_in_float64(residual, gate, y)
+    given = [] if gate is None else [residual, _checks.narrow(gate, x)]
     differentiable = (x, plan.row_weight, *gate_up, *down, *shared_gate_up, *shared_down, *given)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
     return _moe_mlp(
@@ -91,14 +95,26 @@ def _check_gate(x: Tensor, residual: Tensor | None, gate: Tensor | None) -> None
         raise ValueError(f"gate: got {B} images, expected a divisor of T = {T}")
 
 
+def _add_gated_in_float64(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """Plain torch, for no kernel adds in float64, and a residual stream of that dtype is not to lose its bits."""
+    tokens_per_image = y.shape[0] // max(gate.shape[0], 1)
+    return residual + gate.double().repeat_interleave(tokens_per_image, 0) * y
+
+
 def pack_weights(weights: Sequence[Weights | None], activation: str, backend: str) -> Callable[[], None] | None:
-    """Pack the weights of one layer, as `moe_mlp` takes them, where its backend can; see Backend.pack."""
+    """Pack the weights of one layer, as `moe_mlp` takes them, where its backend can; see Backend.pack.
+
+    None for weights that are not contiguous, too: every call copies those, and a pack is found by their address.
+    """
     lists = [[] if w is None else [w] if isinstance(w, Tensor) else list(w) for w in weights]
     gate_up, down = lists[:2]
     with torch.no_grad():
         like = gate_up[0].reshape(-1, gate_up[0].shape[-1])
         w = stack(like, down[0].shape[0] if down[0].dim() == 3 else len(down), *lists)
-        return _backend(like, w, activation, backend).pack(w, activation, [t for tensors in lists for t in tensors])
+        chosen = _backend(like, w, activation, backend)
+        if any(tensors and tensors[0].data_ptr() != t.data_ptr() for tensors, t in zip(lists, w, strict=True)):
+            return None
+        return chosen.pack(w, activation, [t for tensors in lists for t in tensors])
 
 
 def _backend(x: Tensor, w: MoEWeights, activation: str, backend: str) -> Backend:

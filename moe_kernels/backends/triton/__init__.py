@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import _checks
 from ...plan import RoutingPlan
+from .._device import unfit_devices
 from ..base import Backend, Case, MoEWeights
 from . import launches
 
@@ -44,7 +45,7 @@ def _new_plan(weights: Tensor, T: int, E: int, R: int) -> list[Tensor]:
 class TritonBackend(Backend):
     """Kernels of this folder. Under TRITON_INTERPRET=1 they run on CPU tensors, for tests: thousands of times slower.
 
-    float32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 says so.
+    float32 products use TF32 where torch allows it (torch.backends.cuda.matmul.fp32_precision).
     """
 
     name = "triton"
@@ -60,7 +61,7 @@ class TritonBackend(Backend):
             return f"device {case.device}, expected {expected}"
         if case.dtype not in _FLOATS:
             return f"dtype {case.dtype}, expected torch.float32, torch.bfloat16 or torch.float16"
-        return None
+        return None if _INTERPRETED else unfit_devices((8, 0))
 
     @_on_device
     def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

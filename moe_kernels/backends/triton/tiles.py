@@ -11,6 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .._device import tf32_allowed
+
 FILE = Path(__file__).with_name("tiles.json")
 INTERPRETED = "interpreter"
 
@@ -68,7 +70,7 @@ def _gpu(index: int) -> Device:
 def precision(dtype: torch.dtype) -> str:
     """Return what `choose` calls the arithmetic of a product: bf16, fp16, tf32 (where torch allows it) or fp32."""
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+        return "tf32" if tf32_allowed() else "fp32"
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
@@ -114,5 +116,4 @@ def heuristic(kernel: str, capability: int, precision: str, rows: int, n: int) -
         return Tile(m, 64 if large_epilogue else wide, 32, 8, 8, 4, 2 if large_epilogue and depth == 64 else 1)
     warps = 8 if large_epilogue or precision == "tf32" else 4
     specialize = capability != 90 and kernel == "rows_times"
-    alone = large_epilogue or specialize or (kernel == "dweight" and precision == "tf32")
-    return Tile(m, wide, depth, 8, warps, 3, 1 if alone else 2, tma=True, specialize=specialize)
+    return Tile(m, wide, depth, 8, warps, 3, 1 if warps == 8 or specialize else 2, tma=True, specialize=specialize)
