@@ -56,8 +56,9 @@ def test_backends_belong_to_their_device():
 
 def test_inputs_for_a_device_are_the_cpu_numbers_in_fresh_tensors(monkeypatch):
     """On a device of its own type: meta tells shapes and dtypes, and what is moved there is drawn on the CPU."""
-    moved = make_inputs(replace(TINY, device="meta"), dtype=torch.float64)
-    kept = make_inputs(TINY, dtype=torch.float64)
+    case = replace(TINY, level="dispatch", routing="expert_choice")  # affinities as well
+    moved = make_inputs(replace(case, device="meta"), dtype=torch.float64)
+    kept = make_inputs(case, dtype=torch.float64)
     for name, tensor in vars(kept).items():
         there = getattr(moved, name)
         assert there.device.type == "meta" and (there.shape, there.dtype) == (tensor.shape, tensor.dtype), name
@@ -192,7 +193,7 @@ def test_the_stage_bench_runs_on_a_cpu_and_resumes(tmp_path, capsys):
     argv = ["gpu", "--device", "cpu", "--size", "tiny", "--stage", "bench", "--out", str(tmp_path)]
     assert main(argv) == 0
     rows = store.read(tmp_path / "rows_cpu_tiny.jsonl")
-    assert {r["kind"] for r in rows} == {"ceilings", "time"} and len({r["race"] for r in rows if "race" in r}) == 11
+    assert {r["kind"] for r in rows} == {"ceilings", "time"} and len({r["race"] for r in rows if "race" in r}) == 12
     assert all(r["source"] for r in rows)
     assert main(argv) == 0
     assert len(store.read(tmp_path / "rows_cpu_tiny.jsonl")) == len(rows) + 1  # the ceilings of the second run
