@@ -53,8 +53,8 @@ def dispatch_expert_choice(
         backend: "auto" or a name out of `backends()`.
     Returns: a RoutingPlan with R = E capacity T / tokens_per_group rows; row_weight = the raw affinities.
     Raises: TypeError, ValueError naming the argument; ValueError for affinities that are not finite (CPU only).
-    Cost: 33 passes over the affinities (native: a selection, eager: a sort of each group for each expert); no host
-        syncs on a GPU.
+    Cost: a pass over the affinities per bit that decides, at most 34 (eager, grouped: a sort of each group for each
+        expert); no host syncs on a GPU.
     Source: reference.routing.expert_choice.
     """
     _checks.tensor("affinities", affinities, "T,E")

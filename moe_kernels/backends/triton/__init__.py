@@ -13,6 +13,7 @@ from torch import Tensor
 from ... import _checks
 from ...plan import RoutingPlan
 from .._device import unfit_devices
+from .._views import empty_plan
 from ..base import Backend, Case, MoEWeights
 from . import launches
 
@@ -34,11 +35,13 @@ def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _new_plan(weights: Tensor, T: int, E: int, R: int) -> list[Tensor]:
-    """Return the tensors of a plan to be filled, or of one without rows."""
-    new = weights.new_empty if R else weights.new_zeros
-    plan = [new(n, dtype=torch.int32) for n in (E, E + 1, R, R, R, T + 1, R)]
-    plan[3] = weights.new_empty(R)
+def _filled(plan: RoutingPlan, launch: Callable[..., None], *args: Any) -> RoutingPlan:
+    """Return a plan whose tensors a launch has filled; one without rows is all zeros."""
+    if plan.num_rows:
+        launch(*args, plan.tensors())
+    else:
+        for t in plan.tensors():
+            t.zero_()
     return plan
 
 
@@ -83,11 +86,8 @@ class TritonBackend(Backend):
 
     @_on_device
     def dispatch(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> RoutingPlan:
-        T, R, E = topk_ids.shape[0], topk_ids.numel(), num_experts
-        plan = _new_plan(topk_weights, T, E, R)
-        if R:
-            launches.dispatch_plan(topk_ids, topk_weights, plan)
-        return RoutingPlan.from_tensors(plan)
+        plan = empty_plan(topk_ids.device, topk_ids.shape[0], num_experts, topk_ids.numel())
+        return _filled(plan, launches.dispatch_plan, topk_ids, topk_weights)
 
     @_on_device
     def dispatch_bwd(self, drow_weight: Tensor, row_pick: Tensor, count: int) -> Tensor:
@@ -96,11 +96,8 @@ class TritonBackend(Backend):
     @_on_device
     def dispatch_expert_choice(self, affinities: Tensor, capacity: int, tokens_per_group: int) -> RoutingPlan:
         T, E = affinities.shape
-        R = T // tokens_per_group * capacity * E
-        plan = _new_plan(affinities, T, E, R)
-        if R:
-            launches.expert_choice_plan(affinities, capacity, tokens_per_group, plan)
-        return RoutingPlan.from_tensors(plan)
+        plan = empty_plan(affinities.device, T, E, T // tokens_per_group * capacity * E)
+        return _filled(plan, launches.expert_choice_plan, affinities, capacity, tokens_per_group)
 
     @_on_device
     def experts(

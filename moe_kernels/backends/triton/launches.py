@@ -5,6 +5,7 @@ Launches go to the current device and stream. Sizes follow from shapes alone: no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import adaln, combine, dispatch, experts, gating, sums, tiles
+from . import adaln, combine, dispatch, experts, experts_bwd, gating, sums, tiles
 
 Pair = tuple[Tensor, Tensor | None]  # of the routed experts and of the shared one
 _ROUNDS = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__  # Triton 3.9 does, 3.6 does not
@@ -89,7 +90,7 @@ def gating_bwd(
     return dx, dgate_weight
 
 
-def dispatch_plan(topk_ids: Tensor, topk_weights: Tensor, plan: list[Tensor]) -> None:
+def dispatch_plan(topk_ids: Tensor, topk_weights: Tensor, plan: Sequence[Tensor]) -> None:
     """Fill the tensors of a plan."""
     R, K, E = topk_ids.numel(), topk_ids.shape[1], plan[0].shape[0]
     block = max(16, HISTOGRAM // padded(E))
@@ -103,7 +104,7 @@ def dispatch_plan(topk_ids: Tensor, topk_weights: Tensor, plan: list[Tensor]) ->
     )  # fmt: skip
 
 
-def expert_choice_plan(affinities: Tensor, capacity: int, tokens_per_group: int, plan: list[Tensor]) -> None:
+def expert_choice_plan(affinities: Tensor, capacity: int, tokens_per_group: int, plan: Sequence[Tensor]) -> None:
     """Fill the tensors of a plan."""
     (T, E), G = affinities.shape, tokens_per_group
     counts, offsets, row_token, row_weight, row_pick, token_row_offsets, token_rows = plan
@@ -218,7 +219,7 @@ def dact(dout: Tensor, x: Tensor, plan, down_proj: Pair, gate_up: Pair, combined
     parts = x.new_empty((R, num_n if combined else 0), dtype=torch.float32)
     tma, weights = _operands(tile, (down_proj, (1, tile.k, tile.n)))
     launch(
-        experts.experts_bwd_dact, _grid(x, plan, tile, num_n, triton.cdiv(Is, tile.n)), dout, *weights, *gate_up,
+        experts_bwd.experts_bwd_dact, _grid(x, plan, tile, num_n, triton.cdiv(Is, tile.n)), dout, *weights, *gate_up,
         plan.expert_offsets, plan.row_token, plan.row_weight, dgate_up, shared_dgate_up, act, shared_act, parts, T, H,
         I, Is, E, padded(E), gate_up[0].shape[1] == I, combined, _input_precision(x), TMA=tma,
         SPECIALIZE=tile.specialize, **tile.arguments(),
@@ -248,7 +249,7 @@ def dweight(
     shared_partials = out.new_empty((shared_split if shared_split > 1 else 0, shared_m, shared_n), dtype=torch.float32)
     grid = (min(area * split + shared_area * shared_split, programs),)
     launch(
-        experts.experts_bwd_dweight, grid, *left, *right, plan.expert_offsets, plan.row_token, out,
+        experts_bwd.experts_bwd_dweight, grid, *left, *right, plan.expert_offsets, plan.row_token, out,
         _or(shared_out, out), partials, shared_partials, T, M, shared_m, N, shared_n, E, *gather, split, shared_split,
         _input_precision(out), **tile.arguments(),
     )  # fmt: skip

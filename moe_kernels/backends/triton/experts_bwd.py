@@ -1,0 +1,208 @@
+"""Experts, backward: gradients of what the activation got, and of the weights. Tiles and operands as in experts.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .experts import block, either, load, quarters
+from .groups import expert_rows, locate, num_tiles, swizzle
+
+
+@triton.jit
+def activation_bwd(dact, gate, up, GELU: tl.constexpr):
+    """Return activation(gate, up), dgate and dup in float32; for gelu dup is not used."""
+    if GELU:
+        cdf = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+        density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+        return gate * cdf, dact * (cdf + gate * density), dact
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sigmoid
+    return silu * up, dact * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), dact * silu
+
+
+@triton.jit
+def dact_epilogue(
+    dact,
+    saved,
+    out,
+    out_act,
+    weight,
+    rows,
+    last,
+    column,
+    width,
+    GELU: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Finish a slice of columns of experts_bwd_dact's tile; return its part of drow_weight, (M,)."""
+    PARTS: tl.constexpr = 1 if GELU else 2
+    columns = column + tl.arange(0, N)
+    live = (rows < last)[:, None] & (columns < width)[None, :]
+    at = rows.to(tl.int64)[:, None] * width + columns[None, :]
+    wide_at = rows.to(tl.int64)[:, None] * (PARTS * width) + columns[None, :]
+    gate = tl.load(saved + wide_at, mask=live, other=0.0).to(tl.float32)
+    up = gate if GELU else tl.load(saved + width + wide_at, mask=live, other=0.0).to(tl.float32)
+    act, dgate, dup = activation_bwd(dact * weight[:, None], gate, up, GELU)
+    tl.store(out_act + at, act * weight[:, None], mask=live)
+    tl.store(out + wide_at, dgate, mask=live)
+    if not GELU:
+        tl.store(out + width + wide_at, dup, mask=live)
+    return tl.sum(tl.where(live, dact * act, 0.0), 1)
+
+
+@triton.jit
+def experts_bwd_dact(
+    dout,
+    down_proj,
+    shared_down_proj,
+    gate_up,
+    shared_gate_up,
+    expert_offsets,
+    row_token,
+    row_weight,
+    dgate_up,
+    shared_dgate_up,
+    weighted_act,
+    shared_act,
+    partial_drow_weight,
+    T,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    SHARED_I: tl.constexpr,
+    E: tl.constexpr,
+    E_PADDED: tl.constexpr,
+    GELU: tl.constexpr,
+    COMBINED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+):
+    """dact = row_weight (dout[token of r] down_proj_e); dgate_up = activation'(gate_up, dact).
+
+    Also writes row_weight act and, per row and tile of columns, sum(dact act / row_weight): the parts of drow_weight.
+    Without COMBINED dout is (R, H), one row each, and weights are 1.
+    """
+    MASKED: tl.constexpr = H % BLOCK_K or I % BLOCK_N or SHARED_I % BLOCK_N
+    start, stop = expert_rows(expert_offsets, E, E_PADDED)
+    num_n, shared_num_n = tl.cdiv(I, BLOCK_N), tl.cdiv(SHARED_I, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), num_tiles(start, stop, T, num_n, shared_num_n, BLOCK_M), tl.num_programs(0)):
+        group, row, last, n = locate(tile, start, stop, T, num_n, shared_num_n, E, E_PADDED, BLOCK_M, GROUP)
+        shared = group == E
+        width = tl.where(shared, SHARED_I, I)
+        rows = row + tl.arange(0, BLOCK_M)
+        routed_r = rows < tl.where(shared, 0, last)
+        source = tl.minimum(rows, last - 1)
+        if COMBINED:
+            source = tl.where(shared, source, tl.load(row_token + rows, mask=routed_r, other=0))
+        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        d_at = dout + source.to(tl.int64)[:, None] * H + k[None, :]
+        if TMA:
+            matrix, expert = either(shared_down_proj, shared, down_proj), tl.where(shared, 0, group)
+        else:
+            matrix = tl.where(shared, shared_down_proj, down_proj + group.to(tl.int64) * (H * I))
+            w_at = matrix + k.to(tl.int64)[:, None] * width + columns[None, :]
+        dact = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in tl.range(0, H, BLOCK_K, warp_specialize=SPECIALIZE):
+            live = first + k < H
+            d_tile = load(d_at + first, live[None, :], H % BLOCK_K if TMA else MASKED)
+            if TMA:
+                w_tile = block(matrix, expert, first, n * BLOCK_N, BLOCK_K, BLOCK_N)
+            else:
+                w_step = tl.cast(first, tl.int64) * width
+                w_tile = load(w_at + w_step, live[:, None] & (columns < width)[None, :], MASKED)
+            dact = tl.dot(d_tile, w_tile, dact, PRECISION)
+        weight = tl.full((BLOCK_M,), 1.0, tl.float32)
+        if COMBINED:
+            weight = tl.load(row_weight + rows, mask=routed_r, other=1.0).to(tl.float32)
+        saved, out = tl.where(shared, shared_gate_up, gate_up), tl.where(shared, shared_dgate_up, dgate_up)
+        out_act = tl.where(shared, shared_act, weighted_act)
+        part = tl.zeros((BLOCK_M,), tl.float32)
+        slices = quarters(dact, BLOCK_M, BLOCK_N)
+        for i in tl.static_range(4):
+            column = n * BLOCK_N + i * (BLOCK_N // 4)
+            part += dact_epilogue(slices[i], saved, out, out_act, weight, rows, last, column, width, GELU, BLOCK_N // 4)
+        if COMBINED:
+            tl.store(partial_drow_weight + rows.to(tl.int64) * num_n + n, part, mask=routed_r)
+
+
+@triton.jit
+def experts_bwd_dweight(
+    left,
+    shared_left,
+    right,
+    shared_right,
+    expert_offsets,
+    row_token,
+    out,
+    shared_out,
+    partials,
+    shared_partials,
+    T,
+    M: tl.constexpr,
+    SHARED_M: tl.constexpr,
+    N: tl.constexpr,
+    SHARED_N: tl.constexpr,
+    E: tl.constexpr,
+    GATHER_LEFT: tl.constexpr,
+    GATHER_RIGHT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SHARED_SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """out_e (M, N) = sum over the rows r of e of left_r^T right_r, ascending; exact zeros for an expert without rows.
+
+    GATHER_*: that side has a row per token. SPLIT > 1: the rows in as many parts, summed by ordered_sum afterwards. The
+    shared expert's tiles, the longest, come first.
+    """
+    shared_tiles = tl.cdiv(SHARED_M, BLOCK_M) * tl.cdiv(SHARED_N, BLOCK_N) * SHARED_SPLIT
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * SPLIT
+    for tile in tl.range(tl.program_id(0), shared_tiles + E * tiles, tl.num_programs(0)):
+        shared = tile < shared_tiles
+        group = tl.where(shared, 0, (tile - shared_tiles) // tiles)
+        index = tl.where(shared, tile, (tile - shared_tiles) % tiles)
+        split = tl.where(shared, SHARED_SPLIT, SPLIT)
+        num_m = tl.where(shared, tl.cdiv(SHARED_M, BLOCK_M), tl.cdiv(M, BLOCK_M))
+        num_n = tl.where(shared, tl.cdiv(SHARED_N, BLOCK_N), tl.cdiv(N, BLOCK_N))
+        part, within = index // (num_m * num_n), index % (num_m * num_n)
+        m, n = swizzle(within, num_m, num_n, GROUP)
+        start = tl.where(shared, 0, tl.load(expert_offsets + group))
+        stop = tl.where(shared, T, tl.load(expert_offsets + group + 1))
+        chunk = tl.cdiv(tl.cdiv(stop - start, split), BLOCK_K) * BLOCK_K
+        start += part * chunk
+        stop = tl.minimum(stop, start + chunk)
+        left_width, right_width = tl.where(shared, SHARED_M, M), tl.where(shared, SHARED_N, N)
+        left_rows, right_rows = tl.where(shared, shared_left, left), tl.where(shared, shared_right, right)
+        lines = m * BLOCK_M + tl.arange(0, BLOCK_M)
+        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        live_l, live_c = lines < left_width, columns < right_width
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first in tl.range(start, stop, BLOCK_K):
+            rows = first + tl.arange(0, BLOCK_K)
+            live = rows < stop
+            tokens = rows
+            if GATHER_LEFT or GATHER_RIGHT:
+                routed = rows < tl.where(shared, 0, stop)
+                tokens = tl.where(shared, rows, tl.load(row_token + rows, mask=routed, other=0))
+            l_at = (tokens if GATHER_LEFT else rows).to(tl.int64)[:, None] * left_width + lines[None, :]
+            r_at = (tokens if GATHER_RIGHT else rows).to(tl.int64)[:, None] * right_width + columns[None, :]
+            l_tile = tl.load(left_rows + l_at, mask=live[:, None] & live_l[None, :], other=0.0)
+            r_tile = tl.load(right_rows + r_at, mask=live[:, None] & live_c[None, :], other=0.0)
+            total = tl.dot(tl.trans(l_tile), r_tile, total, PRECISION)
+        live_out = live_l[:, None] & live_c[None, :]
+        at = lines.to(tl.int64)[:, None] * right_width + columns[None, :]
+        if split > 1:
+            whole = (part * tl.where(shared, 1, E) + group).to(tl.int64) * left_width * right_width
+            tl.store(tl.where(shared, shared_partials, partials) + whole + at, total, mask=live_out)
+        else:
+            whole = group.to(tl.int64) * left_width * right_width
+            tl.store(tl.where(shared, shared_out, out) + whole + at, total, mask=live_out)
