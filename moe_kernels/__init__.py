@@ -1,6 +1,6 @@
 """Mixture-of-experts layers for diffusion transformers: four rooms, one plan, several backends."""
 
-from .adapters import replace_moe
+from .adapters import replace_moe, restore_moe
 from .backends import BackendInfo, backends
 from .layer import MoELayer
 from .ops import aux_loss, combine, dispatch, dispatch_expert_choice, experts, gating, modulated_gating, moe_mlp
@@ -27,4 +27,5 @@ __all__ = [
     "moe_mlp",
     "packed_weights",
     "replace_moe",
+    "restore_moe",
 ]

@@ -13,6 +13,9 @@ from torch import Tensor
 from .plan import RoutingPlan
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+AUTOCAST_DEVICES = tuple(  # asked once: Dynamo of torch 2.11 cannot trace the question
+    name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name)
+)
 INTEGERS = (torch.int32, torch.int64)
 ACTIVATIONS = {"swiglu": 2, "gelu": 1}  # rows of gate_up_proj per unit of the intermediate size
 
@@ -37,12 +40,13 @@ def shape(name: str, got: Sequence[int], expected: Sequence[int], meaning: str) 
         raise ValueError(f"{name}: got shape {tuple(got)}, expected ({meaning}) = {tuple(expected)}")
 
 
-def positive(name: str, value: int) -> None:
-    """Check an integer size."""
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+def positive(name: str, value: int) -> int:
+    """Check an integer size, numpy's integers too; return it as an int."""
+    if not isinstance(value, (numbers.Integral, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
     if value < 1:
         raise ValueError(f"{name}: got {value}, expected at least 1")
+    return value if isinstance(value, torch.SymInt) else int(value)
 
 
 def finite_number(name: str, value: float) -> None:
@@ -98,7 +102,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_enabled(x: Tensor) -> bool:
     """Say whether autocast is on for the device of x; False on devices that have none, as meta."""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return x.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import _checks, ops
 from .backends import registry
 from .backends.base import Case
-from .routing import Router, TokenChoice
+from .routing import Router, ScoresFirst, TokenChoice
+from .weights import LAYOUTS
 
 
 class MoELayer(nn.Module):
@@ -30,6 +32,9 @@ class MoELayer(nn.Module):
         backend: "auto" or a name out of `backends()`.
         recompute: keep no activations for backward, compute them there again: see `moe_mlp`.
         device, dtype: of the parameters; float32, bfloat16, float16 or float64.
+        layout: how the parameters are stored, a name out of `moe_kernels.weights.LAYOUTS`: "up_gate" has rows [up; gate],
+            "gate_up_in_out" gate_up_proj (E, H, 2I) and down_proj (E, I, H). Native reads all of them as they are; other
+            backends copy what is not "gate_up" in every call.
     Raises: TypeError, ValueError naming the argument; RuntimeError with the reason for a backend that cannot run here.
     """
 
@@ -46,38 +51,43 @@ class MoELayer(nn.Module):
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        layout: str = "gate_up",
     ) -> None:
         super().__init__()
         sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts}
-        for name, size in sizes.items():
-            _checks.positive(name, size)
-        if shared_intermediate_size:
-            _checks.positive("shared_intermediate_size", shared_intermediate_size)
+        H, I, E = (_checks.positive(name, size) for name, size in sizes.items())
+        Is = shared_intermediate_size and _checks.positive("shared_intermediate_size", shared_intermediate_size)
         self.router = TokenChoice(top_k) if router is None else router
-        _check_top_k(self.router, top_k, num_experts)
+        _check_router(self.router, top_k, E)
         registry.check_name(backend)
-        self.activation, self.backend, self.recompute = activation, backend, recompute
+        if dtype is not None and dtype not in _checks.FLOATS:
+            raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, _checks.FLOATS))}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
+        self.activation, self.backend, self.recompute, self.layout = activation, backend, recompute, layout
         parts = _checks.activation(activation)
-        E, H, I, Is = num_experts, hidden_size, intermediate_size, shared_intermediate_size
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
+        def projection(*shape: int) -> nn.Parameter:
+            *lead, rows, columns = shape
+            return parameter(*lead, columns, rows) if LAYOUTS[layout].in_out else parameter(*shape)
+
         self.gate_weight = parameter(E, H)
-        self.gate_up_proj = parameter(E, parts * I, H)
-        self.down_proj = parameter(E, H, I)
-        self.shared_gate_up_proj = parameter(parts * Is, H) if Is else None
-        self.shared_down_proj = parameter(H, Is) if Is else None
+        self.gate_up_proj, self.down_proj = projection(E, parts * I, H), projection(E, H, I)
+        self.shared_gate_up_proj = projection(parts * Is, H) if Is else None
+        self.shared_down_proj = projection(H, Is) if Is else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw weights as DiT-MoE does: Xavier-uniform for each expert matrix, U(+-1/sqrt(H)) for the router."""
-        H = self.gate_weight.shape[1]
+        H, inner = self.gate_weight.shape[1], -2 if LAYOUTS[self.layout].in_out else -1
         nn.init.uniform_(self.gate_weight, -(H**-0.5), H**-0.5)
         mlps = (self.gate_up_proj, self.down_proj), (self.shared_gate_up_proj, self.shared_down_proj)
         for gate_up, down in mlps:
             if down is not None:
-                bound = (6 / (H + down.shape[-1])) ** 0.5
+                bound = (6 / (H + down.shape[inner])) ** 0.5
                 nn.init.uniform_(gate_up, -bound, bound)
                 nn.init.uniform_(down, -bound, bound)
 
@@ -90,16 +100,14 @@ class MoELayer(nn.Module):
             x: (..., H) in the dtype of the parameters, or of any dtype under autocast.
             return_aux_loss: also return the auxiliary loss.
         Returns:
-            y (..., H), in autocast's dtype where it is on; with return_aux_loss (y, aux), aux a scalar: detached in
-            mode "injected" (its gradient is already in y, in training with gradients on), differentiable in mode
-            "scaled" (add it to the loss), zero for a router without auxiliary loss. See TokenChoice.
+            y (..., H), in autocast's dtype where it is on; with return_aux_loss (y, aux), aux a differentiable scalar to
+            be added to the loss: y then carries nothing of it, in mode "injected" either. Zero for a router without
+            auxiliary loss. See TokenChoice.
         Raises: TypeError, ValueError naming the argument.
         Cost: 6 T K H I + 6 T H Is + 2 T H E FLOPs (swiglu); no host syncs on a GPU but for the loop of `eager`.
         Source: reference.moe.SparseMoeBlock, reference.moe.ExpertChoiceMoE.
         """
-        return moe_forward(
-            x, self.gate_weight, *self.expert_weights(), self.router, self.training, return_aux_loss, self.recompute
-        )
+        return self._forward(x, return_aux_loss, None)
 
     def forward_adaln(
         self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, return_aux_loss: bool = False
@@ -113,30 +121,32 @@ class MoELayer(nn.Module):
             shift, scale, gate: (B, H), of any float dtype. LayerNorm has no parameters, and 1e-6 is its epsilon.
             return_aux_loss: as in `forward`.
         Returns: out (B, L, H) in the dtype of x; with return_aux_loss (out, aux).
-        Raises: TypeError, ValueError naming the argument; TypeError for a router without `picks` and `plan`.
-        Cost: as `forward`; where the backend fuses (triton, cuda) x is read once in front, the residual once behind.
+        Raises: TypeError, ValueError naming the argument.
+        Cost: as `forward`; where the backend fuses (triton, cuda) x is read once in front, the residual once behind. A
+            router with a `route` of its own is called with the modulated tokens, which plain torch computes.
         Source: reference.dit.DiTBlock.
         """
-        for name in ("picks", "plan"):
-            if not hasattr(self.router, name):
-                raise TypeError(f"router: got {type(self.router).__name__} without {name!r}, expected one with it")
-        return moe_forward(
-            x, self.gate_weight, *self.expert_weights(), self.router, self.training, return_aux_loss, self.recompute,
-            (shift, scale, gate),
-        )  # fmt: skip
+        return self._forward(x, return_aux_loss, (shift, scale, gate))
 
-    def expert_weights(self) -> tuple[Sequence[Any], str, str]:
-        """Return the four weights of `moe_mlp`, the activation and the backend."""
+    def _forward(
+        self, x: Tensor, return_aux_loss: bool, modulation: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        how = self.router, self.training, return_aux_loss, self.recompute, modulation
+        return moe_forward(x, self.gate_weight, *self.expert_weights(), *how)
+
+    def expert_weights(self) -> tuple[Sequence[Any], str, str, str]:
+        """Return the four weights of `moe_mlp`, the activation, the layout and the backend."""
         weights = self.gate_up_proj, self.down_proj, self.shared_gate_up_proj, self.shared_down_proj
-        return weights, self.activation, self.backend
+        return weights, self.activation, self.layout, self.backend
 
     def extra_repr(self) -> str:
-        E, H, I = self.down_proj.shape
-        Is = 0 if self.shared_down_proj is None else self.shared_down_proj.shape[1]
+        E, H, inner = *self.gate_weight.shape, -2 if LAYOUTS[self.layout].in_out else -1
+        I = self.down_proj.shape[inner]
+        Is = 0 if self.shared_down_proj is None else self.shared_down_proj.shape[inner]
         chosen = describe_backend(self.backend, self.down_proj, E, H, I, Is, self.activation)
         return (
             f"hidden_size={H}, intermediate_size={I}, num_experts={E}, shared_intermediate_size={Is}, "
-            f"activation={self.activation!r}, router={self.router}, backend={chosen}"
+            f"activation={self.activation!r}, layout={self.layout!r}, router={self.router}, backend={chosen}"
         )
 
 
@@ -145,6 +155,7 @@ def moe_forward(
     gate_weight: Tensor,
     weights: Sequence[Any],
     activation: str,
+    layout: str,
     backend: str,
     router: Router,
     training: bool,
@@ -163,26 +174,46 @@ def moe_forward(
     tokens = x.reshape(-1, H)
     how = {
         "tokens_per_image": x.shape[-2] if x.dim() > 1 else 1,
-        "inject_aux": training and torch.is_grad_enabled(),
+        "inject_aux": training and not return_aux_loss and torch.is_grad_enabled(),
         "with_aux": return_aux_loss,
     }
     around = {}
-    if modulation is None:
-        plan, aux = router.route(tokens, gate_weight, backend, **how)
-    else:
+    if modulation is not None:
         shift, scale, gate = modulation
         around = {"residual": tokens, "gate": gate}
+    if modulation is not None and _fuses(router):
         tokens, *scores = ops.modulated_gating(x, shift, scale, gate_weight, router.picks, backend=backend)
+        plan, aux = router.plan(*scores, backend, **how)
+    else:
+        tokens = tokens if modulation is None else modulate(x, shift, scale).reshape(-1, H)
+        plan, aux = router.route(tokens, gate_weight, backend, **how)
+    if modulation is not None:
         _checks.tensor("gate", gate, "B,H", like=x)
         _checks.shape("gate", gate.shape, (x.shape[0], H), "B,H")  # moe_mlp knows tokens, not images: any divisor does
-        plan, aux = router.plan(*scores, backend, **how)
-    y = ops.moe_mlp(tokens, plan, *weights, activation=activation, backend=backend, recompute=recompute, **around)
-    y = y.reshape(x.shape)
+    how = {"activation": activation, "layout": layout, "backend": backend, "recompute": recompute}
+    y = ops.moe_mlp(tokens, plan, *weights, **how, **around).reshape(x.shape)
     if not return_aux_loss:
         return y
     if aux is None:
         return y, torch.zeros((), dtype=_checks.accumulator(x.dtype), device=x.device)
     return y, aux
+
+
+def _fuses(router: Router) -> bool:
+    """Say whether gating may run in front of `router.plan` instead of `router.route`: nobody has a route of his own."""
+    return getattr(type(router), "route", None) is ScoresFirst.route and "route" not in getattr(router, "__dict__", {})
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return LayerNorm(x) (1 + scale_b) + shift_b for x (B, L, H), in the dtype that the layer computes in."""
+    _checks.tensor("x", x, "B,L,H")
+    for name, value in (("shift", shift), ("scale", scale)):
+        _checks.tensor(name, value, "B,H", like=x)
+        _checks.shape(name, value.shape, (x.shape[0], x.shape[2]), "B,H")
+    wide = x.to(_checks.accumulator(x.dtype))
+    normal = F.layer_norm(wide, wide.shape[-1:], eps=1e-6)
+    shift, scale = shift.to(wide.dtype), scale.to(wide.dtype)
+    return (normal * (1 + scale[:, None]) + shift[:, None]).to(_checks.compute_dtype(x))
 
 
 def describe_backend(backend: str, weight: Tensor, E: int, H: int, I: int, Is: int, activation: str) -> str:
@@ -195,7 +226,9 @@ def describe_backend(backend: str, weight: Tensor, E: int, H: int, I: int, Is: i
     return chosen if chosen == backend else f"{backend} -> {chosen}"
 
 
-def _check_top_k(router: Router, top_k: int, num_experts: int) -> None:
+def _check_router(router: Router, top_k: int, num_experts: int) -> None:
+    if not callable(getattr(router, "route", None)):
+        raise TypeError(f"router: got {type(router).__name__} {router!r}, expected one with a method route")
     own = getattr(router, "top_k", None)
     if own is None:
         return

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from .adapters.dit_moe import DiTMoEBlock
+from .adapters import MoEBlock
 from .layer import MoELayer
 from .ops.moe_mlp import pack_weights
 
@@ -32,7 +32,7 @@ def packed_weights(model: nn.Module) -> Iterator[int]:
     Raises: ValueError where the model has no such layer, and from a forward inside for changed weights.
     Cost: the memory of the expert weights once more (twice for bfloat16 on a CPU without avx512_bf16).
     """
-    layers = [module for module in model.modules() if isinstance(module, (MoELayer, DiTMoEBlock))]
+    layers = [module for module in model.modules() if isinstance(module, (MoELayer, MoEBlock))]
     if not layers:
         raise ValueError(f"model: found no MoELayer and no block of replace_moe in {type(model).__name__}")
     with ExitStack() as stack:

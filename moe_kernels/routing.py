@@ -14,7 +14,7 @@ AUX_LOSS_MODES = ("injected", "scaled")
 
 
 class Router(Protocol):
-    """What MoELayer asks of a router; `forward_adaln` asks for `picks` and `plan` instead, see TokenChoice."""
+    """What MoELayer asks of a router."""
 
     def route(
         self,
@@ -28,32 +28,8 @@ class Router(Protocol):
     ) -> tuple[RoutingPlan, Tensor | None]: ...
 
 
-@dataclass(frozen=True)
-class TokenChoice:
-    """Every token takes its top_k experts, with the raw softmax probabilities as weights (DiT-MoE).
-
-    The auxiliary loss balances the load: alpha E sum_i f_i P_i over all tokens of the call. aux_loss_mode says how it
-    reaches the parameters:
-
-    "injected", as in the original: in training, with gradients on, the weights of the picks carry it, through an
-        identity whose backward gives the auxiliary loss gradient 1 (the original's is on the output: the same
-        gradients). The printed loss does not contain it, and **nothing scales it**: not gradient accumulation, and not
-        the loss scale of fp16 training. Under a loss scale of 65536 its share of the
-        unscaled gradient is 1/65536, so balancing is in effect off: a bug of the original recipe, kept for parity.
-    "scaled": nothing is injected. Take (y, aux) from `layer(x, return_aux_loss=True)` and add aux to the loss: whatever
-        scales the loss scales it too. Use it with fp16. An aux that is not added has no effect.
-    """
-
-    top_k: int
-    aux_loss_alpha: float = 0.01
-    aux_loss_mode: str = "injected"
-
-    def __post_init__(self) -> None:
-        _checks.positive("top_k", self.top_k)
-        _checks.finite_number("aux_loss_alpha", self.aux_loss_alpha)
-        if self.aux_loss_mode not in AUX_LOSS_MODES:
-            expected = " or ".join(map(repr, AUX_LOSS_MODES))
-            raise ValueError(f"aux_loss_mode: got {self.aux_loss_mode!r}, expected {expected}")
+class ScoresFirst:
+    """A router whose `route` is gating and then `plan`: layers with adaLN fuse the first, and call `plan` themselves."""
 
     def route(
         self,
@@ -65,23 +41,53 @@ class TokenChoice:
         inject_aux: bool = False,
         with_aux: bool = True,
     ) -> tuple[RoutingPlan, Tensor | None]:
-        """Route tokens to experts: gating, dispatch and, `with_aux`, the auxiliary loss.
+        """Route tokens and experts to each other: gating, dispatch and, `with_aux`, the auxiliary loss.
 
         Args:
             x: (T, H); float32, bfloat16, float16 or float64.
             gate_weight: (E, H).
             backend: "auto" or a name out of `backends()`.
-            tokens_per_image: not used by this router.
+            tokens_per_image: how many consecutive tokens are one image, where the router asks.
             inject_aux: in mode "injected", let the plan's row_weight carry the gradient of the auxiliary loss.
             with_aux: whether to compute the auxiliary loss.
-        Returns: the plan with R = T K rows, and the auxiliary loss or None; differentiable in mode "scaled".
-        Raises: as `gating`.
-        Cost: as `gating` and `dispatch`; no host syncs on a GPU.
-        Source: reference.routing.token_choice, reference.routing.aux_loss.
+        Returns: the plan, and the auxiliary loss or None where there is none; differentiable unless it is injected.
+        Raises: as `gating` and the dispatch of the router; ValueError for a router that does not fit E experts.
+        Cost: as these two; no host syncs on a GPU.
+        Source: reference.routing.
         """
         scores = ops.gating(x, gate_weight, self.picks, backend)
         how = {"tokens_per_image": tokens_per_image, "inject_aux": inject_aux, "with_aux": with_aux}
         return self.plan(*scores, backend, **how)
+
+
+@dataclass(frozen=True)
+class TokenChoice(ScoresFirst):
+    """Every token takes its top_k experts, with the raw softmax probabilities as weights (DiT-MoE).
+
+    The auxiliary loss balances the load: alpha E sum_i f_i P_i over all tokens of the call. aux_loss_mode says how it
+    reaches the parameters:
+
+    "injected", as in the original: in training, with gradients on, and unless the call asks for the loss, the weights
+        of the picks carry it, through an identity whose backward gives the auxiliary loss gradient 1 (the original's is
+        on the output: the same gradients). The printed loss does not contain it, and **nothing scales it**: not
+        gradient accumulation, and not the loss scale of fp16 training. Under a loss scale of 65536 its share of the
+        unscaled gradient is 1/65536, so balancing is in effect off: a bug of the original recipe, kept for parity.
+    "scaled": nothing is ever injected.
+
+    In both, `y, aux = layer(x, return_aux_loss=True)` injects nothing and gives an aux to be added to the loss: whatever
+    scales the loss scales it too. Use that with fp16. An aux that is not added has no effect.
+    """
+
+    top_k: int
+    aux_loss_alpha: float = 0.01
+    aux_loss_mode: str = "injected"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "top_k", _checks.positive("top_k", self.top_k))
+        _checks.finite_number("aux_loss_alpha", self.aux_loss_alpha)
+        if self.aux_loss_mode not in AUX_LOSS_MODES:
+            expected = " or ".join(map(repr, AUX_LOSS_MODES))
+            raise ValueError(f"aux_loss_mode: got {self.aux_loss_mode!r}, expected {expected}")
 
     @property
     def picks(self) -> int:
@@ -101,15 +107,16 @@ class TokenChoice:
     ) -> tuple[RoutingPlan, Tensor | None]:
         """Turn what `gating` or `modulated_gating` returned into what `route` returns."""
         plan = ops.dispatch(topk_ids, topk_weights, probs.shape[1], backend)
-        injected, of = self.aux_loss_mode == "injected", (probs, plan.expert_counts, self.top_k, self.aux_loss_alpha)
-        aux = ops.aux_loss(probs.detach() if injected else probs, *of[1:]) if with_aux else None
-        if inject_aux and injected:
+        injecting = inject_aux and self.aux_loss_mode == "injected"
+        of = probs, plan.expert_counts, self.top_k, self.aux_loss_alpha
+        aux = ops.aux_loss(probs.detach() if injecting else probs, *of[1:]) if with_aux else None
+        if injecting:
             plan = replace(plan, row_weight=ops.inject_aux_loss(plan.row_weight, *of))
         return plan, aux
 
 
 @dataclass(frozen=True)
-class ExpertChoice:
+class ExpertChoice(ScoresFirst):
     """Every expert takes its best tokens out of each group, with the raw affinities as weights (EC-DIT).
 
     Load is balanced by construction, so there is no auxiliary loss. A token may be taken by 0 to E experts.
@@ -123,34 +130,7 @@ class ExpertChoice:
         if not self.capacity_factor > 0:
             raise ValueError(f"capacity_factor: got {self.capacity_factor}, expected more than 0")
         if self.tokens_per_group is not None:
-            _checks.positive("tokens_per_group", self.tokens_per_group)
-
-    def route(
-        self,
-        x: Tensor,
-        gate_weight: Tensor,
-        backend: str = "auto",
-        *,
-        tokens_per_image: int | None = None,
-        inject_aux: bool = False,
-        with_aux: bool = True,
-    ) -> tuple[RoutingPlan, Tensor | None]:
-        """Route experts to tokens: each takes max(1, int(G capacity_factor / E)) tokens of every G consecutive ones.
-
-        Args:
-            x: (T, H); float32, bfloat16, float16 or float64.
-            gate_weight: (E, H).
-            backend: "auto" or a name out of `backends()`.
-            tokens_per_image: G where tokens_per_group is None; T if that is None too.
-            inject_aux, with_aux: not used by this router.
-        Returns: the plan and None.
-        Raises: as `gating` and `dispatch_expert_choice`; ValueError for a capacity_factor above E.
-        Cost: as these two; no host syncs on a GPU.
-        Source: reference.routing.expert_choice.
-        """
-        scores = ops.gating(x, gate_weight, self.picks, backend)
-        how = {"tokens_per_image": tokens_per_image, "inject_aux": inject_aux, "with_aux": with_aux}
-        return self.plan(*scores, backend, **how)
+            object.__setattr__(self, "tokens_per_group", _checks.positive("tokens_per_group", self.tokens_per_group))
 
     @property
     def picks(self) -> int:

@@ -1,5 +1,6 @@
 """Adapters: our layer inside other people's models."""
 
-from .dit_moe import replace_moe
+from .block import MoEBlock
+from .replace import replace_moe, restore_moe
 
-__all__ = ["replace_moe"]
+__all__ = ["MoEBlock", "replace_moe", "restore_moe"]

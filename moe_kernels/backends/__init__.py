@@ -1,6 +1,6 @@
 """Backends: the same rooms computed in different ways."""
 
-from .base import Backend, Case, MoEWeights
+from .base import Backend, Case
 from .registry import BackendInfo, backends
 
-__all__ = ["Backend", "BackendInfo", "Case", "MoEWeights", "backends"]
+__all__ = ["Backend", "BackendInfo", "Case", "backends"]

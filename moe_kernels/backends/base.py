@@ -5,22 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._checks import accumulator
 from ..plan import RoutingPlan
+from ..weights import LayerWeights, MoEWeights
 
 
-class MoEWeights(NamedTuple):
-    """Stacked weights of one layer, all contiguous and of the dtype of x."""
-
-    gate_up_proj: Tensor  # (E, 2I, H), rows [gate; up]; (E, I, H) for gelu
-    down_proj: Tensor  # (E, H, I)
-    shared_gate_up_proj: Tensor | None = None  # (2Is, H); (Is, H) for gelu
-    shared_down_proj: Tensor | None = None  # (H, Is)
+Weights = LayerWeights | MoEWeights  # which of the two says Backend.reads_addresses
+Gradient = Tensor | list[Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,7 @@ class Backend(ABC):
     """
 
     name: str
+    reads_addresses = False  # weights come as LayerWeights, wherever they lie, and not stacked
 
     def available(self) -> bool:
         """Say whether the backend can run in this process at all."""
@@ -97,9 +93,12 @@ class Backend(ABC):
 
     @abstractmethod
     def experts(
-        self, x: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor, activation: str, save: bool
+        self, x: Tensor, plan: RoutingPlan, w: Weights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return y_rows (R,H), unweighted, and gate_up (R,2I) ((R,I) for gelu), which is (0,) unless `save`."""
+        """Return y_rows (R,H), unweighted, and gate_up (R,2I) ((R,I) for gelu), which is (0,) unless `save`.
+
+        gate_up is always [gate | up], whatever the layout of the weights. w has no shared expert.
+        """
 
     @abstractmethod
     def experts_bwd(
@@ -108,11 +107,11 @@ class Backend(ABC):
         x: Tensor,
         plan: RoutingPlan,
         gate_up: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
+        w: Weights,
         activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dx (T,H), dgate_up_proj (E,2I,H), ddown_proj (E,H,I); exact zeros where an expert has no rows."""
+        needed: Sequence[bool],
+    ) -> tuple[Tensor, Gradient, Gradient]:
+        """Return dx (T,H) and the gradients of gate_up_proj and down_proj, as `moe_mlp_bwd` does."""
 
     @abstractmethod
     def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
@@ -124,11 +123,11 @@ class Backend(ABC):
 
     @abstractmethod
     def moe_mlp(
-        self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
+        self, x: Tensor, plan: RoutingPlan, w: Weights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return out (T,H), gate_up (R,2I), shared_gate_up (T,2Is); the last two are (0,) where not saved or absent."""
 
-    def pack(self, w: MoEWeights, activation: str, owners: Sequence[Tensor]) -> Callable[[], None] | None:
+    def pack(self, w: Weights, activation: str, owners: Sequence[Tensor]) -> Callable[[], None] | None:
         """Keep a copy of the weights in the form the forward reads; moe_mlp uses it for weights at the same address.
 
         Until the returned function is called, which drops the copy, moe_mlp raises ValueError for weights that have
@@ -143,12 +142,15 @@ class Backend(ABC):
         dout: Tensor,
         x: Tensor,
         plan: RoutingPlan,
-        w: MoEWeights,
+        w: Weights,
         gate_up: Tensor,
         shared_gate_up: Tensor,
         activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return dx, drow_weight and the gradients of the four weights (None for a shared expert that is not there).
+        needed: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Gradient, Gradient, Gradient, Gradient]:
+        """Return dx, drow_weight and the gradients of the four weights: stacked, or lists where the backend reads
+        addresses, in the form of the weights; exact zeros where an expert has no rows. None for a shared expert that is
+        not there, and, if the backend can save the work, where `needed` (four flags) says no.
 
         gate_up and shared_gate_up are (0,) where the forward did not keep them: they are computed again.
         """
@@ -198,7 +200,7 @@ class Backend(ABC):
         return dx.to(x.dtype), dshift.to(shift.dtype), dscale.to(scale.dtype), dgate_weight
 
     def gated_moe_mlp(
-        self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool, residual: Tensor, gate: Tensor
+        self, x: Tensor, plan: RoutingPlan, w: Weights, activation: str, save: bool, residual: Tensor, gate: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return out = residual + gate_b y (T,H) in the dtype of residual, the rest of moe_mlp's results, and y."""
         y, gate_up, shared_gate_up = self.moe_mlp(x, plan, w, activation, save)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from types import ModuleType
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from .. import _checks
 from ..plan import RoutingPlan
+from ..weights import MoEWeights
 from ._device import tf32_allowed, unfit_devices
 from ._views import TAGS, empty_plan
 from ._views import view as view_of
-from .base import Backend, Case, MoEWeights
+from .base import Backend, Case
 
 FIBERS = "MOE_KERNELS_FIBERS"  # path of the module that runs the same sources on CPU tensors, for tests
 ALIGNMENT = 16  # bytes of one access of the kernels
@@ -203,13 +204,13 @@ class CudaBackend(Backend):
 
     @_on_device
     def experts(
-        self, x: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor, activation: str, save: bool
+        self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor]:
-        R, I = plan.num_rows, down_proj.shape[2]
-        y_rows, gate_up = x.new_empty((R, x.shape[1])), x.new_empty((R, gate_up_proj.shape[1]) if save else 0)
+        R, I = plan.num_rows, w.down_proj.shape[2]
+        y_rows, gate_up = x.new_empty((R, x.shape[1])), x.new_empty((R, w.gate_up_proj.shape[1]) if save else 0)
         workspace = _workspace(R * I * x.element_size(), x)
         _c.experts_fwd(
-            view(x), views(plan), view(gate_up_proj), view(down_proj), activation, _tf32(x), view(y_rows),
+            view(x), views(plan), view(w.gate_up_proj), view(w.down_proj), activation, _tf32(x), view(y_rows),
             view(gate_up) if save else None, view(workspace), _stream(x),
         )  # fmt: skip
         return y_rows, gate_up
@@ -221,12 +222,12 @@ class CudaBackend(Backend):
         x: Tensor,
         plan: RoutingPlan,
         gate_up: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
+        w: MoEWeights,
         activation: str,
+        needed: Sequence[bool] = (True, True),
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dx, dgate_up_proj, ddown_proj = (torch.empty_like(t) for t in (x, gate_up_proj, down_proj))
-        inputs, weights, how = (view(x), views(plan)), (view(gate_up_proj), view(down_proj)), (activation, _tf32(x))
+        dx, dgate_up_proj, ddown_proj = (torch.empty_like(t) for t in (x, *w[:2]))
+        inputs, weights, how = (view(x), views(plan)), [view(t) for t in w[:2]], (activation, _tf32(x))
         workspace = _workspace(_c.moe_mlp_bwd_workspace_bytes(*inputs, *weights, None, None, *how, False), x)
         _c.experts_bwd(
             view(dy_rows), *inputs, view(gate_up), *weights, *how, view(dx), view(dgate_up_proj), view(ddown_proj),
@@ -282,6 +283,7 @@ class CudaBackend(Backend):
         gate_up: Tensor,
         shared_gate_up: Tensor,
         activation: str,
+        needed: Sequence[bool] = (True,) * 4,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
         grads = [None if t is None else torch.empty_like(t) for t in w]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -10,7 +11,8 @@ from torch.nn import functional as F
 
 from .._checks import accumulator
 from ..plan import RoutingPlan
-from .base import Backend, Case, MoEWeights
+from ..weights import MoEWeights
+from .base import Backend, Case
 
 
 class EagerBackend(Backend):
@@ -85,10 +87,10 @@ class EagerBackend(Backend):
         )
 
     def experts(
-        self, x: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor, activation: str, save: bool
+        self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor]:
-        gate_up = self.rows_times(x.index_select(0, plan.row_token), gate_up_proj.transpose(1, 2), plan)
-        y_rows = self.rows_times(_activate(gate_up, activation), down_proj.transpose(1, 2), plan)
+        gate_up = self.rows_times(x.index_select(0, plan.row_token), w.gate_up_proj.transpose(1, 2), plan)
+        y_rows = self.rows_times(_activate(gate_up, activation), w.down_proj.transpose(1, 2), plan)
         return y_rows, gate_up if save else x.new_empty(0)
 
     def experts_bwd(
@@ -97,15 +99,15 @@ class EagerBackend(Backend):
         x: Tensor,
         plan: RoutingPlan,
         gate_up: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
+        w: MoEWeights,
         activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dact = self.rows_times(dy_rows, down_proj, plan)
+        needed: Sequence[bool] = (True, True),
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        dact = self.rows_times(dy_rows, w.down_proj, plan)
         act, dgate_up = _activate_bwd(gate_up, dact, activation)
-        ddown_proj = self.outer_sums(dy_rows, act.to(x.dtype), plan)
-        dgate_up_proj = self.outer_sums(dgate_up, x.index_select(0, plan.row_token), plan)
-        dx = _sum_rows(self.rows_times(dgate_up, gate_up_proj, plan), plan)
+        ddown_proj = self.outer_sums(dy_rows, act.to(x.dtype), plan) if needed[1] else None
+        dgate_up_proj = self.outer_sums(dgate_up, x.index_select(0, plan.row_token), plan) if needed[0] else None
+        dx = _sum_rows(self.rows_times(dgate_up, w.gate_up_proj, plan), plan)
         return dx.to(x.dtype), dgate_up_proj, ddown_proj
 
     def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
@@ -121,7 +123,7 @@ class EagerBackend(Backend):
     def moe_mlp(
         self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y_rows, gate_up = self.experts(x, plan, w.gate_up_proj, w.down_proj, activation, save)
+        y_rows, gate_up = self.experts(x, plan, w, activation, save)
         if w.shared_gate_up_proj is None:
             return self.combine(y_rows, plan, None), gate_up, x.new_empty(0)
         shared_gate_up = x @ w.shared_gate_up_proj.T
@@ -137,7 +139,8 @@ class EagerBackend(Backend):
         gate_up: Tensor,
         shared_gate_up: Tensor,
         activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        needed: Sequence[bool] = (True,) * 4,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         if not gate_up.numel():
             _, gate_up, shared_gate_up = self.moe_mlp(x, plan, w, activation, True)
         dout_rows = dout.index_select(0, plan.row_token)
@@ -145,14 +148,16 @@ class EagerBackend(Backend):
         dact = self.rows_times(dout_rows, w.down_proj, plan).to(row_weight.dtype)  # before the row's weight
         act, dgate_up = _activate_bwd(gate_up, dact * row_weight, activation)
         drow_weight = (dact * act).sum(-1).to(plan.row_weight.dtype)
-        ddown_proj = self.outer_sums(dout_rows, (act * row_weight).to(x.dtype), plan)
-        dgate_up_proj = self.outer_sums(dgate_up, x.index_select(0, plan.row_token), plan)
+        ddown_proj = self.outer_sums(dout_rows, (act * row_weight).to(x.dtype), plan) if needed[1] else None
+        dgate_up_proj = self.outer_sums(dgate_up, x.index_select(0, plan.row_token), plan) if needed[0] else None
         dx = _sum_rows(self.rows_times(dgate_up, w.gate_up_proj, plan), plan)
         if w.shared_gate_up_proj is None:
             return dx.to(x.dtype), drow_weight, dgate_up_proj, ddown_proj, None, None
         act, dgate_up = _activate_bwd(shared_gate_up, dout @ w.shared_down_proj, activation)
         dx = (dx + dgate_up @ w.shared_gate_up_proj).to(x.dtype)
-        return dx, drow_weight, dgate_up_proj, ddown_proj, dgate_up.T @ x, dout.T @ act.to(x.dtype)
+        dshared_gate_up_proj = dgate_up.T @ x if needed[2] else None
+        dshared_down_proj = dout.T @ act.to(x.dtype) if needed[3] else None
+        return dx, drow_weight, dgate_up_proj, ddown_proj, dshared_gate_up_proj, dshared_down_proj
 
     def rows_times(self, rows: Tensor, weight: Tensor, plan: RoutingPlan) -> Tensor:
         """(R, M), (E, M, N) -> (R, N): every row times the matrix of its expert."""

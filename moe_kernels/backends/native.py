@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..plan import RoutingPlan
-from ._views import empty_plan, view
-from .base import Backend, Case, MoEWeights
+from ._views import TAGS, empty_plan, view
+from ..weights import LayerWeights
+from .base import Backend, Case
 
 _POOLED_BYTES = 4 << 20  # from here on malloc maps fresh pages, and page faults cost up to 10 % of a backward
 _FLOATS = torch.float32, torch.bfloat16, torch.float16
@@ -30,6 +31,26 @@ def _new(shape: tuple[int, ...], like: Tensor) -> Tensor:
     from .. import _C
 
     return torch.frombuffer(_C.Block(nbytes), dtype=like.dtype).view(shape)
+
+
+def _new_alike(kind: Sequence[Tensor]) -> list[Tensor]:
+    """Empty tensors of the shapes of a kind, each on a storage of its own; together on one piece of that memory."""
+    first = kind[0]
+    count, size = first.numel(), first.element_size()
+    if len(kind) == 1 or len(kind) * count * size < _POOLED_BYTES:
+        return [_new(t.shape, t) for t in kind]
+    from .. import _C
+
+    block = _C.Block(len(kind) * count * size)
+    parts = range(0, len(kind) * count * size, count * size)
+    return [torch.frombuffer(block, dtype=first.dtype, count=count, offset=at).view(first.shape) for at in parts]
+
+
+def _matrices(w: LayerWeights) -> list:
+    """Return the tables of gate, up, down and those of the shared expert, as the extension takes them."""
+    from .. import _C
+
+    return [m and _C.Matrices(*m[:-1], TAGS[m.dtype]) for m in w.matrices()]
 
 
 def _views(plan: RoutingPlan) -> list:
@@ -61,12 +82,13 @@ class NativeBackend(Backend):
     """
 
     name = "native"
+    reads_addresses = True
 
     def __init__(self) -> None:
         from .. import _C
 
         self._c = _C
-        self._packed: dict[int, _Packed] = {}  # by the address of gate_up_proj
+        self._packed: dict[int, _Packed] = {}  # by the address of the first down_proj
 
     def supports(self, case: Case) -> str | None:
         if case.device != "cpu":
@@ -112,23 +134,24 @@ class NativeBackend(Backend):
         )
         return plan
 
-    def experts(self, x, plan, gate_up_proj, down_proj, activation, save) -> tuple[Tensor, Tensor]:
+    def experts(self, x, plan, w: LayerWeights, activation, save) -> tuple[Tensor, Tensor]:
         R = plan.num_rows
         y_rows = x.new_empty((R, x.shape[1]))
-        gate_up = _new((R, gate_up_proj.shape[1]) if save else (0,), x)
+        gate_up = _new((R, w.parts * w.intermediate_size) if save else (0,), x)
         self._c.experts_fwd(
-            _view(x), _views(plan), _view(gate_up_proj), _view(down_proj), activation, _view(y_rows),
-            _view(gate_up) if save else None, torch.get_num_threads(),
+            _view(x), _views(plan), _matrices(w)[:3], activation, _view(y_rows), _view(gate_up) if save else None,
+            torch.get_num_threads(),
         )  # fmt: skip
         return y_rows, gate_up
 
-    def experts_bwd(self, dy_rows, x, plan, gate_up, gate_up_proj, down_proj, activation):
-        dx, dgate_up_proj, ddown_proj = (_new(t.shape, t) for t in (x, gate_up_proj, down_proj))
+    def experts_bwd(self, dy_rows, x, plan, gate_up, w: LayerWeights, activation, needed):
+        dx = _new(x.shape, x)
+        grads, tables = _gradients(w, needed)
         self._c.experts_bwd(
-            _view(dy_rows), _view(x), _views(plan), _view(gate_up), _view(gate_up_proj), _view(down_proj), activation,
-            _view(dx), _view(dgate_up_proj), _view(ddown_proj), torch.get_num_threads(),
+            _view(dy_rows), _view(x), _views(plan), _matrices(w)[:3], _view(gate_up), activation, _view(dx), tables[:3],
+            torch.get_num_threads(),
         )  # fmt: skip
-        return dx, dgate_up_proj, ddown_proj
+        return dx, *grads
 
     def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
         out = y_rows.new_empty((plan.num_tokens, y_rows.shape[1]))
@@ -142,33 +165,53 @@ class NativeBackend(Backend):
         )
         return dy_rows, drow_weight
 
-    def moe_mlp(self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool):
-        shared = w.shared_gate_up_proj is not None
+    def moe_mlp(self, x: Tensor, plan: RoutingPlan, w: LayerWeights, activation: str, save: bool):
+        shared = bool(w.shared_intermediate_size)
         out = torch.empty_like(x)
-        gate_up = _new((plan.num_rows, w.gate_up_proj.shape[1]) if save else (0,), x)
-        shared_gate_up = _new((x.shape[0], w.shared_gate_up_proj.shape[0]) if save and shared else (0,), x)
-        packed = self._packed.get(w.gate_up_proj.data_ptr())
+        gate_up = _new((plan.num_rows, w.parts * w.intermediate_size) if save else (0,), x)
+        shared_gate_up = _new((x.shape[0], w.parts * w.shared_intermediate_size) if save and shared else (0,), x)
+        packed = self._packed.get(_key(w))
         self._c.moe_mlp_fwd(
-            _view(x), _views(plan), *(_view(t) for t in w), activation, packed and packed.weights(), _view(out),
+            _view(x), _views(plan), _matrices(w), activation, packed and packed.weights(), _view(out),
             _view(gate_up) if save else None, _view(shared_gate_up) if save and shared else None,
             torch.get_num_threads(),
         )  # fmt: skip
         return out, gate_up, shared_gate_up
 
-    def pack(self, w: MoEWeights, activation: str, owners: Sequence[Tensor]) -> Callable[[], None]:
-        key = w.gate_up_proj.data_ptr()
+    def pack(self, w: LayerWeights, activation: str, owners: Sequence[Tensor]) -> Callable[[], None]:
+        key = _key(w)
         if key in self._packed:
             return lambda: None  # an enclosing context has it
-        weights = self._c.PackedWeights(*(_view(t) for t in w), activation, torch.get_num_threads())
+        weights = self._c.PackedWeights(_matrices(w), activation, torch.get_num_threads())
         self._packed[key] = _Packed(weights, owners)
         return lambda: self._packed.pop(key)
 
-    def moe_mlp_bwd(self, dout, x, plan, w: MoEWeights, gate_up, shared_gate_up, activation):
+    def moe_mlp_bwd(self, dout, x, plan, w: LayerWeights, gate_up, shared_gate_up, activation, needed):
         dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
-        grads = [None if t is None else _new(t.shape, t) for t in w]
+        grads, tables = _gradients(w, needed)
         self._c.moe_mlp_bwd(
-            _view(dout), _view(x), _views(plan), *(_view(t) for t in w),
+            _view(dout), _view(x), _views(plan), _matrices(w),
             *(_view(t) if t.numel() else None for t in (gate_up, shared_gate_up)), activation, _view(dx),
-            _view(drow_weight), *(_view(t) for t in grads), torch.get_num_threads(),
+            _view(drow_weight), tables, torch.get_num_threads(),
         )  # fmt: skip
         return dx, drow_weight, *grads
+
+
+def _key(w: LayerWeights) -> int:
+    return w.kinds[1][0].data_ptr()
+
+
+_TABLES = (0, 1), (2,), (3, 4), (5,)  # where the matrices of a kind are among the tables
+
+
+def _gradients(w: LayerWeights, needed: Sequence[bool]) -> tuple[list[list[Tensor] | None], list]:
+    """Return empty gradients in the form of the weights, and their tables; None for kinds that nobody needs."""
+    wanted = [flag and bool(kind) for flag, kind in zip(needed, w.kinds, strict=False)]
+    grads = [_new_alike(kind) if flag else None for flag, kind in zip(wanted, w.kinds, strict=False)]
+    # A kind without gradients stands in for itself, so that the sizes can be read, and is taken out again.
+    forms = [kind if grad is None else grad for grad, kind in zip(grads, w.kinds, strict=False)]
+    tables = _matrices(LayerWeights(*forms, layout=w.name))
+    for flag, positions in zip(wanted, _TABLES, strict=False):
+        for position in () if flag else positions:
+            tables[position] = None
+    return grads, tables

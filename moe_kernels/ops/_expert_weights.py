@@ -1,23 +1,27 @@
-"""Weight arguments of the ops: stacked, or lists of per-expert views of one slab."""
+"""Weight arguments of the ops, stacked or one matrix by one: their checks, and how they reach a backend and come back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from .. import _checks, weights
-from ..backends.base import MoEWeights
+from .. import _checks
+from ..backends.base import Backend
 from ..plan import RoutingPlan
+from ..weights import LAYOUTS, LayerWeights, MoEWeights
 
 Weights = Tensor | Sequence[Tensor]
+Lists = Sequence[Sequence[Tensor]]  # gate_up, down, and those of the shared expert, as LayerWeights takes them
 
 
-def stacked_shape(name: str, tensors: Sequence[Tensor], lead: tuple[int, ...], parts: int) -> tuple[int, ...]:
-    """Return the stacked shape of a weight argument: lead + (rows, columns); lead is (E,), for the shared expert ()."""
+def _shape(name: str, tensors: Sequence[Tensor], lead: tuple[int, ...], parts: int, in_out: bool) -> tuple[int, ...]:
+    """Return the shape of a weight argument as lead + (out, in); lead is (E,), for the shared expert ()."""
     first = tensors[0]
     if len(tensors) == 1 and first.dim() == len(lead) + 2:
-        return tuple(first.shape)
+        *outer, rows, columns = first.shape
+        return (*outer, columns, rows) if in_out else (*outer, rows, columns)
     count = parts * lead[0] if lead else parts
     if len(tensors) != count or first.dim() != 2:
         raise ValueError(
@@ -27,25 +31,40 @@ def stacked_shape(name: str, tensors: Sequence[Tensor], lead: tuple[int, ...], p
     for position, tensor in enumerate(tensors):
         if tensor.shape != first.shape:
             raise ValueError(f"{name}[{position}]: got shape {tuple(tensor.shape)}, expected {tuple(first.shape)}")
-    return (*lead, parts * first.shape[0], first.shape[1])
+    rows, columns = reversed(first.shape) if in_out else first.shape
+    return (*lead, parts * rows, columns)
 
 
 def check(
-    x: Tensor, plan: RoutingPlan, gate_up_proj: Weights, down_proj: Weights, activation: str, shared: bool = False
+    x: Tensor,
+    plan: RoutingPlan,
+    gate_up_proj: Weights,
+    down_proj: Weights,
+    activation: str,
+    layout: str,
+    shared: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Check the weights of the routed experts or of the shared one against x and the plan; return them as lists."""
     parts = _checks.activation(activation)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
+    in_out, H = LAYOUTS[layout].in_out, x.shape[1]
     prefix, lead, meaning = ("shared_", (), "") if shared else ("", (plan.num_experts,), "E,")
     gate_up, down = (_as_list(prefix + n, w, x) for n, w in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)))
-    H = x.shape[1]
-    shape = stacked_shape(prefix + "gate_up_proj", gate_up, lead, parts)
+
+    def expect(name: str, got: tuple[int, ...], rows: int, columns: int, dims: tuple[str, str]) -> None:
+        if in_out:
+            got, rows, columns, dims = (*got[:-2], got[-1], got[-2]), columns, rows, dims[::-1]
+        _checks.shape(prefix + name, got, (*lead, rows, columns), meaning + ",".join(dims))
+
+    shape = _shape(prefix + "gate_up_proj", gate_up, lead, parts, in_out)
     rows = shape[-2]
     if rows % parts or rows == 0:
         expected = f"a positive multiple of {parts} ({activation})"
-        raise ValueError(f"{prefix}gate_up_proj: got {rows} rows, expected {expected}")
-    _checks.shape(f"{prefix}gate_up_proj", shape, (*lead, rows, H), f"{meaning}{parts if parts > 1 else ''}I,H")
-    down_shape = stacked_shape(prefix + "down_proj", down, lead, 1)
-    _checks.shape(f"{prefix}down_proj", down_shape, (*lead, H, rows // parts), f"{meaning}H,I")
+        raise ValueError(f"{prefix}gate_up_proj: got {rows} {'columns' if in_out else 'rows'}, expected {expected}")
+    expect("gate_up_proj", shape, rows, H, (f"{parts if parts > 1 else ''}I", "H"))
+    down_shape = _shape(prefix + "down_proj", down, lead, 1, in_out)
+    expect("down_proj", down_shape, H, rows // parts, ("H", "I"))
     return gate_up, down
 
 
@@ -55,52 +74,48 @@ def _as_list(name: str, value: Weights, x: Tensor) -> list[Tensor]:
     tensors = [value] if isinstance(value, Tensor) else list(value)
     if not tensors:
         raise ValueError(f"{name}: got an empty sequence, expected weights")
-    autocast = _checks.autocast_enabled(x)
+    dtype, device, autocast = x.dtype, x.device, _checks.autocast_enabled(x)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {x.device} (the device of x)")
-        if tensor.dtype != x.dtype and not (autocast and tensor.dtype in _checks.FLOATS):
-            raise TypeError(f"{name}: got {tensor.dtype}, expected {x.dtype} (the dtype of x)")
+        if tensor.device != device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {device} (the device of x)")
+        if tensor.dtype != dtype and not (autocast and tensor.dtype in _checks.FLOATS):
+            raise TypeError(f"{name}: got {tensor.dtype}, expected {dtype} (the dtype of x)")
     return tensors
 
 
-def gate_up_width(gate_up: Sequence[Tensor], num_experts: int | None) -> int:
-    """Return the columns of gate_up: 2I or I. num_experts is None for the shared expert."""
-    matrices = 1 if len(gate_up) == 1 else len(gate_up) // (num_experts or 1)
-    return matrices * gate_up[0].shape[-2]
+def gate_up_width(gate_up: Sequence[Tensor], num_experts: int, layout: str) -> int:
+    """Return the columns of gate_up: 2I or I. num_experts is 1 for the shared expert."""
+    matrices = 1 if len(gate_up) == 1 else len(gate_up) // num_experts
+    return matrices * gate_up[0].shape[-1 if LAYOUTS[layout].in_out else -2]
 
 
-def stack(
-    x: Tensor,
-    num_experts: int,
-    gate_up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    shared_gate_up: Sequence[Tensor] = (),
-    shared_down: Sequence[Tensor] = (),
-) -> MoEWeights:
-    """View (never copy) the lists as stacked tensors; cast to the dtype of x where autocast made it another one."""
-    H = x.shape[1]
-
-    def one(name: str, tensors: Sequence[Tensor], *shape: int) -> Tensor:
-        return weights.stacked(name, tensors, shape).to(x.dtype).contiguous()
-
-    width, I = gate_up_width(gate_up, num_experts), down[0].shape[-1]
-    routed = one("gate_up_proj", gate_up, num_experts, width, H), one("down_proj", down, num_experts, H, I)
-    if not shared_gate_up:
-        return MoEWeights(*routed)
-    return MoEWeights(
-        *routed,
-        one("shared_gate_up_proj", shared_gate_up, gate_up_width(shared_gate_up, None), H),
-        one("shared_down_proj", shared_down, H, shared_down[0].shape[-1]),
-    )
+def for_backend(backend: Backend, w: LayerWeights) -> LayerWeights | MoEWeights:
+    """Return the weights in the form that a backend reads: as they are, or stacked."""
+    return w.readable() if backend.reads_addresses else w.stacked()
 
 
-def unstack_gradient(gradient: Tensor | None, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradient of a weight argument as views of the stacked gradient, one for each of its tensors."""
-    if gradient is None or not tensors:
-        return [None] * len(tensors)
-    if len(tensors) == 1:
-        return [gradient.view(tensors[0].shape)]
-    return list(gradient.view(len(tensors), *tensors[0].shape).unbind(0))
+def gradients_of(
+    backend: Backend, w: LayerWeights, gradients: Sequence[Any], lists: Lists, needed: Sequence[bool]
+) -> list[Tensor]:
+    """Return what a backend's backward gave for its weights as the list that an op returns: in the form and the dtypes
+    of `lists`, kinds that nobody needs left out."""
+    forms = gradients if backend.reads_addresses else w.unstacked(gradients)
+    kinds = zip(forms, lists, needed, strict=False)  # an absent shared expert has no gradients
+    return [g.to(t.dtype) for form, kind, wanted in kinds if wanted for g, t in zip(form, kind, strict=True)]
+
+
+def by_kind(gradients: Iterator[Tensor], lists: Lists, needed: Sequence[bool]) -> list[list[Tensor | None]]:
+    """Hand an op's list of gradients out again: a list for each kind, of None where `needed` says no."""
+    return [[next(gradients) if wanted else None for _ in kind] for kind, wanted in zip(lists, needed, strict=True)]
+
+
+def empty_gradients(lists: Lists, needed: Sequence[bool]) -> list[Tensor]:
+    """Return fakes of what `gradients_of` returns."""
+    return [t.new_empty(t.shape) for kind, wanted in zip(lists, needed, strict=True) if wanted for t in kind]
+
+
+def any_needed(needs: Sequence[Sequence[bool]]) -> list[bool]:
+    """Say of each kind whether any of its tensors needs a gradient."""
+    return [any(kind) for kind in needs]

@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..backends.base import Backend, Case, MoEWeights
+from ..backends.base import Backend, Case
 from ..backends.registry import choose
 from ..plan import RoutingPlan
-from ._expert_weights import Weights, check, gate_up_width, stack, unstack_gradient
+from ..weights import LayerWeights
+from ._expert_weights import (
+    Weights,
+    any_needed,
+    by_kind,
+    check,
+    empty_gradients,
+    for_backend,
+    gate_up_width,
+    gradients_of,
+)
 from ._library import register
 from .experts import contiguous_plan, require_saved
 
@@ -29,6 +39,7 @@ def moe_mlp(
     recompute: bool = False,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    layout: str = "gate_up",
 ) -> Tensor:
     """Run the experts over their tokens and sum what comes back.
 
@@ -40,17 +51,19 @@ def moe_mlp(
             have another one, and get their gradients in it.
         plan: made for T tokens and E experts; its row_weight is differentiable.
         gate_up_proj, down_proj: as in `experts`.
-        shared_gate_up_proj: (2Is, H) ((Is, H) for gelu), or [gate, up] as consecutive views of one slab, or None.
+        shared_gate_up_proj: (2Is, H) ((Is, H) for gelu), or [gate, up], or None.
         shared_down_proj: (H, Is), or [down]; None exactly when shared_gate_up_proj is.
         activation: "swiglu" or "gelu".
         backend: "auto" or a name out of `backends()`.
         recompute: do not keep gate_up and shared gate_up for backward, compute them there again: the same gradients.
         residual: (T, H), or None; the same dtypes, not necessarily that of x.
         gate: (B, H) for B images of T / B consecutive tokens; None exactly when residual is.
+        layout: as in `experts`, of the shared expert's weights, too.
     Returns: (T, H) in the dtype of x, or of residual.
-    Raises: TypeError, ValueError naming the argument; RuntimeError for views that are not of one slab, and for a second
-        derivative.
-    Cost: 6 R H I + 6 T H Is FLOPs (swiglu), twice that backward (with recompute up to three times). Saves x, gate_up
+    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
+    Cost: 6 R H I + 6 T H Is FLOPs (swiglu), twice that backward (with recompute up to three times; on native less where
+        all weights of a kind are frozen). Backends other than native copy weights that are not stacked as "gate_up", nor
+        consecutive in memory. Saves x, gate_up
         (R, 2I), shared gate_up (T, 2Is), the plan and the weights for backward; with a gate, the gate and y; nothing
         else.
     Source: reference.moe.moe; the backward identities are SonicMoE's (arXiv 2512.14080).
@@ -58,24 +71,25 @@ def moe_mlp(
     _checks.tensor("x", x, "T,H")
     x = x.to(_checks.compute_dtype(x))
     plan = _checks.plan(plan, x.shape[0], x)
-    gate_up, down = check(x, plan, gate_up_proj, down_proj, activation)
+    gate_up, down = check(x, plan, gate_up_proj, down_proj, activation, layout)
     if (shared_gate_up_proj is None) != (shared_down_proj is None):
         missing = "shared_down_proj" if shared_down_proj is None else "shared_gate_up_proj"
         raise ValueError(f"{missing}: got None, expected weights: the shared expert has two, or none")
     shared_gate_up, shared_down = [], []
     if shared_gate_up_proj is not None:
-        shared_gate_up, shared_down = check(x, plan, shared_gate_up_proj, shared_down_proj, activation, shared=True)
+        shared = shared_gate_up_proj, shared_down_proj
+        shared_gate_up, shared_down = check(x, plan, *shared, activation, layout, shared=True)
     _check_gate(x, residual, gate)
     if residual is not None and residual.dtype == torch.float64 != x.dtype:
         weights = gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj
-        y = moe_mlp(x, plan, *weights, activation=activation, backend=backend, recompute=recompute)
+        how = {"activation": activation, "backend": backend, "recompute": recompute, "layout": layout}
+        y = moe_mlp(x, plan, *weights, **how)
         return _add_gated_in_float64(residual, gate, y)
     given = [] if gate is None else [residual, _checks.narrow(gate, x)]
     differentiable = (x, plan.row_weight, *gate_up, *down, *shared_gate_up, *shared_down, *given)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    return _moe_mlp(
-        x, plan.tensors(), gate_up, down, shared_gate_up, shared_down, given, activation, save, recompute, backend
-    )[0]
+    lists = gate_up, down, shared_gate_up, shared_down
+    return _moe_mlp(x, plan.tensors(), *lists, given, activation, layout, save, recompute, backend)[0]
 
 
 def _check_gate(x: Tensor, residual: Tensor | None, gate: Tensor | None) -> None:
@@ -101,35 +115,32 @@ def _add_gated_in_float64(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return residual + gate.double().repeat_interleave(tokens_per_image, 0) * y
 
 
-def pack_weights(weights: Sequence[Weights | None], activation: str, backend: str) -> Callable[[], None] | None:
-    """Pack the weights of one layer, as `moe_mlp` takes them, where its backend can; see Backend.pack.
-
-    None for weights that are not contiguous, too: every call copies those, and a pack is found by their address.
-    """
+def pack_weights(
+    weights: Sequence[Weights | None], activation: str, layout: str, backend: str
+) -> Callable[[], None] | None:
+    """Pack the weights of one layer, as `moe_mlp` takes them, where its backend can; see Backend.pack."""
     lists = [[] if w is None else [w] if isinstance(w, Tensor) else list(w) for w in weights]
-    gate_up, down = lists[:2]
     with torch.no_grad():
-        like = gate_up[0].reshape(-1, gate_up[0].shape[-1])
-        w = stack(like, down[0].shape[0] if down[0].dim() == 3 else len(down), *lists)
-        chosen = _backend(like, w, activation, backend)
-        if any(tensors and tensors[0].data_ptr() != t.data_ptr() for tensors, t in zip(lists, w, strict=True)):
-            return None
+        w = LayerWeights(*lists, layout=layout)
+        chosen = _backend(w, lists[0][0], activation, backend)
+        if w.readable() is not w:
+            return None  # every call copies those, and a pack is found by their address
         return chosen.pack(w, activation, [t for tensors in lists for t in tensors])
 
 
-def _backend(x: Tensor, w: MoEWeights, activation: str, backend: str) -> Backend:
-    E, H, I = w.down_proj.shape
-    Is = 0 if w.shared_down_proj is None else w.shared_down_proj.shape[1]
-    return choose(backend, Case("moe_mlp", x.dtype, x.device.type, E, H, I, Is, activation))
+def _backend(w: LayerWeights, x: Tensor, activation: str, backend: str) -> Backend:
+    sizes = w.num_experts, w.hidden_size, w.intermediate_size, w.shared_intermediate_size
+    return choose(backend, Case("moe_mlp", x.dtype, x.device.type, *sizes, activation))
 
 
 def _kernel(
-    x, plan, gate_up, down, shared_gate_up, shared_down, gated, activation, save_for_backward, recompute, backend
+    x, plan, gate_up, down, shared_gate_up, shared_down, gated, activation, layout, save_for_backward, recompute, backend
 ):
     plan = contiguous_plan(plan)
-    w = stack(x, plan.num_experts, gate_up, down, shared_gate_up, shared_down)
+    weights = LayerWeights(gate_up, down, shared_gate_up, shared_down, layout).to(x.dtype)
     save = save_for_backward and not recompute
-    chosen = _backend(x, w, activation, backend)
+    chosen = _backend(weights, x, activation, backend)
+    w = for_backend(chosen, weights)
     if not gated:
         return *chosen.moe_mlp(x.contiguous(), plan, w, activation, save), x.new_empty(0)
     residual, gate = (t.contiguous() for t in gated)
@@ -138,20 +149,20 @@ def _kernel(
 
 
 def _fake(
-    x, plan, gate_up, down, shared_gate_up, shared_down, gated, activation, save_for_backward, recompute, backend
+    x, plan, gate_up, down, shared_gate_up, shared_down, gated, activation, layout, save_for_backward, recompute, backend
 ):
     T, H = x.shape
     R, E = plan[2].shape[0], plan[0].shape[0]
     save = save_for_backward and not recompute
-    routed = (R, gate_up_width(gate_up, E)) if save else (0,)
-    shared = (T, gate_up_width(shared_gate_up, None)) if save and shared_gate_up else (0,)
+    routed = (R, gate_up_width(gate_up, E, layout)) if save else (0,)
+    shared = (T, gate_up_width(shared_gate_up, 1, layout)) if save and shared_gate_up else (0,)
     out = gated[0].new_empty((T, H)) if gated else x.new_empty((T, H))
     y = (T, H) if gated and save_for_backward else (0,)
     return out, x.new_empty(routed), x.new_empty(shared), x.new_empty(y)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, plan, *weights, ctx.activation, ctx.saved, _, ctx.backend = inputs
+    x, plan, *weights, ctx.activation, ctx.layout, ctx.saved, _, ctx.backend = inputs
     ctx.lengths = [len(tensors) for tensors in weights]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -166,18 +177,18 @@ def _backward(ctx: Any, dout: Tensor | None, dgate_up: None, dshared_gate_up: No
     weights = [[next(flat) for _ in range(length)] for length in ctx.lengths[:4]]
     gate = next(flat, None)
     dgated = [None] * ctx.lengths[4]
-    dx, drow_weight, *gradients = [None] * 6
+    needed = any_needed(ctx.needs_input_grad[2:6])
+    dx, drow_weight, dweights = None, None, [[None] * len(kind) for kind in weights]
     if dout is not None:
         if gate is not None:
             dresidual = dout
             dout, dgate = _gated_residual_bwd(dout, y, gate, ctx.backend)
             dgated = [dresidual, dgate]
-        dx, drow_weight, *gradients = _moe_mlp_bwd(
-            dout, x, plan, *weights, gate_up, shared_gate_up, ctx.activation, ctx.backend
-        )
+        how = ctx.activation, ctx.layout, needed, ctx.backend
+        dx, drow_weight, gradients = _moe_mlp_bwd(dout, x, plan, *weights, gate_up, shared_gate_up, *how)
+        dweights = by_kind(iter(gradients), weights, needed)
     dplan = [None, None, None, drow_weight, None, None, None]
-    dweights = [unstack_gradient(g, w) for g, w in zip(gradients, weights, strict=True)]
-    return dx, dplan, *dweights, dgated, None, None, None, None
+    return dx, dplan, *dweights, dgated, None, None, None, None, None
 
 
 def _gated_kernel(dout: Tensor, y: Tensor, gate: Tensor, backend: str):
@@ -190,33 +201,29 @@ def _gated_fake(dout: Tensor, y: Tensor, gate: Tensor, backend: str):
 
 
 def _bwd_kernel(
-    dout, x, plan, gate_up_proj, down, shared_gate_up_proj, shared_down, gate_up, shared_gate_up, activation, backend
-):
-    plan = contiguous_plan(plan)
-    lists = gate_up_proj, down, shared_gate_up_proj, shared_down
-    w = stack(x, plan.num_experts, *lists)
-    dx, drow_weight, *gradients = _backend(x, w, activation, backend).moe_mlp_bwd(
-        dout.contiguous(), x.contiguous(), plan, w, gate_up, shared_gate_up, activation
+    dout, x, plan, gate_up_proj, down, shared_gate_up_proj, shared_down, gate_up, shared_gate_up, activation, layout,
+    needed, backend,
+):  # fmt: skip
+    plan, lists = contiguous_plan(plan), (gate_up_proj, down, shared_gate_up_proj, shared_down)
+    w = LayerWeights(*lists, layout).to(x.dtype)
+    chosen = _backend(w, x, activation, backend)
+    dx, drow_weight, *gradients = chosen.moe_mlp_bwd(
+        dout.contiguous(), x.contiguous(), plan, for_backend(chosen, w), gate_up, shared_gate_up, activation, needed
     )
-    dweights = (x.new_empty(0) if g is None else g.to(t[0].dtype) for g, t in zip(gradients, lists, strict=True))
-    return dx, drow_weight, *dweights
+    return dx, drow_weight, gradients_of(chosen, w, gradients, lists, needed)
 
 
 def _bwd_fake(
-    dout, x, plan, gate_up_proj, down, shared_gate_up_proj, shared_down, gate_up, shared_gate_up, activation, backend
-):
-    H, E, I = x.shape[1], plan[0].shape[0], down[0].shape[-1]
-    dgate_up_proj = gate_up_proj[0].new_empty((E, gate_up_width(gate_up_proj, E), H))
-    routed = x.new_empty(x.shape), plan[3].new_empty(plan[3].shape), dgate_up_proj, down[0].new_empty((E, H, I))
-    if not shared_down:
-        return *routed, x.new_empty(0), x.new_empty(0)
-    dshared_gate_up_proj = shared_gate_up_proj[0].new_empty((gate_up_width(shared_gate_up_proj, None), H))
-    return *routed, dshared_gate_up_proj, shared_down[0].new_empty(shared_down[0].shape)
+    dout, x, plan, gate_up_proj, down, shared_gate_up_proj, shared_down, gate_up, shared_gate_up, activation, layout,
+    needed, backend,
+):  # fmt: skip
+    lists = gate_up_proj, down, shared_gate_up_proj, shared_down
+    return x.new_empty(x.shape), plan[3].new_empty(plan[3].shape), empty_gradients(lists, needed)
 
 
 _WEIGHTS = "Tensor[] gate_up_proj, Tensor[] down_proj, Tensor[] shared_gate_up_proj, Tensor[] shared_down_proj"
 _moe_mlp = register(
-    f"moe_mlp(Tensor x, Tensor[] plan, {_WEIGHTS}, Tensor[] gated, str activation, bool save_for_backward, "
+    f"moe_mlp(Tensor x, Tensor[] plan, {_WEIGHTS}, Tensor[] gated, str activation, str layout, bool save_for_backward, "
     "bool recompute, str backend) "
     "-> (Tensor out, Tensor gate_up, Tensor shared_gate_up, Tensor y)",
     _kernel,
@@ -226,7 +233,7 @@ _moe_mlp = register(
 )
 _moe_mlp_bwd = register(
     f"moe_mlp_bwd(Tensor dout, Tensor x, Tensor[] plan, {_WEIGHTS}, Tensor gate_up, Tensor shared_gate_up, "
-    "str activation, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str activation, str layout, bool[] needed, str backend) -> (Tensor, Tensor, Tensor[])",
     _bwd_kernel,
     _bwd_fake,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ... import _checks
 from ...plan import RoutingPlan
+from ...weights import MoEWeights
 from .._device import unfit_devices
 from .._views import empty_plan
-from ..base import Backend, Case, MoEWeights
+from ..base import Backend, Case
 from . import launches
 
 _FLOATS = torch.float32, torch.bfloat16, torch.float16
@@ -101,10 +102,10 @@ class TritonBackend(Backend):
 
     @_on_device
     def experts(
-        self, x: Tensor, plan: RoutingPlan, gate_up_proj: Tensor, down_proj: Tensor, activation: str, save: bool
+        self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor]:
-        act, gate_up = launches.up(x, plan, (gate_up_proj, None), (down_proj, None), save)
-        return launches.rows_times(act, (down_proj, None), plan, x, k_inner=True)[0], gate_up[0]
+        act, gate_up = launches.up(x, plan, w[::2], w[1::2], save)
+        return launches.rows_times(act, w[1::2], plan, x, k_inner=True)[0], gate_up[0]
 
     @_on_device
     def experts_bwd(
@@ -113,11 +114,10 @@ class TritonBackend(Backend):
         x: Tensor,
         plan: RoutingPlan,
         gate_up: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
+        w: MoEWeights,
         activation: str,
+        needed: Sequence[bool] = (True, True),
     ) -> tuple[Tensor, Tensor, Tensor]:
-        w = MoEWeights(gate_up_proj, down_proj)
         gradients = self._backward(dy_rows, x, plan, w, (gate_up, x.new_empty(0)), combined=False)
         return gradients[0], gradients[2], gradients[3]
 
@@ -148,6 +148,7 @@ class TritonBackend(Backend):
         gate_up: Tensor,
         shared_gate_up: Tensor,
         activation: str,
+        needed: Sequence[bool] = (True,) * 4,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         saved = (gate_up, shared_gate_up)
         if not gate_up.numel():

@@ -1,84 +1,20 @@
-"""Weight layouts: the stacked one, the slab behind per-expert parameters, DiT-MoE state dicts, safetensors."""
+"""State dicts of DiT-MoE and of MoELayer, one turned into the other; safetensors files."""
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import _checks
+from .. import _checks
 
 _EXPERT_KEY = re.compile(r"(?P<prefix>(?:.*\.)?)experts\.(?P<expert>\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _STACKED = ("gate_weight", "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj")
-
-
-def slab_problem(tensors: Sequence[Tensor]) -> str:
-    """Say why tensors are not consecutive views of one slab, "" where they are. Costs one comparison per tensor."""
-    first = tensors[0]
-    step = first.numel() * first.element_size()
-    start = first.data_ptr()
-    for position, tensor in enumerate(tensors):
-        if tensor.data_ptr() != start + position * step or not tensor.is_contiguous():
-            return f"tensor {position} does not follow the one before it in memory" if position else "not contiguous"
-    end = (first.storage_offset() + len(tensors) * first.numel()) * first.element_size()
-    return "the tensors lie in separate allocations" if end > first.untyped_storage().nbytes() else ""
-
-
-def stacked(name: str, tensors: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """View per-expert tensors as one stacked tensor, without copying.
-
-    Args:
-        name: what the error message calls them.
-        tensors: one tensor that is stacked already, or consecutive views of one slab.
-        shape: the stacked shape.
-    Raises: RuntimeError naming `name` and saying why the tensors are not such views.
-    """
-    first = tensors[0]
-    if len(tensors) == 1:
-        return first.reshape(shape)
-    problem = slab_problem(tensors)
-    if problem:
-        raise RuntimeError(
-            f"{name}: the per-expert weights are no longer views of one slab ({problem}); something re-allocated them "
-            "(deepcopy, .to(), load_state_dict(assign=True), unpickling). Outside torch.compile the next forward of a "
-            "replaced block repairs this; for a compiled model call replace_moe(model) again"
-        )
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return first.as_strided(shape, strides, first.storage_offset())
-
-
-def rehome(parameters: Sequence[nn.Parameter]) -> bool:
-    """Make parameters consecutive views of one slab, keeping the Parameter objects; return whether anything moved.
-
-    Copies the weights once where they are not such views already; parameters on the meta device are left alone.
-    Raises: ValueError, TypeError for weights that differ in shape, dtype or device, or are not plain parameters.
-    """
-    if not slab_problem(parameters):
-        return False
-    first = parameters[0]
-    for parameter in parameters:
-        if not isinstance(parameter, nn.Parameter) or type(parameter.data) is not Tensor:
-            got = type(parameter).__name__
-            raise TypeError(
-                f"weights: got a {got} on its own storage, expected a plain nn.Parameter (FSDP, or "
-                "functional_call with other tensors, cannot keep the weights of a block in one slab)"
-            )
-        got, expected = ((p.shape, p.dtype, p.device) for p in (parameter, first))
-        if got != expected:
-            raise ValueError(f"weights: got {got} beside {expected}, expected one shape, dtype and device")
-    if first.is_meta:
-        return False
-    with torch.inference_mode(False), torch.no_grad():
-        slab = torch.empty((len(parameters), *first.shape), dtype=first.dtype, device=first.device)
-        for parameter, home in zip(parameters, slab.unbind(0), strict=True):
-            home.copy_(parameter)
-            parameter.data = home
-    return True
 
 
 def stack_dit_moe(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -144,21 +80,25 @@ def unstack_dit_moe(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def save(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
     """Write a state dict as safetensors; views of a slab are written as tensors of their own."""
-    from safetensors.torch import save_file
-
+    save_file = _safetensors("safetensors.torch").save_file
     copies = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state_dict.items()}
     save_file(copies, path)
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises: ValueError naming a file that is truncated or is no safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    load_file = _safetensors("safetensors.torch").load_file
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except _safetensors("safetensors").SafetensorError as error:
         raise ValueError(f"{path}: got a damaged or foreign file ({error}), expected safetensors") from error
+
+
+def _safetensors(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"moe_kernels.weights: {error}; pip install safetensors", name=error.name) from error
 
 
 def _take(state_dict: dict[str, Tensor], key: str) -> Tensor:
