@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..plan import RoutingPlan
-from ._views import empty_plan, view
+from ._views import TAGS, empty_plan, view
 from .base import Backend, Case, MoEWeights
 
 _POOLED_BYTES = 4 << 20  # from here on malloc maps fresh pages, and page faults cost up to 10 % of a backward
@@ -34,6 +34,30 @@ def _new(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def _views(plan: RoutingPlan) -> list:
     return [_view(t) for t in plan.tensors()]
+
+
+def _matrices(t: Tensor | None, part: int = 0, parts: int = 1):
+    """The matrices of a stacked tensor (E, parts * rows, columns), or of one alone; of each its `part`-th rows."""
+    if t is None:
+        return None
+    if not t.is_contiguous():
+        raise ValueError(f"weights: got strides {t.stride()} of {tuple(t.shape)}, expected contiguous tensors")
+    from .. import _C
+
+    *experts, rows, columns = t.shape
+    step = rows * columns * t.element_size()
+    first = t.data_ptr() + step * part // parts
+    addresses = [first + e * step for e in range(experts[0] if experts else 1)]
+    return _C.Matrices(addresses, rows // parts, columns, columns, False, TAGS[t.dtype])
+
+
+def _table(tensors: Sequence[Tensor | None], activation: str) -> list:
+    """gate, up and down of the experts, then of the shared expert where there are four tensors (see MoEWeights)."""
+    table = []
+    for gate_up, down in zip(tensors[::2], tensors[1::2], strict=True):
+        halves = (None, _matrices(gate_up)) if activation == "gelu" else (_matrices(gate_up, i, 2) for i in range(2))
+        table += [*halves, _matrices(down)]
+    return table
 
 
 def _version(t: Tensor) -> int:
@@ -117,7 +141,7 @@ class NativeBackend(Backend):
         y_rows = x.new_empty((R, x.shape[1]))
         gate_up = _new((R, gate_up_proj.shape[1]) if save else (0,), x)
         self._c.experts_fwd(
-            _view(x), _views(plan), _view(gate_up_proj), _view(down_proj), activation, _view(y_rows),
+            _view(x), _views(plan), _table((gate_up_proj, down_proj), activation), activation, _view(y_rows),
             _view(gate_up) if save else None, torch.get_num_threads(),
         )  # fmt: skip
         return y_rows, gate_up
@@ -125,8 +149,8 @@ class NativeBackend(Backend):
     def experts_bwd(self, dy_rows, x, plan, gate_up, gate_up_proj, down_proj, activation):
         dx, dgate_up_proj, ddown_proj = (_new(t.shape, t) for t in (x, gate_up_proj, down_proj))
         self._c.experts_bwd(
-            _view(dy_rows), _view(x), _views(plan), _view(gate_up), _view(gate_up_proj), _view(down_proj), activation,
-            _view(dx), _view(dgate_up_proj), _view(ddown_proj), torch.get_num_threads(),
+            _view(dy_rows), _view(x), _views(plan), _table((gate_up_proj, down_proj), activation), _view(gate_up),
+            activation, _view(dx), _table((dgate_up_proj, ddown_proj), activation), torch.get_num_threads(),
         )  # fmt: skip
         return dx, dgate_up_proj, ddown_proj
 
@@ -149,7 +173,7 @@ class NativeBackend(Backend):
         shared_gate_up = _new((x.shape[0], w.shared_gate_up_proj.shape[0]) if save and shared else (0,), x)
         packed = self._packed.get(w.gate_up_proj.data_ptr())
         self._c.moe_mlp_fwd(
-            _view(x), _views(plan), *(_view(t) for t in w), activation, packed and packed.weights(), _view(out),
+            _view(x), _views(plan), _table(w, activation), activation, packed and packed.weights(), _view(out),
             _view(gate_up) if save else None, _view(shared_gate_up) if save and shared else None,
             torch.get_num_threads(),
         )  # fmt: skip
@@ -159,7 +183,7 @@ class NativeBackend(Backend):
         key = w.gate_up_proj.data_ptr()
         if key in self._packed:
             return lambda: None  # an enclosing context has it
-        weights = self._c.PackedWeights(*(_view(t) for t in w), activation, torch.get_num_threads())
+        weights = self._c.PackedWeights(_table(w, activation), activation, torch.get_num_threads())
         self._packed[key] = _Packed(weights, owners)
         return lambda: self._packed.pop(key)
 
@@ -167,8 +191,8 @@ class NativeBackend(Backend):
         dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
         grads = [None if t is None else _new(t.shape, t) for t in w]
         self._c.moe_mlp_bwd(
-            _view(dout), _view(x), _views(plan), *(_view(t) for t in w),
+            _view(dout), _view(x), _views(plan), _table(w, activation),
             *(_view(t) if t.numel() else None for t in (gate_up, shared_gate_up)), activation, _view(dx),
-            _view(drow_weight), *(_view(t) for t in grads), torch.get_num_threads(),
+            _view(drow_weight), _table(grads, activation), torch.get_num_threads(),
         )  # fmt: skip
         return dx, drow_weight, *grads
