@@ -1,5 +1,6 @@
-// The CPU's Python module. Every buffer arrives with its sizes, strides and readable bytes, and is checked against what
-// the kernel will touch before the kernel runs; the GIL is released around the work.
+// The CPU's Python module. Every tensor arrives with its sizes, strides and readable bytes, and is checked against what
+// the kernel will touch before the kernel runs; weights come as addresses, whose memory the caller vouches for. The GIL
+// is released around the work.
 #include "bindings.h"
 
 #include <memory>
@@ -38,6 +39,75 @@ PlanView view_of(const Plan& plan, int64_t T, int64_t E) {
   expect_indices("plan.row_token", view.row_token, R, T);
   expect_indices("plan.token_rows", view.token_rows, R, R);
   return view;
+}
+
+Matrices make_matrices(const std::vector<uintptr_t>& addresses, int64_t rows, int64_t columns, int64_t ld,
+                       bool transposed, int dtype) {
+  MOE_CHECK(dtype >= 0 && dtype < kFloatDtypes, "dtype tag: ", dtype, ", expected 0 (fp32), 1 (bf16) or 2 (fp16)");
+  MOE_CHECK(rows >= 0 && columns >= 0, "matrices: ", rows, " x ", columns, ", expected no negative size");
+  const int64_t inner = transposed ? rows : columns;
+  MOE_CHECK(ld >= inner, "ld: ", ld, ", expected at least the ", inner, " elements of a stored row");
+  MOE_CHECK(!addresses.empty(), "addresses: none, expected one a matrix");
+  Matrices m{{}, rows, columns, ld, transposed, Dtype(dtype)};
+  m.data.reserve(addresses.size());
+  for (const uintptr_t address : addresses) {
+    MOE_CHECK(address != 0 || rows * columns == 0, "addresses: 0 at ", m.data.size(), ", expected an address");
+    m.data.push_back(reinterpret_cast<void*>(address));
+  }
+  return m;
+}
+
+// Six kinds of matrices as Python lists them, or the three without a shared expert; None: absent.
+using Kinds = std::vector<const Matrices*>;
+
+ExpertTable table_of(const char* name, const Kinds& kinds, size_t count) {
+  MOE_CHECK(kinds.size() == count, name, ": ", kinds.size(), " entries, expected ", count,
+            count == 6 ? " (gate, up, down, shared_gate, shared_up, shared_down)" : " (gate, up, down)");
+  const auto kind = [&](size_t i) { return i < count && kinds[i] ? *kinds[i] : Matrices{}; };
+  return {kind(0), kind(1), kind(2), kind(3), kind(4), kind(5)};
+}
+
+// The six kinds of a table against the sizes; what may not be there at all has no matrices.
+void expect_table(const std::string& name, const ExpertTable& table, const MoeSizes& s, bool all) {
+  const auto expect = [&](const char* kind, const Matrices& m, int64_t count, int64_t rows, int64_t columns) {
+    MOE_CHECK(m.present() || !all || count == 0, name, ".", kind, ": None, expected ", count, " matrices");
+    if (!m.present()) return;
+    MOE_CHECK(int64_t(m.data.size()) == count, name, ".", kind, ": ", m.data.size(), " matrices, expected ",
+              count > 0 ? std::to_string(count) : "None");
+    MOE_CHECK(m.rows == rows && m.columns == columns, name, ".", kind, ": ", m.rows, " x ", m.columns, ", expected ",
+              rows, " x ", columns);
+    MOE_CHECK(m.dtype == s.dtype, name, ".", kind, ": dtype tag ", int(m.dtype), ", expected ", int(s.dtype));
+  };
+  const int64_t gates = s.activation == Activation::kSwiGLU ? 1 : 0, shared = s.Is > 0 ? 1 : 0;
+  expect("gate", table.gate, gates * s.E, s.I, s.H);
+  expect("up", table.up, s.E, s.I, s.H);
+  expect("down", table.down, s.E, s.H, s.I);
+  expect("shared_gate", table.shared_gate, gates * shared, s.Is, s.H);
+  expect("shared_up", table.shared_up, shared, s.Is, s.H);
+  expect("shared_down", table.shared_down, shared, s.H, s.Is);
+}
+
+// Sizes read off the weights (no tokens, no rows), all weights checked against them.
+MoeSizes sizes_of(const ExpertTable& weights, const std::string& activation, int threads) {
+  MOE_CHECK(threads > 0, "threads: ", threads, ", expected at least 1");
+  MOE_CHECK(weights.down.present(), "weights.down: None, expected a matrix for each expert");
+  MoeSizes s{};
+  s.E = int64_t(weights.down.data.size()), s.H = weights.down.rows, s.I = weights.down.columns;
+  s.Is = weights.shared_down.columns;
+  s.dtype = weights.down.dtype, s.activation = activation_of(activation), s.threads = threads;
+  expect_table("weights", weights, s, true);
+  return s;
+}
+
+// The same with x and the plan.
+MoeSizes sizes_of(const Tensor& x, const Plan& plan, const ExpertTable& weights, const std::string& activation,
+                  int threads) {
+  MoeSizes s = sizes_of(weights, activation, threads);
+  MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
+  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  s.T = x.sizes[0], s.R = plan[2].sizes.at(0);
+  x.expect("x", s.dtype, {s.T, s.H});
+  return s;
 }
 
 int64_t py_gating_fwd(const Tensor& x, const Tensor& weight, const Tensor& probs, const Tensor& topk_weights,
@@ -96,31 +166,29 @@ void py_dispatch_expert_choice(const Tensor& affinities, int64_t capacity, int64
   dispatch_expert_choice_fwd(T, E, capacity, tokens_per_group, affinities.as<float>(), threads, out);
 }
 
-void py_experts_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
-                    const std::string& activation, const Tensor& y_rows, const std::optional<Tensor>& gate_up,
-                    int threads) {
-  const MoeSizes s = sizes_of(x, plan, gate_up_proj, down_proj, {}, {}, activation, threads);
+void py_experts_fwd(const Tensor& x, const Plan& plan, const Kinds& weights, const std::string& activation,
+                    const Tensor& y_rows, const std::optional<Tensor>& gate_up, int threads) {
+  const ExpertTable w = table_of("weights", weights, 3);
+  const MoeSizes s = sizes_of(x, plan, w, activation, threads);
   const PlanView view = view_of(plan, s.T, s.E);
   y_rows.expect("y_rows", s.dtype, {s.R, s.H});
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   py::gil_scoped_release release;
-  experts_fwd(s, view, {gate_up_proj.data, down_proj.data, nullptr, nullptr}, x.data, y_rows.data,
-              optional(gate_up).data);
+  experts_fwd(s, view, w, x.data, y_rows.data, optional(gate_up).data);
 }
 
-void py_experts_bwd(const Tensor& dy_rows, const Tensor& x, const Plan& plan, const Tensor& gate_up,
-                    const Tensor& gate_up_proj, const Tensor& down_proj, const std::string& activation,
-                    const Tensor& dx, const Tensor& dgate_up_proj, const Tensor& ddown_proj, int threads) {
-  const MoeSizes s = sizes_of(x, plan, gate_up_proj, down_proj, {}, {}, activation, threads);
+void py_experts_bwd(const Tensor& dy_rows, const Tensor& x, const Plan& plan, const Kinds& weights,
+                    const Tensor& gate_up, const std::string& activation, const Tensor& dx, const Kinds& grads,
+                    int threads) {
+  const ExpertTable w = table_of("weights", weights, 3), dw = table_of("grads", grads, 3);
+  const MoeSizes s = sizes_of(x, plan, w, activation, threads);
   const PlanView view = view_of(plan, s.T, s.E);
   dy_rows.expect("dy_rows", s.dtype, {s.R, s.H});
   gate_up.expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   dx.expect("dx", s.dtype, x.sizes);
-  dgate_up_proj.expect("dgate_up_proj", s.dtype, gate_up_proj.sizes);
-  ddown_proj.expect("ddown_proj", s.dtype, down_proj.sizes);
+  expect_table("grads", dw, s, false);
   py::gil_scoped_release release;
-  experts_bwd(s, view, {gate_up_proj.data, down_proj.data, nullptr, nullptr}, x.data, dy_rows.data, gate_up.data,
-              dx.data, {dgate_up_proj.data, ddown_proj.data, nullptr, nullptr});
+  experts_bwd(s, view, w, x.data, dy_rows.data, gate_up.data, dx.data, dw);
 }
 
 void py_combine(const Tensor& y_rows, const Plan& plan, const std::optional<Tensor>& shared, const Tensor& out,
@@ -154,58 +222,42 @@ void py_combine_bwd(const Tensor& dout, const Tensor& y_rows, const Plan& plan, 
               drow_weight.as<float>());
 }
 
-std::unique_ptr<PackedWeights> py_pack(const Tensor& gate_up_proj, const Tensor& down_proj,
-                                       const std::optional<Tensor>& shared_gate_up_proj,
-                                       const std::optional<Tensor>& shared_down_proj, const std::string& activation,
-                                       int threads) {
-  const Tensor shared_up = optional(shared_gate_up_proj), shared_down = optional(shared_down_proj);
-  const MoeSizes s = sizes_of(gate_up_proj, down_proj, shared_up, shared_down, activation, threads);
+std::unique_ptr<PackedWeights> py_pack(const Kinds& weights, const std::string& activation, int threads) {
+  const ExpertTable w = table_of("weights", weights, 6);
+  const MoeSizes s = sizes_of(w, activation, threads);
   py::gil_scoped_release release;
-  return std::make_unique<PackedWeights>(
-      s, ExpertWeights{gate_up_proj.data, down_proj.data, shared_up.data, shared_down.data});
+  return std::make_unique<PackedWeights>(s, w);
 }
 
-void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
-                    const std::optional<Tensor>& shared_gate_up_proj, const std::optional<Tensor>& shared_down_proj,
-                    const std::string& activation, const PackedWeights* packed, const Tensor& out,
-                    const std::optional<Tensor>& gate_up, const std::optional<Tensor>& shared_gate_up, int threads) {
-  const Tensor shared_up = optional(shared_gate_up_proj), shared_down = optional(shared_down_proj);
-  const MoeSizes s = sizes_of(x, plan, gate_up_proj, down_proj, shared_up, shared_down, activation, threads);
+void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Kinds& weights, const std::string& activation,
+                    const PackedWeights* packed, const Tensor& out, const std::optional<Tensor>& gate_up,
+                    const std::optional<Tensor>& shared_gate_up, int threads) {
+  const ExpertTable w = table_of("weights", weights, 6);
+  const MoeSizes s = sizes_of(x, plan, w, activation, threads);
   const PlanView view = view_of(plan, s.T, s.E);
   out.expect("out", s.dtype, x.sizes);
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   if (shared_gate_up) shared_gate_up->expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
   py::gil_scoped_release release;
-  moe_mlp_fwd(s, view, {gate_up_proj.data, down_proj.data, shared_up.data, shared_down.data}, packed, x.data, out.data,
-              optional(gate_up).data, optional(shared_gate_up).data);
+  moe_mlp_fwd(s, view, w, packed, x.data, out.data, optional(gate_up).data, optional(shared_gate_up).data);
 }
 
-void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const Tensor& gate_up_proj,
-                    const Tensor& down_proj, const std::optional<Tensor>& shared_gate_up_proj,
-                    const std::optional<Tensor>& shared_down_proj, const std::optional<Tensor>& gate_up,
-                    const std::optional<Tensor>& shared_gate_up, const std::string& activation, const Tensor& dx,
-                    const Tensor& drow_weight, const Tensor& dgate_up_proj, const Tensor& ddown_proj,
-                    const std::optional<Tensor>& dshared_gate_up_proj, const std::optional<Tensor>& dshared_down_proj,
+void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const Kinds& weights,
+                    const std::optional<Tensor>& gate_up, const std::optional<Tensor>& shared_gate_up,
+                    const std::string& activation, const Tensor& dx, const Tensor& drow_weight, const Kinds& grads,
                     int threads) {
-  const Tensor shared_up = optional(shared_gate_up_proj), shared_down = optional(shared_down_proj);
-  const MoeSizes s = sizes_of(x, plan, gate_up_proj, down_proj, shared_up, shared_down, activation, threads);
+  const ExpertTable w = table_of("weights", weights, 6), dw = table_of("grads", grads, 6);
+  const MoeSizes s = sizes_of(x, plan, w, activation, threads);
   const PlanView view = view_of(plan, s.T, s.E);
   dout.expect("dout", s.dtype, x.sizes);
   dx.expect("dx", s.dtype, x.sizes);
   drow_weight.expect("drow_weight", F32, {s.R});
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   if (shared_gate_up) shared_gate_up->expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
-  dgate_up_proj.expect("dgate_up_proj", s.dtype, gate_up_proj.sizes);
-  ddown_proj.expect("ddown_proj", s.dtype, down_proj.sizes);
-  if (s.Is > 0) {
-    optional(dshared_gate_up_proj).expect("dshared_gate_up_proj", s.dtype, shared_up.sizes);
-    optional(dshared_down_proj).expect("dshared_down_proj", s.dtype, shared_down.sizes);
-  }
+  expect_table("grads", dw, s, false);
   py::gil_scoped_release release;
-  moe_mlp_bwd(s, view, {gate_up_proj.data, down_proj.data, shared_up.data, shared_down.data}, x.data, dout.data,
-              optional(gate_up).data, optional(shared_gate_up).data, dx.data, drow_weight.as<float>(),
-              {dgate_up_proj.data, ddown_proj.data, optional(dshared_gate_up_proj).data,
-               optional(dshared_down_proj).data});
+  moe_mlp_bwd(s, view, w, x.data, dout.data, optional(gate_up).data, optional(shared_gate_up).data, dx.data,
+              drow_weight.as<float>(), dw);
 }
 
 }  // namespace
@@ -218,8 +270,13 @@ PYBIND11_MODULE(_C, m) {
       .def_buffer([](const Block& block) {
         return py::buffer_info(block.data(), 1, py::format_descriptor<uint8_t>::format(), block.bytes());
       });
+  py::class_<Matrices>(m, "Matrices", py::module_local(),
+                       "Weights of one kind, or their gradients: an address for each (rows, columns) matrix of nn.Linear; "
+                       "transposed: stored (columns, rows). ld: elements between consecutive stored rows.")
+      .def(py::init(&make_matrices), py::arg("addresses"), py::arg("rows"), py::arg("columns"), py::arg("ld"),
+           py::arg("transposed"), py::arg("dtype_tag"));
   py::class_<PackedWeights>(m, "PackedWeights", "The weights of one layer as the forward kernels read them.")
-      .def(py::init(&py_pack))
+      .def(py::init(&py_pack), py::arg("weights"), py::arg("activation"), py::arg("threads"))
       .def_property_readonly("bytes", &PackedWeights::bytes);
   m.def("gating_fwd", &py_gating_fwd);
   m.def("gating_bwd", &py_gating_bwd);

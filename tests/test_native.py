@@ -135,6 +135,108 @@ def test_buffers_are_checked_before_they_are_read():
         _C.gating_fwd(short, view(weight), *outputs, 1)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"addresses": [64, 0]}, "addresses: 0 at 1, expected an address"),
+        ({"addresses": []}, "addresses: none, expected one a matrix"),
+        ({"ld": 7}, "ld: 7, expected at least the 8 elements of a stored row"),
+        ({"ld": 8, "transposed": True, "rows": 9}, "ld: 8, expected at least the 9 elements of a stored row"),
+        ({"rows": -1}, "matrices: -1 x 8, expected no negative size"),
+        ({"dtype_tag": 3}, r"dtype tag: 3, expected 0 \(fp32\), 1 \(bf16\) or 2 \(fp16\)"),
+    ],
+)
+def test_matrices_are_checked(changed, message):
+    good = {"addresses": [64, 128], "rows": 4, "columns": 8, "ld": 8, "transposed": False, "dtype_tag": 0}
+    _C.Matrices(**good)
+    with pytest.raises(ValueError, match=message):
+        _C.Matrices(**good | changed)
+
+
+def matrices(tensors: list[torch.Tensor], transposed: bool = False):
+    rows, columns = tensors[0].T.shape if transposed else tensors[0].shape
+    return _C.Matrices([t.data_ptr() for t in tensors], rows, columns, tensors[0].stride(0), transposed, 0)
+
+
+ZEROS = torch.zeros(32 * 32)
+
+
+def kinds(shapes: list[tuple[int, int, int]]) -> list:
+    """The six kinds from (matrices, rows, columns) of each, all at one address."""
+    return [_C.Matrices([ZEROS.data_ptr()] * n, r, c, c, False, 0) if n else None for n, r, c in shapes]
+
+
+SIX = [(4, 16, 8), (4, 16, 8), (4, 8, 16), (1, 12, 8), (1, 12, 8), (1, 8, 12)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "activation", "message"),
+    [
+        ({0: (0, 0, 0)}, "swiglu", r"weights.gate: None, expected 4 matrices"),
+        ({}, "gelu", r"weights.gate: 4 matrices, expected None"),
+        ({1: (3, 16, 8)}, "swiglu", r"weights.up: 3 matrices, expected 4"),
+        ({1: (4, 17, 8)}, "swiglu", r"weights.up: 17 x 8, expected 16 x 8"),
+        ({2: (0, 0, 0)}, "swiglu", r"weights.down: None, expected a matrix for each expert"),
+        ({3: (1, 13, 8)}, "swiglu", r"weights.shared_gate: 13 x 8, expected 12 x 8"),
+        ({4: (0, 0, 0)}, "swiglu", r"weights.shared_up: None, expected 1 matrices"),
+        ({5: (0, 0, 0)}, "swiglu", r"weights.shared_gate: 1 matrices, expected None"),
+        ({5: (1, 9, 12)}, "swiglu", r"weights.shared_down: 9 x 12, expected 8 x 12"),
+    ],
+)
+def test_tables_of_weights_are_checked(changed, activation, message):
+    _C.PackedWeights(kinds(SIX), "swiglu", 1)
+    with pytest.raises(ValueError, match=message):
+        _C.PackedWeights(kinds([changed.get(i, shape) for i, shape in enumerate(SIX)]), activation, 1)
+
+
+def test_a_short_table_is_named():
+    with pytest.raises(ValueError, match=r"weights: 3 entries, expected 6 \(gate, up, down, shared_gate"):
+        _C.PackedWeights(kinds(SIX)[:3], "swiglu", 1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weights_in_separate_memory_give_the_same_bits(transposed):
+    layer, x = layer_and_input()
+    native = registry.get("native")
+    x, plan, w, activation, _ = fused_arguments(layer, x)
+    out, gate_up, shared_gate_up = native.moe_mlp(x, plan, w, activation, True)
+    dx, drow_weight, dgate_up, ddown, dshared_gate_up, dshared_down = native.moe_mlp_bwd(
+        x, x, plan, w, gate_up, shared_gate_up, activation
+    )
+
+    def halves(t):
+        return [[m.contiguous() for m in half] for half in t.reshape(-1, *t.shape[-2:]).chunk(2, 1)]
+
+    def apart(tensors):  # rows of one more element
+        tensors = [t.T if transposed else t for t in tensors]
+        return [torch.nn.functional.pad(t, (0, 1))[:, :-1] for t in tensors]
+
+    plain = [*halves(w.gate_up_proj), list(w.down_proj), *halves(w.shared_gate_up_proj), [w.shared_down_proj]]
+    expected = [*halves(dgate_up), list(ddown), *halves(dshared_gate_up), [dshared_down]]
+    weights = [apart(tensors) for tensors in plain]
+    grads = [apart([torch.full_like(t, torch.nan) for t in tensors]) for tensors in plain]
+    to = [matrices(tensors, transposed) for tensors in grads]
+    frozen = 1, 5
+    for i in frozen:
+        to[i] = None
+    table = [matrices(tensors, transposed) for tensors in weights]
+    again = [torch.full_like(t, torch.nan) for t in (out, dx, drow_weight)]
+
+    def view(t):
+        return _C.Tensor(t.data_ptr(), 3 if t.dtype == torch.int32 else 0, t.shape, t.stride(), t.nbytes)
+
+    views = [view(t) for t in plan.tensors()]
+    _C.moe_mlp_fwd(view(x), views, table, activation, None, view(again[0]), None, None, 2)
+    _C.moe_mlp_bwd(
+        view(x), view(x), views, table, view(gate_up), view(shared_gate_up), activation, view(again[1]), view(again[2]),
+        to, 2,
+    )  # fmt: skip
+    assert all(torch.equal(*pair) for pair in zip(again, (out, dx, drow_weight), strict=True))
+    for i, (got, want) in enumerate(zip(grads, expected, strict=True)):
+        for a, b in zip(got, want, strict=True):
+            assert a.isnan().all() if i in frozen else torch.equal(a.T if transposed else a, b), i
+
+
 def test_peak_is_plausible():
     # No bound on the gain of a second thread: two CPUs of a virtual machine may be one core.
     for threads in (1, 2):

@@ -23,9 +23,6 @@ inline Compute compute_of(Dtype dtype) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline const void* at(const void* base, int64_t elements, Dtype dtype) {
-  return base ? static_cast<const char*>(base) + elements * dtype_bytes(dtype) : nullptr;
-}
 inline void* at(void* base, int64_t elements, Dtype dtype) {
   return base ? static_cast<char*>(base) + elements * dtype_bytes(dtype) : nullptr;
 }
@@ -41,30 +38,25 @@ class Engine {
         panel_(2 * table_.vector_floats) {}
 
   // All experts in order, the shared expert last; pointers into caller memory are set, workspace is not.
-  std::vector<Group> groups(const PlanView& plan, const ExpertWeights& w, void* gate_up, void* shared_gate_up,
-                            const ExpertGrads& grads, bool weighted, const PackedWeights* packed = nullptr) const {
+  std::vector<Group> groups(const PlanView& plan, const ExpertTable& w, void* gate_up, void* shared_gate_up,
+                            const ExpertTable& grads, bool weighted, const PackedWeights* packed = nullptr) const {
     std::vector<Group> all;
-    const int64_t U = sizes_.halves() * sizes_.I;
     for (int64_t e = 0; e < sizes_.E; ++e) {
       Group g = make_group(plan.expert_offsets[e + 1] - plan.expert_offsets[e], sizes_.I);
       g.row_token = plan.row_token + plan.expert_offsets[e];
       g.row_weight = weighted ? plan.row_weight + plan.expert_offsets[e] : nullptr;
-      g.gate_up_proj = at(w.gate_up_proj, e * U * sizes_.H, sizes_.dtype);
-      g.down_proj = at(w.down_proj, e * sizes_.H * sizes_.I, sizes_.dtype);
+      g.gate_proj = w.gate[e], g.up_proj = w.up[e], g.down_proj = w.down[e];
+      g.dgate_proj = grads.gate[e], g.dup_proj = grads.up[e], g.ddown_proj = grads.down[e];
       if (packed) set_packed(g, packed->expert(e));
-      g.gate_up = at(gate_up, plan.expert_offsets[e] * U, sizes_.dtype);
-      g.dgate_up_proj = at(grads.dgate_up_proj, e * U * sizes_.H, sizes_.dtype);
-      g.ddown_proj = at(grads.ddown_proj, e * sizes_.H * sizes_.I, sizes_.dtype);
+      g.gate_up = at(gate_up, plan.expert_offsets[e] * sizes_.halves() * sizes_.I, sizes_.dtype);
       all.push_back(g);
     }
     if (sizes_.Is > 0) {
       Group g = make_group(sizes_.T, sizes_.Is);
-      g.gate_up_proj = w.shared_gate_up_proj;
-      g.down_proj = w.shared_down_proj;
+      g.gate_proj = w.shared_gate[0], g.up_proj = w.shared_up[0], g.down_proj = w.shared_down[0];
+      g.dgate_proj = grads.shared_gate[0], g.dup_proj = grads.shared_up[0], g.ddown_proj = grads.shared_down[0];
       if (packed) set_packed(g, packed->expert(sizes_.E));
       g.gate_up = shared_gate_up;
-      g.dgate_up_proj = grads.dshared_gate_up_proj;
-      g.ddown_proj = grads.dshared_down_proj;
       all.push_back(g);
     }
     return all;
@@ -120,7 +112,7 @@ class Engine {
   // (R, H) rows of the experts, then (T, H) of the shared expert; fp32; valid until the engine dies.
   const float* y() const { return y_; }
 
-  // The weights of a group in panels, gate_up_proj before down_proj, and the bytes that takes.
+  // The weights of a group in panels, gate_proj and up_proj before down_proj, and the bytes that takes.
   int64_t panels(const Group& g, int64_t Group::* width) const {
     return ceil_div(g.*width, width == &Group::I && sizes_.halves() == 2 ? panel_ / 2 : panel_);
   }
@@ -294,16 +286,18 @@ class Engine {
     }
   }
 
-  // Both weight gradients and y = dgate_up gate_up_proj of every group: independent of each other, one task list.
+  // The weight gradients that are wanted and y of every group: independent of each other, one task list.
   void gradients(const std::vector<Group>& wave) const {
     struct Task {
       const Group* group;
-      int kind;  // 0: dgate_up_proj, 1: dx, 2: ddown_proj
+      int kind;  // 0: dgate_proj or dup_proj, 1: dx, 2: ddown_proj
       GradBlock block;
     };
     std::vector<Task> tasks;
     const Shares shares(wave, kTasksPerThread * sizes_.threads);
-    const auto add_blocks = [&](const Group& g, int kind, int64_t half, int64_t features, int64_t width) {
+    const auto add_blocks = [&](const Group& g, int kind, int64_t half, const Matrix& to, int64_t out, int64_t in) {
+      if (!to.data) return;
+      const int64_t features = to.transposed ? in : out, width = to.transposed ? out : in;
       const int64_t panels = ceil_div(width, panel_);
       const int64_t cuts_p = ceil_div(panels, panels_in_l2(std::clamp<int64_t>(items(g.rows), 1, kChunkItems), panel_));
       const int64_t least = items(g.rows) > kChunkItems ? ceil_div(features, kGradFeatures) : 1;
@@ -314,11 +308,11 @@ class Engine {
                                       panels * (p + 1) / cuts_p}});
     };
     for (const Group& g : wave) {
-      for (int64_t half = 0; half < g.halves(); ++half) add_blocks(g, 0, half, g.I, g.H);
+      for (int64_t half = 0; half < g.halves(); ++half) add_blocks(g, 0, half, g.dhalf_proj(half), g.I, g.H);
       const int64_t panels = ceil_div(g.H, panel_), width = panels_in_l2(kChunkItems, panel_);
       for (int64_t p = 0; g.rows > 0 && p < panels; p += width)
         tasks.push_back({&g, 1, {0, 0, 0, p, std::min(panels, p + width)}});
-      add_blocks(g, 2, 0, g.H, g.I);
+      add_blocks(g, 2, 0, g.ddown_proj, g.H, g.I);
     }
     parallel_tasks(sizes_.threads, int64_t(tasks.size()), [&](int64_t i, int thread) {
       const Task& task = tasks[i];

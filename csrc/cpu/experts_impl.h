@@ -62,29 +62,38 @@ void gather(const Group& g, const void* source, void* target, int64_t begin, int
 
 template <class C>
 void pack_gate_up_proj(const Group& g, int64_t panel_begin, int64_t panel_end, void* out) {
-  const bool glu = g.activation == Activation::kSwiGLU;
-  const int64_t step = glu ? W : NR;
-  const auto* weight = static_cast<const typename C::Store*>(g.gate_up_proj);
+  const int64_t items = items_of<C>(g.H);
   uint32_t* packed = static_cast<uint32_t*>(out);
-  for (int64_t p = panel_begin; p < panel_end; ++p, packed += items_of<C>(g.H) * NR)
-    for (int v = 0; v < 2; ++v) {
-      const int64_t column = p * step + (glu ? 0 : v * W), row = glu ? v * g.I + column : column;
-      pack_transposed<C>(weight + row * g.H, g.H, g.H, g.I - column, packed + v * W);
-    }
-}
-
-// Panels of down_proj, columns [k, k + count) of it only.
-template <class C>
-inline void pack_down_chunk(const Group& g, int64_t panel_begin, int64_t panel_end, int64_t k, int64_t count,
-                            int64_t panel_items, uint32_t* out) {
-  const auto* weight = static_cast<const typename C::Store*>(g.down_proj) + k;
-  for (int64_t c = panel_begin * NR; c < panel_end * NR; c += NR, out += panel_items * NR)
-    for (int v = 0; v < NR; v += W) pack_transposed<C>(weight + (c + v) * g.I, g.I, count, g.H - c - v, out + v);
+  const Factor<C> gate = over_inputs<C>(g.gate_proj), up = over_inputs<C>(g.up_proj);
+  if (g.activation == Activation::kGELU) {
+    const int64_t column = panel_begin * NR;
+    return pack_panels<C>(up.at(0, column), g.H, g.I - column, panel_end - panel_begin, items, packed);
+  }
+  // Long rows of memory where columns lie side by side; else panel by panel, whose halves meet in L1.
+  const int64_t run = gate.k_major && up.k_major ? panel_end - panel_begin : 1;
+  for (int64_t p = panel_begin; p < panel_end; p += run, packed += run * items * NR) {
+    pack_panels<C, W>(gate.at(0, p * W), g.H, g.I - p * W, run, items, packed);
+    pack_panels<C, W>(up.at(0, p * W), g.H, g.I - p * W, run, items, packed + W);
+  }
 }
 
 template <class C>
 void pack_down_proj(const Group& g, int64_t panel_begin, int64_t panel_end, void* out) {
-  pack_down_chunk<C>(g, panel_begin, panel_end, 0, g.I, items_of<C>(g.I), static_cast<uint32_t*>(out));
+  const int64_t column = panel_begin * NR;
+  pack_panels<C>(over_inputs<C>(g.down_proj).at(0, column), g.I, g.H - column, panel_end - panel_begin,
+                 items_of<C>(g.I), static_cast<uint32_t*>(out));
+}
+
+// What packing `count` columns of gate_proj and up_proj from `column` on reads.
+template <class C>
+inline void gate_up_ahead(Ahead& ahead, const Group& g, int64_t column, int64_t count) {
+  for (int64_t half = 0; half < g.halves(); ++half) {
+    const Factor<C> weight = over_inputs<C>(g.half_proj(half)).at(0, column);
+    if (!weight.k_major && weight.ld == g.H)
+      ahead.contiguous(weight.data, count * g.H * int64_t(sizeof(typename C::Store)));
+    else
+      weight.ahead(ahead, g.H, count);
+  }
 }
 
 template <class C>
@@ -92,7 +101,6 @@ void up(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
   using Store = typename C::Store;
   const bool glu = g.activation == Activation::kSwiGLU;
   const int64_t items = items_of<C>(g.H), step = glu ? W : NR, width = block_panels<C>(g.H);
-  const Store* weight = static_cast<const Store*>(g.gate_up_proj);
   for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
     const int64_t end = min64(panel_end, begin + width), more = min64(panel_end, end + width) - end;
     const uint32_t* packed = static_cast<const uint32_t*>(g.packed_gate_up_proj);
@@ -103,8 +111,7 @@ void up(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
     } else {
       pack_gate_up_proj<C>(g, begin, end, scratch);
       packed = static_cast<const uint32_t*>(scratch);
-      for (int64_t half = 0; half < g.halves(); ++half)
-        ahead.contiguous(weight + (half * g.I + end * step) * g.H, more * step * g.H * int64_t(sizeof(Store)));
+      gate_up_ahead<C>(ahead, g, end * step, min64(more * step, g.I - end * step));
     }
     const auto prefetch = [&](int64_t row, int64_t p, Walks& walks) {
       const int64_t column = (begin + p) * step, act_width = step * int64_t(sizeof(typename C::Elem));
@@ -164,8 +171,8 @@ inline void accumulate_y(const Group& g, const uint32_t* a, int64_t lda_items, c
 
 template <class C>
 void down(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
-  using Store = typename C::Store;
   constexpr int64_t kChunk = kChunkItems * C::kPair;
+  const Factor<C> weight = over_inputs<C>(g.down_proj);
   const int64_t width = panels_in_l2(2 * min64(kChunkItems, items_of<C>(g.I)), NR), whole = items_of<C>(g.I);
   const auto* all_packed = static_cast<const uint32_t*>(g.packed_down_proj);
   for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
@@ -183,9 +190,9 @@ void down(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
         for (int64_t p = next; p < next_end; ++p)
           ahead.contiguous(all_packed + (p * whole + next_k / C::kPair) * NR, items_of<C>(next_count) * NR * 4);
       } else {
-        pack_down_chunk<C>(g, begin, end, k, count, items, static_cast<uint32_t*>(scratch));
-        ahead.block(static_cast<const Store*>(g.down_proj) + next * NR * g.I + next_k, g.I * sizeof(Store),
-                    min64(next_end * NR, g.H) - next * NR, next_count * sizeof(Store));
+        pack_panels<C>(weight.at(k, begin * NR), count, g.H - begin * NR, end - begin, items,
+                       static_cast<uint32_t*>(scratch));
+        weight.at(next_k, next * NR).ahead(ahead, next_count, min64(next_end * NR, g.H) - next * NR);
       }
       accumulate_y<C>(g, items_at<C>(g.act, k), g.ld_i / C::kPair, packed, all_packed ? whole : items, items, begin,
                       end - begin, k == 0, ahead);
@@ -195,18 +202,19 @@ void down(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
 
 template <class C>
 void dx(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
-  using Store = typename C::Store;
   constexpr int64_t kChunk = kChunkItems * C::kPair;
   uint32_t* packed = static_cast<uint32_t*>(scratch);
   const int64_t column = panel_begin * NR, panels = panel_end - panel_begin, n = min64(g.H - column, panels * NR);
   for (int64_t half = 0; half < g.halves(); ++half)
     for (int64_t k = 0; k < g.I; k += kChunk) {
       const int64_t valid = min64(kChunk, g.I - k), items = items_of<C>(valid);
-      const Store* weight = static_cast<const Store*>(g.gate_up_proj) + (half * g.I + k) * g.H + column;
-      pack_natural<C>(weight, g.H, valid, n, panels, items, packed);
-      const int64_t left = (g.halves() - half) * g.I - k - valid;  // rows of gate_up_proj behind this chunk
+      pack_panels<C>(over_outputs<C>(g.half_proj(half)).at(k, column), valid, n, panels, items, packed);
+      // The next chunk: of this matrix, or the first of the next.
+      const bool last = k + valid == g.I;
+      const int64_t next = last ? half + 1 : half, next_k = last ? 0 : k + valid;
       Ahead ahead(Tiles(g.rows).count * panels);
-      ahead.block(weight + valid * g.H, g.H * sizeof(Store), min64(kChunk, left), n * sizeof(Store));
+      if (next < g.halves())
+        over_outputs<C>(g.half_proj(next)).at(next_k, column).ahead(ahead, min64(kChunk, g.I - next_k), n);
       accumulate_y<C>(g, items_at<C>(g.dgate_up, half * g.ld_i + k), g.halves() * g.ld_i / C::kPair, packed, items,
                       items, panel_begin, panels, half == 0 && k == 0, ahead);
     }
@@ -233,12 +241,12 @@ void dact(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
   const bool glu = g.activation == Activation::kSwiGLU;
   const int64_t items = (g.H + C::kPair - 1) / C::kPair, width = block_panels<C>(g.H), all = (g.I + NR - 1) / NR;
   uint32_t* packed = static_cast<uint32_t*>(scratch);
+  const Factor<C> weight = over_outputs<C>(g.down_proj);
   for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
     const int64_t end = min64(panel_end, begin + width), more = min64(panel_end, end + width) - end;
-    const Store* weight = static_cast<const Store*>(g.down_proj) + begin * NR;
-    pack_natural<C>(weight, g.I, g.H, g.I - begin * NR, end - begin, items, packed);
+    pack_panels<C>(weight.at(0, begin * NR), g.H, g.I - begin * NR, end - begin, items, packed);
     Ahead ahead(Tiles(g.rows).count * (end - begin));
-    ahead.block(weight + (end - begin) * NR, g.I * sizeof(Store), g.H, more * NR * sizeof(Store));
+    weight.at(0, end * NR).ahead(ahead, g.H, min64(more * NR, g.I - end * NR));
     const auto prefetch = [&](int64_t row, int64_t p, Walks& walks) {
       const int64_t column = (begin + p) * NR;
       walks.rows(static_cast<const Elem*>(g.act) + row * g.ld_i + column, g.ld_i * sizeof(Elem), NR * sizeof(Elem));
@@ -323,23 +331,36 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
   }
 }
 
+// Columns of a compute buffer: one side of a weight, over all rows of a group.
+template <class C>
+struct Side {
+  const typename C::Elem* data;
+  int64_t ld, width;
+  Side(const void* buffer, int64_t offset, int64_t ld, int64_t width)
+      : data(static_cast<const typename C::Elem*>(buffer) + offset), ld(ld), width(width) {}
+};
+
+// One block of a weight gradient (out, in), in the order in which it is stored: in the other the sides change places,
+// and the same products are summed in the same sequence.
+template <class C>
+inline void weight_gradient(const Side<C>& out, const Side<C>& in, int64_t rows, const Matrix& to,
+                            const GradBlock& block, void* scratch) {
+  const Side<C>&a = to.transposed ? in : out, &b = to.transposed ? out : in;
+  const int64_t column = block.panel_begin * NR;
+  rows_contraction<C>(a.data + block.feature_begin, a.ld, b.data + column, b.ld, rows,
+                      block.feature_end - block.feature_begin, b.width - column, block.panel_end - block.panel_begin,
+                      static_cast<typename C::Store*>(to.data) + block.feature_begin * to.ld + column, to.ld, scratch);
+}
+
 template <class C>
 void ddown_proj(const Group& g, const GradBlock& block, void* scratch) {
-  const int64_t column = block.panel_begin * NR;
-  rows_contraction<C>(static_cast<const typename C::Elem*>(g.dout) + block.feature_begin, g.ld_h,
-                      static_cast<const typename C::Elem*>(g.act) + column, g.ld_i, g.rows,
-                      block.feature_end - block.feature_begin, g.I - column, block.panel_end - block.panel_begin,
-                      static_cast<typename C::Store*>(g.ddown_proj) + block.feature_begin * g.I + column, g.I, scratch);
+  weight_gradient<C>({g.dout, 0, g.ld_h, g.H}, {g.act, 0, g.ld_i, g.I}, g.rows, g.ddown_proj, block, scratch);
 }
 
 template <class C>
 void dgate_up_proj(const Group& g, const GradBlock& block, void* scratch) {
-  const int64_t column = block.panel_begin * NR, out_row = block.half * g.I + block.feature_begin;
-  rows_contraction<C>(
-      static_cast<const typename C::Elem*>(g.dgate_up) + block.half * g.ld_i + block.feature_begin,
-      g.halves() * g.ld_i, static_cast<const typename C::Elem*>(g.x) + column, g.ld_h, g.rows,
-      block.feature_end - block.feature_begin, g.H - column, block.panel_end - block.panel_begin,
-      static_cast<typename C::Store*>(g.dgate_up_proj) + out_row * g.H + column, g.H, scratch);
+  weight_gradient<C>({g.dgate_up, block.half * g.ld_i, g.halves() * g.ld_i, g.I}, {g.x, 0, g.ld_h, g.H}, g.rows,
+                     g.dhalf_proj(block.half), block, scratch);
 }
 
 }  // namespace

@@ -10,6 +10,14 @@ namespace moe {
 enum class Compute : int { kFloat32 = 0, kBFloat16Widened = 1, kFloat16Widened = 2, kBFloat16Pairs = 3 };
 constexpr int kComputes = 4;
 
+// One weight matrix, nn.Linear's (out, in), or its gradient, in its owner's memory: element (o, i) at data + o * ld + i,
+// where transposed at data + i * ld + o.
+struct Matrix {
+  void* data = nullptr;  // null: absent
+  int64_t ld = 0;
+  bool transposed = false;
+};
+
 // One expert (or the shared expert) with the rows routed to it. "storage" buffers have the user's dtype and no
 // padding; "compute" buffers (workspace) have the compute dtype and padded leading dimensions ld_*.
 struct Group {
@@ -18,27 +26,29 @@ struct Group {
   const int32_t* row_token = nullptr;   // (rows,), null: row r is token token_begin + r
   int64_t token_begin = 0;
   const float* row_weight = nullptr;    // (rows,), null: 1
-  const void* gate_up_proj = nullptr;   // (U, H) storage, U = 2I (swiglu) or I (gelu)
-  const void* down_proj = nullptr;      // (H, I) storage
+  Matrix gate_proj, up_proj;            // (I, H) storage; gelu: up_proj only
+  Matrix down_proj;                     // (H, I) storage
   const void* packed_gate_up_proj = nullptr;  // panels as pack_gate_up_proj makes them, null: packed in every call
   const void* packed_down_proj = nullptr;
-  void* gate_up = nullptr;              // (rows, U) storage, null: not kept
+  void* gate_up = nullptr;              // (rows, halves * I) storage, null: not kept
   void* x = nullptr;                    // (rows, ld_h) compute
   void* dout = nullptr;                 // (rows, ld_h) compute
   void* act = nullptr;                  // (rows, ld_i) compute; in backward row_weight * act
   void* dgate_up = nullptr;             // (rows, halves * ld_i) compute, each half starts at a multiple of ld_i
   float* y = nullptr;                   // (rows, H); in backward the gradient of the gathered x
   float* drow_weight_parts = nullptr;   // (rows, panels of I)
-  void* dgate_up_proj = nullptr;        // (U, H) storage
-  void* ddown_proj = nullptr;           // (H, I) storage
+  Matrix dgate_proj, dup_proj, ddown_proj;  // storage, absent: not wanted
   int64_t ld_h = 0, ld_i = 0;
 
   int64_t halves() const { return activation == Activation::kSwiGLU ? 2 : 1; }
+  // What makes half 0 or 1 of gate_up, and its gradient.
+  const Matrix& half_proj(int64_t half) const { return half + 1 < halves() ? gate_proj : up_proj; }
+  const Matrix& dhalf_proj(int64_t half) const { return half + 1 < halves() ? dgate_proj : dup_proj; }
 };
 
-// A rectangle of a weight gradient: output features [feature_begin, feature_end) x column panels.
+// A rectangle of a weight gradient as it is stored: rows [feature_begin, feature_end) x column panels.
 struct GradBlock {
-  int64_t half;                          // 0 or 1: which half of gate_up_proj; ignored for down_proj
+  int64_t half;                          // 0 or 1: which half of gate_up; ignored for down_proj
   int64_t feature_begin, feature_end, panel_begin, panel_end;
 };
 
@@ -52,15 +62,15 @@ struct Kernels {
   // Panels [begin, end) of the weights as `up` and `down` read them; a panel is H (I) items of 2W, in 32-bit items.
   void (*pack_gate_up_proj[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* out);
   void (*pack_down_proj[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* out);
-  // gate_up = x gate_up_proj^T; act = activation(gate_up). Panels of 2W columns (swiglu: W gate + W up).
+  // gate_up = x [gate_proj; up_proj]^T; act = activation(gate_up). Panels of 2W columns (swiglu: W gate + W up).
   void (*up[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
   // y = act down_proj^T. Panels of H.
   void (*down[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
   // dact' = dout down_proj; dgate_up, row_weight * act, and the parts of drow_weight. Panels of I.
   void (*dact[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
-  // y = dgate_up gate_up_proj. Panels of H.
+  // y = dgate_up [gate_proj; up_proj]. Panels of H.
   void (*dx[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
-  // ddown_proj = dout^T act; dgate_up_proj = dgate_up^T x.
+  // ddown_proj = dout^T act; dgate_proj or dup_proj = a half of dgate_up^T x. Stored transposed: act^T dout, x^T dgate_up.
   void (*ddown_proj[kComputes])(const Group&, const GradBlock&, void* scratch);
   void (*dgate_up_proj[kComputes])(const Group&, const GradBlock&, void* scratch);
 

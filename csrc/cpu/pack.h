@@ -6,30 +6,31 @@ namespace moe {
 namespace MOE_LEVEL {
 namespace {
 
-// Two consecutive k of 2W columns as items: even[c] in the low half, odd[c] in the high half.
+// Two consecutive k of `width` columns as items: even[c] in the low half, odd[c] in the high half.
 template <int half>
 struct Zip {
   static constexpr int at(int i) { return half * W + i / 2 + i % 2 * 2 * W; }
 };
+template <int width = NR>
 inline void zip(vh2 even, vh2 odd, uint32_t* out) {
   storeu(out, permute<Zip<0>>(even, odd));
-  storeu(out + W, permute<Zip<1>>(even, odd));
+  if constexpr (width == NR) storeu(out + W, permute<Zip<1>>(even, odd));
 }
 
 // Panels of a K-major source, n valid columns, k_valid valid k: item (k, c) of the panel from source[k * ld + c], or
-// the pair (2k, c), (2k + 1, c). Row by row: the source is read as it lies in memory.
-template <class C, class S>
+// the pair (2k, c), (2k + 1, c). Row by row: the source is read as it lies in memory. width = W fills half of each panel.
+template <class C, int width = NR, class S>
 inline void pack_natural(const S* source, int64_t ld, int64_t k_valid, int64_t n, int64_t panels, int64_t panel_items,
                          uint32_t* out) {
   for (int64_t k = 0; k < k_valid; k += C::kPair, source += C::kPair * ld, out += NR)
     for (int64_t p = 0; p < panels; ++p) {
       uint32_t* to = out + p * panel_items * NR;
-      const int64_t c = p * NR;
+      const int64_t c = p * width;
       if constexpr (C::kPair == 1) {
         storeu(to, load(source + c, n - c));
-        storeu(to + W, load(source + c + W, n - c - W));
+        if constexpr (width == NR) storeu(to + W, load(source + c + W, n - c - W));
       } else {
-        zip(load_n<vh2>(source + c, n - c), k + 1 < k_valid ? load_n<vh2>(source + ld + c, n - c) : vh2{}, to);
+        zip<width>(load_n<vh2>(source + c, n - c), k + 1 < k_valid ? load_n<vh2>(source + ld + c, n - c) : vh2{}, to);
       }
     }
 }
@@ -62,6 +63,41 @@ inline void pack_transposed(const S* source, int64_t ld, int64_t k_valid, int64_
     for (int r = 0; r < W; ++r)
       if (r < left) storeu(out + (k + r) * NR, rows[r]);
   }
+}
+
+// B of a product, (k, column), in its owner's memory: where k_major element (k, c) is at k * ld + c, else at c * ld + k.
+template <class C>
+struct Factor {
+  const typename C::Store* data;
+  int64_t ld;
+  bool k_major;
+
+  Factor at(int64_t k, int64_t column) const {
+    return {data + (k_major ? k * ld + column : column * ld + k), ld, k_major};
+  }
+  // The stored rectangle of the first `count` k and `columns` columns, for prefetches.
+  void ahead(Ahead& ahead, int64_t count, int64_t columns) const {
+    constexpr int64_t kBytes = sizeof(typename C::Store);
+    ahead.block(data, ld * kBytes, k_major ? count : columns, (k_major ? columns : count) * kBytes);
+  }
+};
+// A weight as B: its inputs contracted (forward), or its outputs (backward).
+template <class C>
+inline Factor<C> over_inputs(const Matrix& weight) {
+  return {static_cast<const typename C::Store*>(weight.data), weight.ld, weight.transposed};
+}
+template <class C>
+inline Factor<C> over_outputs(const Matrix& weight) {
+  return {static_cast<const typename C::Store*>(weight.data), weight.ld, !weight.transposed};
+}
+
+// Panels of the first k_valid k and n columns of a factor: the same bits from either order of it.
+template <class C, int width = NR>
+inline void pack_panels(const Factor<C>& b, int64_t k_valid, int64_t n, int64_t panels, int64_t panel_items,
+                        uint32_t* out) {
+  if (b.k_major) return pack_natural<C, width>(b.data, b.ld, k_valid, n, panels, panel_items, out);
+  for (int64_t c = 0; c < panels * width; c += width, out += panel_items * NR)
+    for (int v = 0; v < width; v += W) pack_transposed<C>(b.data + (c + v) * b.ld, b.ld, k_valid, n - c - v, out + v);
 }
 
 // A packed for a contraction over rows, two rows per item: [k item][count] from element (row, feature).

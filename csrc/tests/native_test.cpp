@@ -1,6 +1,7 @@
 // Standalone test of csrc/cpu, so that sanitizers see our code and not Python's: every room against a double-precision
 // loop, forward and backward, at awkward sizes, on one and on three threads, at every ISA level (a process each).
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -75,6 +76,129 @@ struct Buffer {
   void* data() { return bytes.data(); }
 };
 
+// Where the matrices of experts lie, and how each is stored.
+struct Layout {
+  std::string name;
+  bool scattered;  // each in memory of its own, made in shuffled order, rows padded; else (E, 2I, H), or (E, H, 2I)
+  bool up_first;   // [up; gate]
+  bool gate_transposed, transposed;  // the latter: up and down
+};
+const Layout kLayouts[] = {{"stacked", false, false, false, false},
+                           {"stacked, [up; gate]", false, true, false, false},
+                           {"stacked, transposed", false, false, true, true},
+                           {"stacked, transposed, [up; gate]", false, true, true, true},
+                           {"scattered", true, false, false, false},
+                           {"scattered, transposed", true, true, true, true},
+                           {"scattered, gate transposed", true, false, true, false}};
+
+using Kind = Matrices ExpertTable::*;
+const std::array<Kind, 6> kKinds{&ExpertTable::gate,        &ExpertTable::up,        &ExpertTable::down,
+                                 &ExpertTable::shared_gate, &ExpertTable::shared_up, &ExpertTable::shared_down};
+
+// The matrices of one layer in memory as a layout has it; NaN until set, and NaN between their rows.
+class Placed {
+ public:
+  Placed(const MoeSizes& s, const Layout& layout) : s_(s), layout_(layout), rng_(11) {
+    place(s.E, s.I, table.gate, table.up, table.down);
+    if (s.Is > 0) place(1, s.Is, table.shared_gate, table.shared_up, table.shared_down);
+  }
+  // From and to (n, rows, columns) in sequence.
+  void set(const Matrices& to, const float* values) {
+    each(to, [&](auto& element) { assign(element, *values++); });
+  }
+  Floats values(const Matrices& from) const {
+    Floats out;
+    each(from, [&](auto& element) { out.push_back(to_float(element)); });
+    return out;
+  }
+  // gate_up_proj (n, halves * I, H), from gate (empty: gelu) and up.
+  void set_gate_up(const Matrices& gate, const Matrices& up, const Floats& values) {
+    const size_t one = size_t(up.rows * up.columns), n = up.data.size(), halves = gate.present() ? 2 : 1;
+    for (const Matrices* half : {&gate, &up}) {
+      if (!half->present()) continue;
+      Floats own(n * one);
+      for (size_t e = 0; e < n; ++e) std::copy_n(&values[(halves * e + (half == &up ? halves - 1 : 0)) * one], one, &own[e * one]);
+      set(*half, own.data());
+    }
+  }
+  Floats gate_up(const Matrices& gate, const Matrices& up) const {
+    const Floats first = values(gate), second = values(up);
+    const size_t one = size_t(up.rows * up.columns);
+    Floats out;
+    for (size_t e = 0; e < up.data.size(); ++e) {
+      if (gate.present()) out.insert(out.end(), &first[e * one], &first[e * one] + one);
+      out.insert(out.end(), &second[e * one], &second[e * one] + one);
+    }
+    return out;
+  }
+  // Only the matrices of `written` have been: all else is as it was made. Spoils them.
+  bool nothing_else_written(const ExpertTable& written) {
+    for (const Kind kind : kKinds)
+      each(written.*kind, [](auto& element) { std::memset(&element, 0xFF, sizeof(element)); });
+    return std::all_of(memory_.begin(), memory_.end(), [](const Buffer& b) {
+      return std::all_of(b.bytes.begin(), b.bytes.end(), [](char c) { return c == char(0xFF); });
+    });
+  }
+  ExpertTable table;
+
+ private:
+  template <class Visit>
+  static void each(const Matrices& m, const Visit& visit) {
+    with_dtype(m.dtype, [&](auto element) {
+      for (void* matrix : m.data)
+        for (int64_t o = 0; o < m.rows; ++o)
+          for (int64_t i = 0; i < m.columns; ++i)
+            visit(static_cast<decltype(element)*>(matrix)[m.transposed ? i * m.ld + o : o * m.ld + i]);
+    });
+  }
+  static Matrices empty(int64_t n, int64_t rows, int64_t columns, bool transposed, Dtype dtype) {
+    return {std::vector<void*>(size_t(n)), rows, columns, transposed ? rows : columns, transposed, dtype};
+  }
+  void* allocate(int64_t elements) {
+    memory_.emplace_back(s_.dtype, size_t(elements));
+    return memory_.back().data();
+  }
+  void place(int64_t n, int64_t I, Matrices& gate, Matrices& up, Matrices& down) {
+    if (s_.halves() == 2) gate = empty(n, I, s_.H, layout_.gate_transposed, s_.dtype);
+    up = empty(n, I, s_.H, layout_.transposed, s_.dtype);
+    down = empty(n, s_.H, I, layout_.transposed, s_.dtype);
+    if (layout_.scattered) return scatter({&gate, &up, &down});
+    stack({&down});
+    if (s_.halves() == 1) stack({&up});
+    else if (layout_.up_first) stack({&up, &gate});
+    else stack({&gate, &up});
+  }
+  // One allocation of (n, sum of rows, columns), or transposed.
+  void stack(const std::vector<Matrices*>& parts) {
+    const int64_t n = int64_t(parts[0]->data.size()), one = parts[0]->rows * parts[0]->columns, halves = int64_t(parts.size());
+    char* base = static_cast<char*>(allocate(n * halves * one));
+    for (int64_t half = 0; half < halves; ++half) {
+      Matrices& m = *parts[size_t(half)];
+      if (m.transposed) m.ld *= halves;
+      for (int64_t e = 0; e < n; ++e)
+        m.data[size_t(e)] = base + (e * halves * one + half * (m.transposed ? m.rows : one)) * dtype_bytes(m.dtype);
+    }
+  }
+  void scatter(const std::vector<Matrices*>& kinds) {
+    std::vector<std::pair<Matrices*, size_t>> all;
+    int64_t padding = 1;
+    for (Matrices* m : kinds) {
+      m->ld += padding++;
+      for (size_t e = 0; e < m->data.size(); ++e) all.emplace_back(m, e);
+    }
+    std::shuffle(all.begin(), all.end(), rng_);
+    for (const auto& [m, e] : all) {
+      const int64_t outer = m->transposed ? m->columns : m->rows, inner = m->transposed ? m->rows : m->columns;
+      m->data[e] = allocate((outer - 1) * m->ld + inner);
+    }
+  }
+
+  const MoeSizes s_;
+  const Layout layout_;
+  std::mt19937 rng_;
+  std::vector<Buffer> memory_;
+};
+
 struct Plan {
   Ints counts, offsets, row_token, row_pick, token_row_offsets, token_rows;
   Floats row_weight;
@@ -138,78 +262,178 @@ struct Oracle {
   }
 };
 
-void test_layer(MoeSizes s, int64_t K, const std::string& routing) {
-  std::mt19937 rng(7);
-  const int64_t U = s.halves() * s.I, Us = s.halves() * s.Is;
-  const std::string name = routing + " T" + std::to_string(s.T) + " H" + std::to_string(s.H) + " I" +
-                           std::to_string(s.I) + " Is" + std::to_string(s.Is) + " E" + std::to_string(s.E) +
-                           (s.dtype == Dtype::kFloat32 ? " fp32" : " bf16");
-  Ints ids(size_t(s.T * K));
-  for (int64_t t = 0; t < s.T; ++t)
-    for (int64_t k = 0; k < K; ++k)
-      ids[t * K + k] = routing == "skewed" ? int32_t(k) : int32_t((t * 7 + k * 3 + t * t) % s.E);
-  const Floats weights = random_values(ids.size(), 0.5f, rng);
-  Plan plan(s.T, s.E, s.R);
-  dispatch_fwd(s.T, K, s.E, ids.data(), weights.data(), plan.out());
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
 
-  const Floats x = random_values(s.T * s.H, 1, rng), dout = random_values(s.T * s.H, 1, rng);
-  const Floats up = random_values(s.E * U * s.H, 0.2f, rng), down = random_values(s.E * s.H * s.I, 0.2f, rng);
-  const Floats sup = random_values(Us * s.H, 0.2f, rng), sdown = random_values(s.H * s.Is, 0.2f, rng);
+// One layer: its inputs, and what a loop in double makes of them.
+struct Case {
+  MoeSizes s;
+  std::string name;
+  Plan plan;
+  Floats x, dout, up, down, sup, sdown;
+  Doubles out, dx, drow, dup, ddown, dsup, dsdown;
 
-  Doubles out(x.size()), dx(x.size()), drow(s.R), dup(up.size()), ddown(down.size()), dsup(sup.size()), dsdown(sdown.size());
-  const Oracle oracle{s};
-  for (int64_t e = 0; e < s.E; ++e)
-    for (int64_t r = plan.offsets[e]; r < plan.offsets[e + 1]; ++r) {
-      const int64_t t = plan.row_token[r] * s.H;
-      drow[r] = oracle.row(&x[t], &up[e * U * s.H], &down[e * s.H * s.I], s.I, plan.row_weight[r], &out[t], &dout[t],
-                           &dx[t], &dup[e * U * s.H], &ddown[e * s.H * s.I]);
-    }
-  for (int64_t t = 0; s.Is > 0 && t < s.T; ++t)
-    oracle.row(&x[t * s.H], sup.data(), sdown.data(), s.Is, 1, &out[t * s.H], &dout[t * s.H], &dx[t * s.H], dsup.data(),
-               dsdown.data());
-
-  const double limit = s.dtype == Dtype::kFloat32 ? 2e-6 : 1.5e-2;
-  std::vector<std::vector<char>> bits;
-  for (int threads : {1, 3}) {
-    s.threads = threads;
-    Buffer bx(s.dtype, x), bdout(s.dtype, dout), bup(s.dtype, up), bdown(s.dtype, down), bsup(s.dtype, sup),
-        bsdown(s.dtype, sdown);
-    Buffer bout(s.dtype, x.size()), gate_up(s.dtype, s.R * U), shared_gate_up(s.dtype, s.Is ? s.T * Us : 0),
-        bdx(s.dtype, x.size()), bdup(s.dtype, up.size()), bddown(s.dtype, down.size()), bdsup(s.dtype, sup.size()),
-        bdsdown(s.dtype, sdown.size()), y_rows(s.dtype, s.R * s.H), room_out(s.dtype, x.size());
-    Floats bdrow(s.R);
-    const ExpertWeights w{bup.data(), bdown.data(), s.Is ? bsup.data() : nullptr, s.Is ? bsdown.data() : nullptr};
-    moe_mlp_fwd(s, plan.view(), w, nullptr, bx.data(), bout.data(), gate_up.data(), shared_gate_up.data());
-    moe_mlp_bwd(s, plan.view(), w, bx.data(), bdout.data(), gate_up.data(), shared_gate_up.data(), bdx.data(),
-                bdrow.data(), {bdup.data(), bddown.data(), bdsup.data(), bdsdown.data()});
-    const std::string where = name + " threads " + std::to_string(threads);
-    expect(relative_error(bout.floats(), out) < limit, where + " out");
-    expect(relative_error(bdx.floats(), dx) < limit, where + " dx");
-    expect(relative_error(bdrow, drow) < limit, where + " drow_weight");
-    expect(relative_error(bdup.floats(), dup) < limit, where + " dgate_up_proj");
-    expect(relative_error(bddown.floats(), ddown) < limit, where + " ddown_proj");
-    if (s.Is) expect(relative_error(bdsup.floats(), dsup) < limit, where + " dshared_gate_up_proj");
-    if (s.Is) expect(relative_error(bdsdown.floats(), dsdown) < limit, where + " dshared_down_proj");
-    const PackedWeights packed(s, w);
-    Buffer again(s.dtype, x.size());
-    moe_mlp_fwd(s, plan.view(), w, &packed, bx.data(), again.data(), nullptr, nullptr);
-    expect(again.bytes == bout.bytes, where + " the same bits from packed weights");
-    const Floats first = bdup.floats();
+  Case(MoeSizes sizes, int64_t K, const std::string& routing) : s(sizes), plan(s.T, s.E, s.R) {
+    std::mt19937 rng(7);
+    const char* dtypes[] = {" fp32", " bf16", " fp16"};
+    name = routing + " T" + std::to_string(s.T) + " H" + std::to_string(s.H) + " I" + std::to_string(s.I) + " Is" +
+           std::to_string(s.Is) + " E" + std::to_string(s.E) + dtypes[int(s.dtype)];
+    Ints ids(size_t(s.T * K));
+    for (int64_t t = 0; t < s.T; ++t)
+      for (int64_t k = 0; k < K; ++k)
+        ids[t * K + k] = routing == "skewed" ? int32_t(k) : int32_t((t * 7 + k * 3 + t * t) % s.E);
+    const Floats weights = random_values(ids.size(), 0.5f, rng);
+    dispatch_fwd(s.T, K, s.E, ids.data(), weights.data(), plan.out());
+    const int64_t U = s.halves() * s.I, Us = s.halves() * s.Is;
+    x = random_values(s.T * s.H, 1, rng), dout = random_values(s.T * s.H, 1, rng);
+    up = random_values(s.E * U * s.H, 0.2f, rng), down = random_values(s.E * s.H * s.I, 0.2f, rng);
+    sup = random_values(Us * s.H, 0.2f, rng), sdown = random_values(s.H * s.Is, 0.2f, rng);
+    out.resize(x.size()), dx.resize(x.size()), drow.resize(s.R), dup.resize(up.size()), ddown.resize(down.size());
+    dsup.resize(sup.size()), dsdown.resize(sdown.size());
+    const Oracle oracle{s};
     for (int64_t e = 0; e < s.E; ++e)
-      if (plan.counts[e] == 0)
-        expect(std::all_of(&first[e * U * s.H], &first[e * U * s.H] + U * s.H, [](float v) { return v == 0; }),
-               where + " exact zeros of an expert without rows");
-    bits.push_back(bout.bytes);
-    bits.push_back(bdx.bytes);
-    bits.push_back(bdup.bytes);
-    if (s.Is == 0) {  // the rooms one by one give the same as the fused layer
-      experts_fwd(s, plan.view(), w, bx.data(), y_rows.data(), nullptr);
-      combine_rows({s.T, s.H, s.dtype, s.dtype, threads, y_rows.data(), plan.row_weight.data(), plan.token_row_offsets.data(),
-                    plan.token_rows.data(), nullptr, room_out.data()});
-      expect(relative_error(room_out.floats(), out) < limit, where + " rooms one by one");
-    }
+      for (int64_t r = plan.offsets[e]; r < plan.offsets[e + 1]; ++r) {
+        const int64_t t = plan.row_token[r] * s.H;
+        drow[r] = oracle.row(&x[t], &up[e * U * s.H], &down[e * s.H * s.I], s.I, plan.row_weight[r], &out[t], &dout[t],
+                             &dx[t], &dup[e * U * s.H], &ddown[e * s.H * s.I]);
+      }
+    for (int64_t t = 0; s.Is > 0 && t < s.T; ++t)
+      oracle.row(&x[t * s.H], sup.data(), sdown.data(), s.Is, 1, &out[t * s.H], &dout[t * s.H], &dx[t * s.H],
+                 dsup.data(), dsdown.data());
   }
-  for (int i = 0; i < 3; ++i) expect(bits[i] == bits[i + 3], name + " same bits on one and three threads");
+
+  void set_weights(Placed& w) const {
+    w.set_gate_up(w.table.gate, w.table.up, up);
+    w.set(w.table.down, down.data());
+    if (s.Is > 0) w.set_gate_up(w.table.shared_gate, w.table.shared_up, sup);
+    if (s.Is > 0) w.set(w.table.shared_down, sdown.data());
+  }
+};
+
+// What one forward and one backward have written.
+struct Written {
+  std::vector<char> out, dx, y_rows, room_dx;
+  Floats drow, dup, ddown, dsup, dsdown, room_dup, room_ddown;
+  bool operator==(const Written& o) const {
+    return same_bits(out, o.out) && same_bits(dx, o.dx) && same_bits(y_rows, o.y_rows) &&
+           same_bits(room_dx, o.room_dx) && same_bits(drow, o.drow) && same_bits(dup, o.dup) &&
+           same_bits(ddown, o.ddown) && same_bits(dsup, o.dsup) && same_bits(dsdown, o.dsdown) &&
+           same_bits(room_dup, o.room_dup) && same_bits(room_ddown, o.room_ddown);
+  }
+};
+
+// The gradients without some kinds are those with all of them, bit for bit, and the missing ones stay unwritten.
+void test_frozen(const Case& c, const ExpertTable& w, const Layout& layout, void* x, void* dout, void* gate_up,
+                 void* shared_gate_up, const std::vector<char>& dx, const std::string& where) {
+  const auto backward = [&](Placed& to, const ExpertTable& wanted) {
+    Buffer again(c.s.dtype, c.x.size());
+    Floats drow(c.s.R);
+    moe_mlp_bwd(c.s, c.plan.view(), w, x, dout, gate_up, shared_gate_up, again.data(), drow.data(), wanted);
+    expect(same_bits(again.bytes, dx), where + " dx, some weights frozen");
+  };
+  Placed all(c.s, layout);
+  backward(all, all.table);
+  for (size_t frozen = 0; frozen <= kKinds.size(); ++frozen) {
+    Placed some(c.s, layout);
+    ExpertTable wanted = some.table;
+    for (size_t k = 0; k < kKinds.size(); ++k)
+      if (k == frozen || frozen == kKinds.size()) wanted.*kKinds[k] = {};
+    backward(some, wanted);
+    for (const Kind kind : kKinds)
+      if ((wanted.*kind).present())
+        expect(same_bits(some.values(wanted.*kind), all.values(all.table.*kind)), where + " gradients, others frozen");
+    expect(some.nothing_else_written(wanted), where + " frozen: nothing written");
+  }
+}
+
+Written test_placed(const Case& c, const Layout& layout, const Layout& grad_layout, const std::string& where) {
+  const MoeSizes& s = c.s;
+  const int64_t U = s.halves() * s.I, Us = s.halves() * s.Is;
+  const double limit = s.dtype == Dtype::kFloat32 ? 2e-6 : 1.5e-2;
+  const PlanView plan = c.plan.view();
+  Placed weights(s, layout), grads(s, grad_layout), room_grads(s, grad_layout);
+  c.set_weights(weights);
+  const ExpertTable& w = weights.table;
+  Buffer bx(s.dtype, c.x), bdout(s.dtype, c.dout), bout(s.dtype, c.x.size()), gate_up(s.dtype, s.R * U),
+      shared_gate_up(s.dtype, s.Is ? s.T * Us : 0), bdx(s.dtype, c.x.size()), y_rows(s.dtype, s.R * s.H),
+      room_dx(s.dtype, c.x.size()), again(s.dtype, c.x.size());
+  Floats drow(s.R, NAN);
+  moe_mlp_fwd(s, plan, w, nullptr, bx.data(), bout.data(), gate_up.data(), shared_gate_up.data());
+  moe_mlp_bwd(s, plan, w, bx.data(), bdout.data(), gate_up.data(), shared_gate_up.data(), bdx.data(), drow.data(),
+              grads.table);
+  const ExpertTable& g = grads.table;
+  Written got{bout.bytes, bdx.bytes, {}, {}, drow, grads.gate_up(g.gate, g.up), grads.values(g.down),
+              grads.gate_up(g.shared_gate, g.shared_up), grads.values(g.shared_down), {}, {}};
+  expect(relative_error(bout.floats(), c.out) < limit, where + " out");
+  expect(relative_error(bdx.floats(), c.dx) < limit, where + " dx");
+  expect(relative_error(drow, c.drow) < limit, where + " drow_weight");
+  expect(relative_error(got.dup, c.dup) < limit, where + " dgate_up_proj");
+  expect(relative_error(got.ddown, c.ddown) < limit, where + " ddown_proj");
+  if (s.Is) expect(relative_error(got.dsup, c.dsup) < limit, where + " dshared_gate_up_proj");
+  if (s.Is) expect(relative_error(got.dsdown, c.dsdown) < limit, where + " dshared_down_proj");
+  for (int64_t e = 0; e < s.E; ++e)
+    if (c.plan.counts[e] == 0)
+      expect(std::all_of(&got.dup[e * U * s.H], &got.dup[e * U * s.H] + U * s.H, [](float v) { return v == 0; }),
+             where + " exact zeros of an expert without rows");
+  expect(grads.nothing_else_written(g), where + " nothing between the rows of gradients written");
+
+  const PackedWeights packed(s, w);
+  Placed elsewhere(s, grad_layout);
+  c.set_weights(elsewhere);
+  moe_mlp_fwd(s, plan, elsewhere.table, &packed, bx.data(), again.data(), nullptr, nullptr);
+  expect(same_bits(again.bytes, bout.bytes), where + " the same bits from packed weights");
+  test_frozen(c, w, grad_layout, bx.data(), bdout.data(), gate_up.data(), shared_gate_up.data(), bdx.bytes, where);
+
+  MoeSizes routed = s;  // the rooms one by one
+  routed.Is = 0;
+  experts_fwd(routed, plan, w, bx.data(), y_rows.data(), gate_up.data());
+  got.y_rows = y_rows.bytes;
+  experts_bwd(routed, plan, w, bx.data(), y_rows.data(), gate_up.data(), room_dx.data(), room_grads.table);
+  got.room_dx = room_dx.bytes;
+  got.room_dup = room_grads.gate_up(room_grads.table.gate, room_grads.table.up);
+  got.room_ddown = room_grads.values(room_grads.table.down);
+  if (s.Is == 0) {
+    combine_rows({s.T, s.H, s.dtype, s.dtype, s.threads, y_rows.data(), c.plan.row_weight.data(),
+                  c.plan.token_row_offsets.data(), c.plan.token_rows.data(), nullptr, again.data()});
+    expect(relative_error(again.floats(), c.out) < limit, where + " rooms one by one");
+  }
+  return got;
+}
+
+void test_layer(const MoeSizes& sizes, int64_t K, const std::string& routing) {
+  Case c(sizes, K, routing);
+  std::vector<Written> all;
+  for (size_t i = 0; i < std::size(kLayouts); ++i)
+    for (int threads : {1, 3}) {
+      c.s.threads = threads;
+      const Layout &layout = kLayouts[i], &grad_layout = kLayouts[(i + (threads == 3)) % std::size(kLayouts)];
+      const std::string where = c.name + " threads " + std::to_string(threads) + ", " + layout.name;
+      all.push_back(test_placed(c, layout, grad_layout, where));
+      expect(all.back() == all.front(), where + ": the same bits as stacked, on one thread");
+    }
+}
+
+void test_changed_weights_are_noticed() {
+  const Case c({4, 16, 3, 4, 8, 8, Dtype::kBFloat16, Activation::kSwiGLU, 1}, 1, "mixed");
+  for (const Layout& layout : kLayouts)
+    for (const Kind kind : kKinds) {
+      Placed w(c.s, layout);
+      c.set_weights(w);
+      const PackedWeights packed(c.s, w.table);
+      packed.check(c.s, w.table);
+      Floats values = w.values(w.table.*kind);
+      for (float& v : values) v *= 2;
+      w.set(w.table.*kind, values.data());
+      bool noticed = false;
+      try {
+        packed.check(c.s, w.table);
+      } catch (const Error&) {
+        noticed = true;
+      }
+      expect(noticed, "packed weights: a changed weight, " + layout.name);
+    }
 }
 
 // Every fp16 value, and floats around every rounding boundary, through the vector conversions of this level.
@@ -322,11 +546,13 @@ int main(int, char** argv) {
     test_layer({40, 64, 4, 80, 96, 48, dtype, A::kSwiGLU, 1}, 2, "mixed");
     test_layer({37, 33, 5, 111, 50, 17, dtype, A::kSwiGLU, 1}, 3, "mixed");   // nothing is a multiple of a vector
     test_layer({60, 48, 6, 120, 40, 0, dtype, A::kGELU, 1}, 2, "mixed");      // no shared expert
+    test_layer({23, 35, 4, 46, 21, 13, dtype, A::kGELU, 1}, 2, "mixed");
     test_layer({19, 40, 7, 38, 24, 8, dtype, A::kSwiGLU, 1}, 2, "skewed");    // all tokens to two experts, five empty
     test_layer({1, 16, 3, 1, 8, 8, dtype, A::kSwiGLU, 1}, 1, "mixed");        // one token
     test_layer({0, 16, 3, 0, 8, 8, dtype, A::kSwiGLU, 1}, 1, "mixed");        // no token at all
     test_layer({600, 24, 2, 600, 600, 0, dtype, A::kSwiGLU, 1}, 1, "mixed");  // K longer than one chunk, both ways
   }
+  test_changed_weights_are_noticed();
   for (int64_t E : {3, 8, 13}) test_gating(50, 37, E, 2);
   test_expert_choice();
   test_half();
