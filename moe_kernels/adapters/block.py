@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..layer import describe_backend, modulate, moe_forward
 from ..routing import TokenChoice
-from .linear import NotUnderstoodError, plain, refuse_watched, weight_of
+from .linear import NotUnderstoodError, plain, plain_weights, refuse_watched, weight_of
 
 KINDS = ("gate_proj", "up_proj", "down_proj")
 EXPECTED = {"scoring_func": "softmax", "norm_topk_prob": False, "seq_aux": False}  # of the gate, or of the block
@@ -150,35 +150,47 @@ def _rebuild(original: type[nn.Module]) -> MoEBlock:
 
 
 def read(block: nn.Module, config: BlockConfig) -> Reading:
-    """Read the weights and the routing of a block. Raises: NotUnderstoodError naming the module."""
-    path, known, modules = config.path, config.known, block._modules
-    gate = modules["gate"]
-    gate_up, down = [], []
-    for e, expert in enumerate(modules["experts"]):
-        _read_expert(expert, f"{path}.experts.{e}", known, gate_up, down)
+    """Read the weights and the routing of a block. Raises: NotUnderstoodError naming the module.
+
+    Cost: some 15 us at E = 8 where all layers are plain, 1.5 us more for each expert.
+    """
+    path, modules = config.path, block.__dict__["_modules"]
+    experts = modules["experts"]._modules
+    gate_up, down = _read_mlps(experts, f"{path}.experts", config.known)
+    gate_weight = _gate_weight(modules["gate"], path, config.known)
+    if len(experts) != gate_weight.shape[0]:
+        raise NotUnderstoodError(f"{path}.experts: got {len(experts)}, expected {gate_weight.shape[0]} as gate.weight has")
     shared = modules.get("shared_experts")
-    shared_gate_up, shared_down = (None, None) if shared is None else ([], [])
-    if shared is not None:
-        _read_expert(shared, f"{path}.shared_experts", known, shared_gate_up, shared_down)
-    gate_weight = _gate_weight(gate, f"{path}.gate", known)
-    if len(down) != gate_weight.shape[0]:
-        raise NotUnderstoodError(f"{path}.experts: got {len(down)} experts, expected {gate_weight.shape[0]} as gate.weight")
-    weights = gate_up, down, shared_gate_up, shared_down
-    return Reading(gate_weight, weights, router_of(block, path, len(down), config.aux_loss_mode))
+    shared_weights = (None, None) if shared is None else _read_mlps({"shared_experts": shared}, path, config.known)
+    router = router_of(block, path, len(experts), config.aux_loss_mode)
+    return Reading(gate_weight, (gate_up, down, *shared_weights), router)
 
 
-def _read_expert(expert: nn.Module, path: str, known: frozenset[Any], gate_up: list[Tensor], down: list[Tensor]) -> None:
-    _check_known(expert, path, known)
-    modules = expert._modules
-    gate_up += weight_of(modules["gate_proj"], f"{path}.gate_proj"), weight_of(modules["up_proj"], f"{path}.up_proj")
-    down.append(weight_of(modules["down_proj"], f"{path}.down_proj"))
+def _read_mlps(mlps: dict[str, nn.Module], path: str, known: frozenset[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return [gate_0, up_0, gate_1, ...] and [down_0, ...]."""
+    ups, downs = [], []
+    for name, mlp in mlps.items():
+        own = mlp.__dict__
+        watched = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        if watched or "forward" in own:
+            refuse_watched(mlp, f"{path}.{name}")
+        _check_known(mlp, path, name, known)
+        inner = own["_modules"]
+        ups += inner["gate_proj"], inner["up_proj"]
+        downs.append(inner["down_proj"])
+    gate_up, down = plain_weights(ups), plain_weights(downs)
+    if gate_up is None:
+        names = [f"{path}.{name}.{kind}" for name in mlps for kind in KINDS[:2]]
+        gate_up = [weight_of(module, where) for module, where in zip(ups, names, strict=True)]
+    if down is None:
+        down = [weight_of(module, f"{path}.{name}.{KINDS[2]}") for module, name in zip(downs, mlps, strict=True)]
+    return gate_up, down
 
 
-def _check_known(module: nn.Module, path: str, known: frozenset[Any]) -> None:
+def _check_known(module: nn.Module, path: str, name: str, known: frozenset[Any]) -> None:
     """Refuse a module whose forward, or whose activation, is not one that `replace_moe` has looked at."""
     if type(module).forward not in known or activation_of(module) not in known:
-        raise NotUnderstoodError(f"{path}: got {type(module).__name__}, another module than at replace_moe")
-    refuse_watched(module, path)
+        raise NotUnderstoodError(f"{path}.{name}: got {type(module).__name__}, another module than at replace_moe")
 
 
 def activation_of(mlp: nn.Module) -> Any:
@@ -191,10 +203,11 @@ def activation_of(mlp: nn.Module) -> Any:
 
 
 def _gate_weight(gate: nn.Module, path: str, known: frozenset[Any]) -> Tensor:
-    if isinstance(gate, nn.Linear) or hasattr(gate, "base_layer"):
-        return weight_of(gate, path)
-    _check_known(gate, path, known)
-    return plain(gate.weight, path)
+    if isinstance(gate, nn.Linear) or "base_layer" in gate.__dict__["_modules"]:
+        return weight_of(gate, f"{path}.gate")
+    _check_known(gate, path, "gate", known)
+    refuse_watched(gate, f"{path}.gate")
+    return plain(gate.weight, f"{path}.gate")
 
 
 def router_of(block: nn.Module, path: str, num_experts: int, aux_loss_mode: str) -> TokenChoice:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,26 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 class NotUnderstoodError(Exception):
     """A module does something that reading its weights would miss. The text names its path and what it does."""
+
+
+def plain_weights(modules: Iterable[nn.Module]) -> list[Tensor] | None:
+    """Return the weights of nn.Linear layers without bias that nobody watches; None if one of them is anything else.
+
+    What `weight_of` says of each, at a fifth of its cost: nn.Module's own ways to an attribute are slow.
+    """
+    weights = []
+    for module in modules:
+        if type(module) is not nn.Linear:
+            return None
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return None
+        parameters = own["_parameters"]
+        weight = parameters.get("weight")
+        if "forward" in own or parameters.get("bias") is not None or type(weight) is not nn.Parameter:
+            return None
+        weights.append(weight)
+    return weights
 
 
 def weight_of(module: nn.Module, path: str) -> Tensor:
@@ -21,12 +43,6 @@ def weight_of(module: nn.Module, path: str) -> Tensor:
     Raises: NotUnderstoodError for everything else: hooks, a patched forward, a bias, quantised layers, active dropout.
     Cost: under a microsecond for an nn.Linear; a product of rank r for every active adapter.
     """
-    if type(module) is nn.Linear and not torch.compiler.is_compiling():
-        own = module.__dict__
-        parameters = own["_parameters"]
-        watched = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-        if not watched and "forward" not in own and parameters.get("bias") is None and "weight" in parameters:
-            return plain(parameters["weight"], path)
     refuse_watched(module, path)
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         if module.bias is not None:
