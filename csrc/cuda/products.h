@@ -147,7 +147,7 @@ struct Up : RowsTimesWeights<T_> {
     }
     float values[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = activation<GELU>(gate[i], up[i]);
+    for (int i = 0; i < 8; ++i) values[i] = activation<GELU, T>(gate[i], up[i]);
     store8((tile.shared ? shared_act : act) + at * n + col, values);
     return 0;
   }
@@ -206,7 +206,7 @@ struct Dact : RowsTimesWeights<T_> {
     float value[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const ActivationGradient g = activation_bwd<GELU>(weight * dact[i], gate[i], GELU ? 0.0f : up[i]);
+      const ActivationGradient g = activation_bwd<GELU, T>(weight * dact[i], gate[i], GELU ? 0.0f : up[i]);
       sum += dact[i] * g.act;
       value[i] = weight * g.act, gate[i] = g.dgate, up[i] = g.dup;
     }
