@@ -273,8 +273,10 @@ void run_tiling(const Product& product, const Launch& on) {
 
 template <class Product>
 void run(const Product& product, const Launch& on) {
-  if (on.tiling.n == kWide.n) return run_tiling<Product, kWide.n>(product, on);
-  if (on.tiling.n == kMiddle.n) return run_tiling<Product, kMiddle.n>(product, on);
+  if constexpr (!Product::kLongEpilogue) {
+    if (on.tiling.n == kWide.n) return run_tiling<Product, kWide.n>(product, on);
+    if (on.tiling.n == kMiddle.n) return run_tiling<Product, kMiddle.n>(product, on);
+  }
   run_tiling<Product, kPingPong.n>(product, on);
 }
 

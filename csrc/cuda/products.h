@@ -128,7 +128,7 @@ struct Up : RowsTimesWeights<T_> {
   static constexpr int kHalves = GELU ? 1 : 2;
   static constexpr Summed kA = Summed::kInner, kB = Summed::kInner;
   static constexpr Gathered kGathered = Gathered::kA;
-  static constexpr bool kRowSum = false;
+  static constexpr bool kRowSum = false, kLongEpilogue = false;
   T* act;
   T* shared_act;
   T* gate_up;
@@ -162,7 +162,7 @@ struct RowsTimes : RowsTimesWeights<T_> {
   static constexpr int kHalves = 1;
   static constexpr Summed kA = Summed::kInner, kB = WEIGHTS;
   static constexpr Gathered kGathered = Gathered::kNone;
-  static constexpr bool kRowSum = false;
+  static constexpr bool kRowSum = false, kLongEpilogue = false;
   T* out;
   T* shared_out;
 
@@ -183,7 +183,7 @@ struct Dact : RowsTimesWeights<T_> {
   static constexpr int kHalves = 1, kParts = GELU ? 1 : 2;
   static constexpr Summed kA = Summed::kInner, kB = Summed::kOuter;
   static constexpr Gathered kGathered = Gathered::kA;
-  static constexpr bool kRowSum = true;
+  static constexpr bool kRowSum = true, kLongEpilogue = true;  // as long as its products: to be done beside them
   const float* row_weight;
   const T* gate_up;
   const T* shared_gate_up;
@@ -272,7 +272,7 @@ struct Dweight {
   static constexpr int kHalves = 1, kRowsAlign = 64;
   static constexpr Summed kA = Summed::kOuter, kB = Summed::kOuter;
   static constexpr Gathered kGathered = GATHERED;
-  static constexpr bool kRowSum = false;
+  static constexpr bool kRowSum = false, kLongEpilogue = false;
   WeightTiles tiles;
   const T* left;         // (R or T, M)
   const T* shared_left;  // (T, Ms)
