@@ -1,8 +1,9 @@
 // The CUDA backend's Python module: every buffer checked as in bindings.cpp, except for contents, which are on a GPU.
-// Kernels go to the caller's stream on the current device; scratch memory is the caller's, sized by *_workspace_bytes.
+// Kernels go to the caller's stream on the device of use_device; scratch memory is the caller's, sized by *_workspace_bytes.
 #include "bindings.h"
 
 #include "cuda/combine.h"
+#include "cuda/context.h"
 #include "cuda/dispatch.h"
 #include "cuda/expert_choice.h"
 #include "cuda/experts.h"
@@ -355,6 +356,7 @@ PYBIND11_MODULE(MOE_MODULE, m) {
   m.def("launches", [] { return fibers::launches(); });
 #else
   m.attr("on_fibers") = false;
+  m.def("use_device", &cuda::use_device);
 #endif
   m.def("gating_fwd", &py_gating_fwd);
   m.def("gating_bwd", &py_gating_bwd);

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import moe_kernels
 from bench.cases import kernels_on
 from bench.shapes import MODEL_SHAPES
 from moe_kernels import MoELayer, TokenChoice, dispatch, dispatch_expert_choice, gating
-from tests.contenders import BACKENDS, DTYPES, gradients, moe_compute, moe_oracle, moe_ours
+from tests.contenders import BACKENDS, DTYPES, gradients, moe_compute, moe_oracle, moe_ours, plan_of
 from tests.error_rule import judge
 from tests.test_compile import assert_same, forward_backward
 from tests.test_determinism import assert_same_bits
@@ -216,6 +218,22 @@ def test_launches_follow_the_current_stream(backend):
         got = forward_backward(layer, x)
     stream.synchronize()
     assert_same(got, expected)
+
+
+@pytest.mark.parametrize("backend", [where_it_runs("cuda")])
+def test_a_thread_without_a_context(backend):
+    """What it runs first is a product, which describes its operands to the driver; all memory is at hand.
+
+    A runtime remembers threads' devices without binding a context to them, so a thread of autograd may look like this.
+    """
+    p = make_problem(Trap("thread", "", T=300, H=64, I=64, Is=64, E=4), 0, torch.bfloat16)
+    weights = p.gate_up_proj, p.down_proj, p.shared_gate_up_proj, p.shared_down_proj
+    call = partial(moe_kernels.moe_mlp, p.x, plan_of(p, backend), *weights, backend=backend)
+    expected = call()
+    call()  # leaves memory for the third call
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(call).result()
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

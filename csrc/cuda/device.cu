@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "context.h"
 #include "experts.h"
 
 namespace moe::cuda {
@@ -33,6 +34,8 @@ int hopper_columns(int64_t, int64_t) {
 }
 
 #else
+
+void use_device(int index) { MOE_CUDA(cudaSetDevice(index)); }
 
 Device current_device() {
   constexpr int kMost = 64;

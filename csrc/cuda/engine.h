@@ -73,18 +73,30 @@ __device__ inline void gather_columns(float (&pairs)[8]) {
 
 // Store 16 rows x N columns of a warp's accumulators: value 4 j + 2 h + i of a lane is row lane / 4 + 8 h, column
 // 8 j + 2 (lane % 4) + i. Of a product with two halves the first N / 2 columns belong to the first.
+// What a step reads is on its way while the one before it is computed: after its stores the load would be waited for.
 template <class Product, int N>
 __device__ void store_accumulators(const Product& product, const Tile& tile, int first_row, int first_col,
                                    const float (&sums)[N / 2]) {
   constexpr int kColumns = N / Product::kHalves;
   static_assert(kColumns % 32 == 0);
+  constexpr int kSlices = kColumns / 32;
   const int lane = threadIdx.x % kWarp, width = product.width(tile), rows = result_rows(product, tile);
+  const auto row_of = [&](int step) { return first_row + lane / 4 + 8 * (step / kSlices); };
+  const auto col_of = [&](int step) { return first_col + 32 * (step % kSlices) + 8 * (lane % 4); };
+  const auto kept_of = [&](int step) {
+    const int row = row_of(step), col = col_of(step);
+    return row < rows && col < width ? product.kept(tile, row, col) : typename Product::Kept{};
+  };
+  auto ahead = kept_of(0);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int row = first_row + lane / 4 + 8 * h;
+    const int row = row_of(h * kSlices);
     float row_sum = 0;
 #pragma unroll
-    for (int slice = 0; slice < kColumns / 32; ++slice) {
+    for (int slice = 0; slice < kSlices; ++slice) {
+      const int step = h * kSlices + slice, col = col_of(step);
+      const auto kept = ahead;
+      if (step + 1 < 2 * kSlices) ahead = kept_of(step + 1);
       float values[Product::kHalves][8];
 #pragma unroll
       for (int half = 0; half < Product::kHalves; ++half) {
@@ -92,8 +104,8 @@ __device__ void store_accumulators(const Product& product, const Tile& tile, int
         for (int i = 0; i < 8; ++i) values[half][i] = sums[4 * (half * kColumns / 8 + slice * 4 + i / 2) + 2 * h + i % 2];
         gather_columns(values[half]);
       }
-      const int col = first_col + 32 * slice + 8 * (lane % 4);
-      if (row < rows && col < width) row_sum += product.store(tile, row, col, values[0], values[Product::kHalves - 1]);
+      if (row < rows && col < width)
+        row_sum += product.store(tile, row, col, values[0], values[Product::kHalves - 1], kept);
     }
     if constexpr (Product::kRowSum) {
       row_sum += __shfl_xor_sync(kAllLanes, row_sum, 1);

@@ -131,9 +131,11 @@ __device__ void clear_tail(const Shared<Product, N>& shared, int stage, int rows
   sync_threads(kCleared + (kPingPong ? consumer : 0), kHelpers);
 }
 
+// With `hand_over` the turn goes to the other warpgroup once all products of the tile are issued: it finds the tensor cores
+// at work. All full barriers of the tile have been waited for by then, which is what its view of the ring depends on.
 template <class Product, int N>
 __device__ void multiply_tile(const Tile& tile, const Shared<Product, N>& shared, Ring<Config<Product, N>::kStages>& ring,
-                              int consumer, float (&sums)[Config<Product, N>::kBlocks][N / 2]) {
+                              int consumer, bool hand_over, float (&sums)[Config<Product, N>::kBlocks][N / 2]) {
   using C = Config<Product, N>;
   int before = -1;  // the stage whose products may still be at work
   for (int k = tile.k_begin; k < tile.k_end; k += kK, ring.advance()) {
@@ -158,6 +160,7 @@ __device__ void multiply_tile(const Tile& tile, const Shared<Product, N>& shared
     if (before >= 0 && threadIdx.x % kWarp == 0) arrive(shared.empty(before));
     before = ring.stage;
   }
+  if (hand_over) arrive_threads(kTurn + 1 - consumer, 2 * kGroup);
   wait_products<0>();
 #pragma unroll
   for (int block = 0; block < C::kBlocks; ++block) keep_order(sums[block]);
@@ -179,8 +182,7 @@ __device__ void multiply_tiles(const Product& product, const Shared<Product, N>&
     }
     if (C::kPingPong) sync_threads(kTurn + consumer, 2 * kGroup);
     float sums[C::kBlocks][N / 2] = {};
-    multiply_tile<Product, N>(tile, shared, ring, consumer, sums);
-    if (C::kPingPong && index + int(gridDim.x) < count) arrive_threads(kTurn + 1 - consumer, 2 * kGroup);
+    multiply_tile<Product, N>(tile, shared, ring, consumer, C::kPingPong && index + int(gridDim.x) < count, sums);
     const int row = tile.m * kM + (C::kPingPong ? 0 : consumer * 64) + threadIdx.x % kGroup / kWarp * 16;
 #pragma unroll
     for (int block = 0; block < C::kBlocks; ++block)
@@ -271,8 +273,10 @@ void run_tiling(const Product& product, const Launch& on) {
 
 template <class Product>
 void run(const Product& product, const Launch& on) {
-  if (on.tiling.n == kWide.n) return run_tiling<Product, kWide.n>(product, on);
-  if (on.tiling.n == kMiddle.n) return run_tiling<Product, kMiddle.n>(product, on);
+  if constexpr (!Product::kLongEpilogue) {
+    if (on.tiling.n == kWide.n) return run_tiling<Product, kWide.n>(product, on);
+    if (on.tiling.n == kMiddle.n) return run_tiling<Product, kMiddle.n>(product, on);
+  }
   run_tiling<Product, kPingPong.n>(product, on);
 }
 

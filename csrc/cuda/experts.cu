@@ -29,7 +29,7 @@ struct Call {
     return n == sm90::kWide.n ? sm90::kWide : n == sm90::kMiddle.n ? sm90::kMiddle : sm90::kPingPong;
   }
   Tiling up_tiling() const { return tiling(s.H, s.halves() * s.I); }
-  Tiling dact_tiling() const { return tiling(s.H, s.I); }
+  Tiling dact_tiling() const { return engine == Engine::kSm90 ? sm90::kPingPong : tiling(s.H, s.I); }
   Tiling weight_tiling(int64_t columns) const { return tiling(s.R / std::max<int64_t>(s.E, 1), columns); }
 
   template <class Product>

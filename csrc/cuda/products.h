@@ -40,6 +40,9 @@ struct Tile {
   bool shared;
 };
 
+// What the end of a product reads beside its sums: nothing, or Kept of the product. An engine asks for it one step ahead.
+struct Nothing {};
+
 constexpr int kBand = 8;  // tiles in m that are walked for one n before the next: neighbours in time share operands
 
 // Tile `index` of num_m x num_n, n slower than m in bands.
@@ -125,10 +128,11 @@ template <class T_, bool GELU>
 struct Up : RowsTimesWeights<T_> {
   using T = T_;
   using Tiles = RowTiles;
+  using Kept = Nothing;
   static constexpr int kHalves = GELU ? 1 : 2;
   static constexpr Summed kA = Summed::kInner, kB = Summed::kInner;
   static constexpr Gathered kGathered = Gathered::kA;
-  static constexpr bool kRowSum = false;
+  static constexpr bool kRowSum = false, kLongEpilogue = false;
   T* act;
   T* shared_act;
   T* gate_up;
@@ -137,7 +141,9 @@ struct Up : RowsTimesWeights<T_> {
   __device__ Matrix<T> b(const Tile& tile, int half) const {
     return this->template weights<Summed::kInner>(tile, half, kHalves);
   }
-  __device__ float store(const Tile& tile, int row, int col, const float (&gate)[8], const float (&up)[8]) const {
+  __device__ Kept kept(const Tile&, int, int) const { return {}; }
+  __device__ float store(const Tile& tile, int row, int col, const float (&gate)[8], const float (&up)[8],
+                         const Kept&) const {
     const int n = this->width(tile);
     const int64_t at = int64_t(tile.first) + row;
     T* kept = tile.shared ? shared_gate_up : gate_up;
@@ -147,7 +153,7 @@ struct Up : RowsTimesWeights<T_> {
     }
     float values[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = activation<GELU>(gate[i], up[i]);
+    for (int i = 0; i < 8; ++i) values[i] = activation<GELU, T>(gate[i], up[i]);
     store8((tile.shared ? shared_act : act) + at * n + col, values);
     return 0;
   }
@@ -159,15 +165,18 @@ template <class T_, Summed WEIGHTS>
 struct RowsTimes : RowsTimesWeights<T_> {
   using T = T_;
   using Tiles = RowTiles;
+  using Kept = Nothing;
   static constexpr int kHalves = 1;
   static constexpr Summed kA = Summed::kInner, kB = WEIGHTS;
   static constexpr Gathered kGathered = Gathered::kNone;
-  static constexpr bool kRowSum = false;
+  static constexpr bool kRowSum = false, kLongEpilogue = false;
   T* out;
   T* shared_out;
 
   __device__ Matrix<T> b(const Tile& tile, int) const { return this->template weights<WEIGHTS>(tile, 0, 1); }
-  __device__ float store(const Tile& tile, int row, int col, const float (&values)[8], const float (&)[8]) const {
+  __device__ Kept kept(const Tile&, int, int) const { return {}; }
+  __device__ float store(const Tile& tile, int row, int col, const float (&values)[8], const float (&)[8],
+                         const Kept&) const {
     store8((tile.shared ? shared_out : out) + (int64_t(tile.first) + row) * this->width(tile) + col, values);
     return 0;
   }
@@ -180,10 +189,14 @@ template <class T_, bool GELU>
 struct Dact : RowsTimesWeights<T_> {
   using T = T_;
   using Tiles = RowTiles;
+  struct Kept {
+    Eight<T> gate, up;
+    float row_weight;
+  };
   static constexpr int kHalves = 1, kParts = GELU ? 1 : 2;
   static constexpr Summed kA = Summed::kInner, kB = Summed::kOuter;
   static constexpr Gathered kGathered = Gathered::kA;
-  static constexpr bool kRowSum = true;
+  static constexpr bool kRowSum = true, kLongEpilogue = true;  // as long as its products: to be done beside them
   const float* row_weight;
   const T* gate_up;
   const T* shared_gate_up;
@@ -195,18 +208,23 @@ struct Dact : RowsTimesWeights<T_> {
   int part_columns, num_parts;
 
   __device__ Matrix<T> b(const Tile& tile, int) const { return this->template weights<Summed::kOuter>(tile, 0, 1); }
-  __device__ float store(const Tile& tile, int row, int col, const float (&dact)[8], const float (&)[8]) const {
+  __device__ Kept kept(const Tile& tile, int row, int col) const {
+    const int n = this->width(tile);
+    const int64_t r = int64_t(tile.first) + row;
+    const T* from = (tile.shared ? shared_gate_up : gate_up) + r * (kParts * n) + col;
+    return {*reinterpret_cast<const Eight<T>*>(from), GELU ? Eight<T>{} : *reinterpret_cast<const Eight<T>*>(from + n),
+            tile.shared || !row_weight ? 1.0f : row_weight[r]};
+  }
+  __device__ float store(const Tile& tile, int row, int col, const float (&dact)[8], const float (&)[8],
+                         const Kept& kept) const {
     const int n = this->width(tile);
     const int64_t r = int64_t(tile.first) + row, wide_at = r * (kParts * n) + col;
-    const float weight = tile.shared || !row_weight ? 1.0f : row_weight[r];
-    const T* kept = tile.shared ? shared_gate_up : gate_up;
-    float gate[8], up[8], sum = 0;
-    load8(kept + wide_at, gate);
-    if (!GELU) load8(kept + wide_at + n, up);
-    float value[8];
+    const float weight = kept.row_weight;
+    float gate[8], up[8], value[8], sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const ActivationGradient g = activation_bwd<GELU>(weight * dact[i], gate[i], GELU ? 0.0f : up[i]);
+      const ActivationGradient g =
+          activation_bwd<GELU, T>(weight * dact[i], wide(kept.gate.at[i]), GELU ? 0.0f : wide(kept.up.at[i]));
       sum += dact[i] * g.act;
       value[i] = weight * g.act, gate[i] = g.dgate, up[i] = g.dup;
     }
@@ -269,10 +287,11 @@ template <class T_, Gathered GATHERED>
 struct Dweight {
   using T = T_;
   using Tiles = WeightTiles;
+  using Kept = Nothing;
   static constexpr int kHalves = 1, kRowsAlign = 64;
   static constexpr Summed kA = Summed::kOuter, kB = Summed::kOuter;
   static constexpr Gathered kGathered = GATHERED;
-  static constexpr bool kRowSum = false;
+  static constexpr bool kRowSum = false, kLongEpilogue = false;
   WeightTiles tiles;
   const T* left;         // (R or T, M)
   const T* shared_left;  // (T, Ms)
@@ -302,7 +321,9 @@ struct Dweight {
   __device__ Matrix<T> b(const Tile& tile, int) const {
     return side(tile, right, shared_right, tile.shared ? Ns : N, GATHERED == Gathered::kB);
   }
-  __device__ float store(const Tile& tile, int row, int col, const float (&values)[8], const float (&)[8]) const {
+  __device__ Kept kept(const Tile&, int, int) const { return {}; }
+  __device__ float store(const Tile& tile, int row, int col, const float (&values)[8], const float (&)[8],
+                         const Kept&) const {
     const int m = tile.shared ? Ms : M, n = tile.shared ? Ns : N;
     const int64_t at = int64_t(row) * n + col, matrix = int64_t(m) * n;
     float* part = tile.shared ? shared_partials : partials;

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -60,7 +59,10 @@ def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def run(self: CudaBackend, *args: Any) -> Any:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if device.type != "cuda":
+            return method(self, *(_aligned(arg) for arg in args))
+        with torch.cuda.device(device):
+            _c.use_device(device.index)  # torch leaves a thread without a context where its device is the default one
             return method(self, *(_aligned(arg) for arg in args))
 
     return run
