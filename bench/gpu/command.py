@@ -337,7 +337,7 @@ def _plugins(many: bool) -> list[str]:
 
 def failed_tests(output: str) -> list[str]:
     """Return the ids that pytest names in its output, which may have been cut off before the summary."""
-    return list(dict.fromkeys(line.partition(" - ")[0] for line in FAILED.findall(output)))
+    return list(dict.fromkeys(line.partition(" - ")[0].strip() for line in FAILED.findall(output)))
 
 
 def main(args: argparse.Namespace) -> int:
