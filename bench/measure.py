@@ -24,8 +24,9 @@ MIN_QUIET = 5
 MAX_ROUNDS = 200
 MIN_CALL_S = 1e-3  # shorter calls are repeated within a round
 MIN_EVENTS_S = 1e-4  # on a GPU, whose events resolve half a microsecond
-FLUSH_BYTES = 256 << 20  # written between calls on a GPU: twice the L2 of the largest (126 MB, B200)
-LEAD_CYCLES = 4_000_000  # 2 ms: longer than a CPU takes to launch the layer's forward and backward
+FLUSH_BYTES = 256 << 20  # written and read between calls on a GPU: twice the L2 of the largest (126 MB, B200)
+LEAD_CYCLES = 4_000_000  # 2 ms: longer than a CPU takes to issue the layer's forward
+LONG_LEAD_CYCLES = 20_000_000  # 10 ms: its forward and backward, which take up to 2 ms
 Verify = Callable[[str, Any], str | None]
 Timer = Callable[[Callable[[], Any], int, str], tuple[float, float, Any]]
 
@@ -128,23 +129,24 @@ def time_calls(fn: Callable[[], Any], calls: int = 1, device: str = "cpu") -> tu
     return wall / calls, (time.process_time() - cpu) / calls, result
 
 
-def time_queued(fn: Callable[[], Any], calls: int = 1, device: str = "cpu") -> tuple[float, float, Any]:
-    """Do as `time_calls`, but on a GPU let it start on a call LEAD_CYCLES late: kernels' time, not that of launching.
+def time_queued(
+    fn: Callable[[], Any], calls: int = 1, device: str = "cpu", lead: int = LEAD_CYCLES
+) -> tuple[float, float, Any]:
+    """Do as `time_calls`, but on a GPU let it start on a call `lead` cycles late: kernels' time, not that of launching.
 
     So it is inside a model whose CPU runs ahead; whoever waits for the GPU cannot. What the CPU takes per call is
     `issue_us` among the figures.
     """
-    return _time_on_gpu(fn, calls, device, LEAD_CYCLES) if device.startswith("cuda") else time_calls(fn, calls, device)
+    return _time_on_gpu(fn, calls, device, lead) if device.startswith("cuda") else time_calls(fn, calls, device)
 
 
 def _time_on_gpu(fn: Callable[[], Any], calls: int, device: str, lead: int = 0) -> tuple[float, float, Any]:
-    """Time each call by itself, with the L2 overwritten before: in a model a layer finds none of its operands there."""
-    flush = _flush_buffer(device)
+    """Time each call by itself, with other data in the L2: in a model a layer finds none of its operands there."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
     torch.cuda.synchronize(device)
     cpu = 0.0
     for start, end in events:
-        flush.zero_()
+        _flush(device)
         if lead:
             torch.cuda._sleep(lead)
         start.record()
@@ -156,9 +158,16 @@ def _time_on_gpu(fn: Callable[[], Any], calls: int, device: str, lead: int = 0) 
     return sum(start.elapsed_time(end) for start, end in events) / 1e3 / calls, cpu / calls, result
 
 
+def _flush(device: str) -> None:
+    """Fill the L2 with lines that need not be written back: 50 MB of them would cost the call after it 15 us."""
+    buffer, total = _flush_buffer(device)
+    buffer.zero_()
+    torch.sum(buffer, 0, out=total)
+
+
 @cache
-def _flush_buffer(device: str) -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+def _flush_buffer(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(FLUSH_BYTES // 4, device=device), torch.empty((), device=device)
 
 
 def interleave(
@@ -172,6 +181,7 @@ def interleave(
     precision: float | None = None,
     timer: Timer = time_calls,
     min_call_s: float | None = None,
+    begin: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Samples]:
     """Time contenders against each other: A B C, then C B A, and so on, so that what disturbs one disturbs all.
 
@@ -186,6 +196,7 @@ def interleave(
         precision: stop early once the interval of every contender's ratio to the first is narrower than this.
         timer: (contender, calls, device) -> wall and CPU seconds per call, and the result: where contenders run in
             other processes. min_call_s: shorter calls are repeated within a round (MIN_CALL_S, or MIN_EVENTS_S).
+        begin: told the name of a contender before it is called: whoever never returns is known.
     Returns:
         Samples per contender, in the given order.
     Raises: ValueError for no contenders, min_rounds < 1 or threads < 1.
@@ -197,12 +208,13 @@ def interleave(
         min_call_s = MIN_EVENTS_S if device.startswith("cuda") else MIN_CALL_S
     with _threads(threads), _no_gc():
         for name, fn in contenders.items():
+            begin(name)
             samples[name].wrong = _check(verify, name, fn)
             if not samples[name].wrong:
                 _set_calls(samples[name], fn, timer, min_call_s)
         racing = [name for name in contenders if not samples[name].wrong]
         still = {name: contenders[name] for name in racing}
-        results = _race(still, samples, min_rounds, max_seconds, precision, timer)
+        results = _race(still, samples, min_rounds, max_seconds, precision, timer, begin)
     for name, result in results.items():
         samples[name].wrong = _check(verify, name, lambda result=result: result)
     return samples
@@ -226,6 +238,7 @@ def _race(
     max_seconds: float,
     precision: float | None,
     timer: Timer,
+    begin: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run the rounds; return the last result of every contender that raised nothing."""
     results: dict[str, Any] = {}
@@ -236,6 +249,7 @@ def _race(
             break
         for name in order if done % 2 == 0 else order[::-1]:
             s = samples[name]
+            begin(name)
             try:
                 wall, cpu, results[name] = timer(racing[name], s.calls, s.device)
             except Exception as error:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
@@ -359,7 +359,10 @@ def _race_key(case: Case) -> str:
 
 def timer_of(case: Case) -> measure.Timer:
     """Return the timer of a case: of rooms and layers the kernels count, of blocks and steps their launches too."""
-    return measure.time_queued if case.level in OPS else measure.time_calls
+    if case.level not in OPS:
+        return measure.time_calls
+    both = case.mode == "fwdbwd"
+    return partial(measure.time_queued, lead=measure.LONG_LEAD_CYCLES) if both else measure.time_queued
 
 
 def _race(group: dict[str, Case], min_rounds: int, max_seconds: float) -> Iterator[dict]:

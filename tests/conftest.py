@@ -16,7 +16,8 @@ from tests import error_rule
 from tests.interpreter import enable_bfloat16
 from tests.trap_cases import DEVICE, poison
 
-SESSION_SEED = int(os.environ.get("MOE_TEST_SEED", random.SystemRandom().randrange(10**6)))
+# In the environment, where workers of pytest-xdist find the seed that is printed.
+SESSION_SEED = int(os.environ.setdefault("MOE_TEST_SEED", str(random.SystemRandom().randrange(10**6))))
 ALLOCATORS = (
     (torch, "empty"),
     (torch, "empty_like"),
@@ -29,6 +30,7 @@ collect_ignore = [] if find_spec("hypothesis") else ["test_reference_routing.py"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "apart: asks for the free memory of the GPU, so that nobody else may use any")
     config.addinivalue_line("markers", "unpoisoned: leave torch's allocators alone (torch.compile reads their code)")
     if DEVICE != "cpu":
         if not torch.cuda.is_available():
@@ -40,6 +42,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         enable_bfloat16()
+
+
+def pytest_runtest_logfinish() -> None:
+    """End a worker of pytest-xdist, which gets a successor, once its GPU is lost: all its other tests would fail."""
+    if "PYTEST_XDIST_WORKER" in os.environ and DEVICE != "cpu":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 def pytest_report_header() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -80,7 +81,7 @@ class Clock:
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
         monkeypatch.setattr(torch.cuda, "_sleep", self.slept.append)
-        monkeypatch.setattr(measure, "_flush_buffer", lambda device: torch.zeros(1))
+        monkeypatch.setattr(measure, "_flush_buffer", lambda device: (torch.ones(4), torch.ones(())))
 
     def work(self, milliseconds: float) -> str:
         self.now += milliseconds
@@ -104,6 +105,16 @@ def test_events_time_the_calls_and_nothing_between_them(monkeypatch):
     assert (wall, result) == (pytest.approx(3e-3), "done") and cpu >= 0 and not clock.slept
     assert measure.time_queued(lambda: clock.work(2.0), 3, "cuda")[0] == pytest.approx(2e-3)
     assert clock.slept == [measure.LEAD_CYCLES] * 3
+    workloads.timer_of(replace(LAYER, mode="fwdbwd"))(lambda: clock.work(2.0), 1, "cuda")
+    assert clock.slept[3:] == [measure.LONG_LEAD_CYCLES] and workloads.timer_of(LAYER) is measure.time_queued
+
+
+def test_the_cache_is_flushed_by_reading_last(monkeypatch):
+    """What is only overwritten is written back at the cost of the call that is timed."""
+    buffer, total = torch.ones(4), torch.ones(())
+    monkeypatch.setattr(measure, "_flush_buffer", lambda device: (buffer, total))
+    measure._flush("cuda")
+    assert total == 0 and not buffer.any()
 
 
 def test_figures_of_a_gpu_say_cold_cache_and_what_launching_took(monkeypatch):
@@ -223,6 +234,7 @@ def test_nsight_compute_gets_the_slowest_of_our_kernels(tmp_path, monkeypatch):
     assert profiles.sections(case, kernels, tmp_path / "ncu.log", 9.0) is None
     words = (tmp_path / "ncu.log").read_text().splitlines()
     assert "regex:^(experts_fwd_up|product_sm90)$" in words and words[words.index("--launch-count") + 1] == "6"
+    assert words[words.index("--clock-control") + 1] == "none" and "SourceCounters" in words
     assert words[-1] == f"from bench.gpu import profiles; profiles.one_call({case.id!r})"
     profiles.one_call(case.id)
 
@@ -251,10 +263,54 @@ def test_a_backend_that_is_not_here_has_its_reason_in_a_step_too(monkeypatch):
     reason = "backend native is not available: not built"
     missing = lambda case: reason if case.backend == "native" else None  # noqa: E731
     monkeypatch.setattr(workloads, "why_not", missing)
-    monkeypatch.setattr(steps, "_verify", lambda case, names: iter([(name, "left out") for name in names]))
+    monkeypatch.setattr(steps, "_verify", lambda case, names, begin: iter([(name, "left out") for name in names]))
     rows = {r["contender"]: r for r in steps.race(replace(TINY, level="train_step", mode="fwdbwd"), 3, 0.0)}
     assert (rows["native"]["reason"], rows["native"]["wrong"]) == (reason, None) and not command.bad(rows["native"])
     assert rows["grouped"]["wrong"] == "left out" and "native_graph" not in rows
+
+
+def test_graphs_are_captured_one_after_another_and_freed(monkeypatch):
+    """Each holds gradients and activations of a whole model. One that was lost before is not captured again."""
+    alive, begun = [], []
+
+    class Graph:
+        def __init__(self, step: steps.Step):
+            assert all(graph() is None for graph in alive)
+            alive.append(weakref.ref(self))
+            self.step = step
+
+        def __call__(self) -> torch.Tensor:
+            return self.step()
+
+    monkeypatch.setattr(steps, "_graph", lambda case, step, host_syncs: Graph(step))
+    case = replace(TINY, level="sampling_step", routing="gate")
+    rows = {r["contender"]: r for r in steps.race(case, 3, 0.0, {"native", "grouped_graph"}, begun.append)}
+    assert rows["grouped_graph"]["reason"] == f"no CUDA graph: {steps.LOST}" and len(alive) == 1
+    assert set(rows[f"{steps.AUTHORS}_graph"]["speedups"]) == {steps.AUTHORS}
+    assert {"grouped", "grouped_graph", steps.AUTHORS, f"{steps.AUTHORS}_graph"} == set(begun)
+
+
+def test_memory_that_runs_out_is_a_reason_and_nothing_wrong(monkeypatch):
+    def full(case: Case) -> workloads.Workload:
+        def run() -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 15 GiB")
+
+        return workloads.Workload(case, run, dict)
+
+    (row,) = race.race(TINY, [contenders.Contender("full", full)], ROOF, 3, 0.0)
+    assert row["wrong"] is None and "out of memory" in row["reason"]
+    why = iter([("grouped", "raised OutOfMemoryError: CUDA out of memory")])
+    monkeypatch.setattr(steps, "_verify", lambda case, names, begin: why)
+    for row in steps.race(replace(TINY, level="train_step", mode="fwdbwd"), 3, 0.0):
+        assert row["wrong"] is None and "out of memory" in row["reason"]
+
+
+def test_the_largest_training_step_fits_a_gpu_of_80_gb():
+    """Parameters, gradients, both moments and a graph's own gradients, with 20 GB left for activations."""
+    for shape, _ in plan.SIZES["default"].models["train_step"]:
+        shape = MODEL_SHAPES.get(shape, shape)
+        experts = shape.E * 3 * shape.H * shape.I + 3 * shape.H * shape.Is
+        assert shape.depth * (experts + 10 * shape.H**2) * (16 + 4) < 60e9
 
 
 def test_twins_own_the_same_parameters():

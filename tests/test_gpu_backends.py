@@ -133,6 +133,7 @@ def test_calls_return_before_the_gpu_begins(backend):
     assert_same(got, expected)
 
 
+@pytest.mark.apart
 @each_backend
 def test_memory_is_torchs_and_goes_back(backend):
     """Results and workspaces come from torch's allocator on the tensors' device; nothing is taken from the driver."""
@@ -271,6 +272,7 @@ def far_problem(near: Problem, T: int) -> Problem:
     )
 
 
+@pytest.mark.apart
 @each_backend
 @pytest.mark.parametrize(("T", "H", "I"), FAR.values(), ids=FAR)
 def test_rows_times_stride_beyond_2_31(T, H, I, backend, seed):

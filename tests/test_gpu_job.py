@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import zipfile
 from dataclasses import replace
@@ -14,9 +16,11 @@ import torch
 from bench import ledger, record, store
 from bench.__main__ import main
 from bench.cases import Case
-from bench.gpu import command, tables
+from bench.gpu import command, contenders, race, tables
+from bench.gpu.watch import Watch
 from bench.shapes import MODEL_SHAPES
 from moe_kernels import BackendInfo
+from tests import conftest
 
 TINY = Case("layer", "any", MODEL_SHAPES["digits"], "uniform", 32, "fp32", "fwd")
 
@@ -89,6 +93,52 @@ def test_who_takes_the_gpu_down_is_noted_and_left_out(tmp_path, monkeypatch):
     assert job(tmp_path)._lost() == {"sonic"}
 
 
+HANGS = """
+import time
+from pathlib import Path
+from bench.gpu.watch import Watch
+
+watch = Watch(Path({folder!r}))
+with watch.over():
+    watch.begin(60.0, contender="eager", case="c", source="s")
+    watch.begin(0.2, contender="cuda", case="c", source="s")
+    time.sleep(60)
+"""
+
+
+def test_a_process_that_hangs_is_ended_and_says_where_it_stood(tmp_path):
+    code = HANGS.format(folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], cwd=store.ROOT, timeout=30, check=False)
+    assert done.returncode == 1 and "line 10 in <module>" in (tmp_path / "stacks.log").read_text()
+    found = Watch(tmp_path)
+    assert found.left_behind() == {"contender": "cuda", "case": "c", "source": "s"} and found.left_behind() is None
+
+
+def test_who_never_came_back_is_left_out_until_the_sources_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "line", lambda rows: "")
+    lost = []
+    for source, expected in ((None, {"cuda"}), ("another", set())):
+        begun = job(tmp_path / str(source))
+        with pytest.raises(SystemExit), begun.watch.over():
+            begun._begin(TINY)("cuda")
+            left = begun.watch.begun.read_text()
+            raise SystemExit
+        assert not begun.watch.begun.exists(), "what raises is no hang"
+        begun.watch.begun.write_text(left)
+        if source:
+            monkeypatch.setattr(ledger, "source_digest", lambda suffixes, source=source: source)
+        lost.append((job(tmp_path / str(source))._lost(), expected))
+    assert all(found == expected for found, expected in lost)
+
+
+def test_everybody_is_announced_before_they_are_built_and_called(tmp_path):
+    begun = []
+    chosen = contenders.contenders_of(TINY, compiled=False)
+    rows = list(race.race(TINY, chosen, {"fp32": 1e11, "copy": 1e10}, 3, 0.0, begun.append))
+    timed = {r["contender"] for r in rows if r["figures"]}
+    assert set(begun) == timed and all(begun.count(name) >= 1 + 1 + 3 + 1 for name in timed)
+
+
 def test_bad_arguments_are_named(tmp_path, capsys):
     for option, what in (("wheel", "this project"), ("cutlass", "nvidia-cutlass")):
         assert main(["gpu", "--device", "cpu", "--out", str(tmp_path), f"--{option}", "no.whl"]) == 2
@@ -152,28 +202,86 @@ def test_the_extension_is_built_anew_for_other_sources_and_other_machines(tmp_pa
         assert len(built) == times
 
 
-def test_tests_of_each_backend_have_a_process_of_their_own(tmp_path, monkeypatch, capsys):
-    """A backend that is missing is named, and the others go on."""
+def test_each_backend_is_tested_in_one_run_and_what_wants_the_whole_memory_apart(tmp_path, monkeypatch, capsys):
+    """A backend that is missing is named, and the others go on. Failed tests are listed in the row."""
     asked = []
     infos = [BackendInfo("triton", True, "", ()), BackendInfo("cuda", True, "", ())]
     monkeypatch.setattr(command.moe_kernels, "backends", lambda: infos)
-    first = job(tmp_path)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)  # all plugins are there
+    monkeypatch.setattr(command.os, "sched_getaffinity", lambda pid: range(16))
+    first = job(tmp_path, minutes=8.0)
     first.args.device = "cuda"
-    monkeypatch.setattr(first, "_logged", lambda log, words, env: asked.append((*words[-3:], *env.values())) or 0)
-    (tmp_path / "test.log").write_text("1 passed")
-    first._test()
-    assert asked == [("tests/test_dispatch.py", "-k", name, "cuda") for name in ("triton", "cuda")]
-    infos[1] = BackendInfo("cuda", False, "built without CUDA", ())
     first.size = replace(first.size, tests=("dispatch", "gating"))
+
+    def logged(log: str, words: list[str], environment: dict[str, str], seconds: float) -> int:
+        words = words[len(command.PYTEST) :]
+        asked.append((words[words.index("-k") + 1], words[words.index("-m") + 1], round(seconds, -1)))
+        assert words[-2:] == ["tests/test_dispatch.py", "tests/test_gating.py"] and environment["MOE_TEST_DEVICE"]
+        assert words[:2] == ["--timeout=90", "--timeout-method=thread"] and ("-n" in words) == (asked[-1][1] != "apart")
+        failed = len(asked) == 2
+        with (tmp_path / log).open("a") as file:
+            file.write("[gw3] [ 5%] FAILED tests/test_dispatch.py::test_a[b c]\n1 failed\n" if failed else "ok\n")
+        return int(failed)
+
+    monkeypatch.setattr(first, "_logged", logged)
     first._test()
-    assert [words[:3] for words in asked[2:]] == [("tests/test_gating.py", "-k", "triton")]
+    assert asked == [
+        ("cuda", "not apart", 480 - 260), ("triton", "not apart", 480 - 50), ("cuda", "apart", 480 - 30),
+        ("triton", "apart", 480),
+    ]  # fmt: skip
+    rows = {r["stage"]: r for r in first.ledger.rows}
+    assert rows["test triton"]["failures"] == ["tests/test_dispatch.py::test_a[b c]"] and rows["test triton"]["failed"]
+    assert rows["test cuda apart"]["failures"] == [] and rows["test cuda apart"]["summary"] == "cuda apart: ok"
+    infos[1] = BackendInfo("cuda", False, "built without CUDA", ())
+    first._test()
+    assert asked[4:] == [("triton", "not apart", 480)]
     assert "without cuda: built without CUDA" in capsys.readouterr().out
 
 
-def test_what_runs_out_of_time_is_stopped(tmp_path):
-    first = job(tmp_path, minutes=0.02)
-    assert first._logged("a.log", [sys.executable, "-c", "import time; print('on', flush=True); time.sleep(60)"]) == 124
-    assert (tmp_path / "a.log").read_text() == "on\n\nstopped: out of time\n"
+def test_a_worker_of_the_tests_ends_with_its_gpu(monkeypatch):
+    """Its successor runs the rest; in a run of one process there is none, and the others fail by name."""
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    ended = []
+    monkeypatch.setattr(conftest, "DEVICE", "cuda")
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for worker, synchronize, expected in (("gw1", lambda: None, []), (None, lost, []), ("gw1", lost, [1])):
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+        if worker:
+            monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
+        conftest.pytest_runtest_logfinish()
+        assert ended == expected
+    monkeypatch.undo()
+
+
+def test_failed_tests_are_found_in_a_log_that_was_cut_off():
+    output = """[gw0] [  1%] PASSED tests/test_a.py::test_x[FAILED - not]
+[gw11] [ 99%] FAILED tests/test_a.py::test_y[several tiles per expert-S/2]{space}
+[gw1] [ 99%] ERROR tests/test_a.py::test_z
+FAILED tests/test_a.py::test_y[several tiles per expert-S/2] - AssertionError: FAILED tests/nothing
+"""
+    found = command.failed_tests(output.format(space=" "))  # pytest-xdist writes one
+    assert found == ["tests/test_a.py::test_y[several tiles per expert-S/2]", "tests/test_a.py::test_z"]
+
+
+def test_tests_that_ask_for_the_free_memory_stand_apart():
+    source = (store.ROOT / "tests" / "test_gpu_backends.py").read_text()
+    functions = source.split("\n\n\n")
+    asking = [text for text in functions if "mem_get_info" in text]
+    assert len(asking) == 2 and all("@pytest.mark.apart" in text for text in asking)
+
+
+def test_what_runs_out_of_time_is_stopped_with_all_that_it_started(tmp_path):
+    first = job(tmp_path, minutes=0.05)
+    code = "import subprocess as s, time; print(s.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+    assert first._logged("a.log", [sys.executable, "-c", code]) == 124
+    pid, *rest = (tmp_path / "a.log").read_text().splitlines()
+    assert rest == ["", "stopped: out of time"]
+    stat = Path(f"/proc/{pid}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_recorded_rows_name_the_commit_whose_sources_they_were_made_from(tmp_path, monkeypatch):

@@ -7,13 +7,17 @@ gone between two of them. On a CPU the same path is rehearsed at tiny size.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
+import math
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +29,18 @@ from bench import ledger, store
 from bench.cases import DEVICES, Case, kernels_on
 from bench.gpu import plan, profiles, race, steps, tables
 from bench.gpu.contenders import contenders_of
+from bench.gpu.watch import Watch
 from bench.progress import say
 
 STAGES = ("build", "test", "bench", "e2e", "profile")
 LEAST_S = 5.0  # what a case is expected to take before one has run
+PATIENCE_S = 90.0  # without a sign of life a process hangs: Triton compiles a layer in half a minute,
+LONG_PATIENCE_S = 240.0  # torch.compile takes one or two, and large models are built between two signs
+NCU_S = 150.0  # of a profile under ncu
+TESTED = ("cuda", "triton")  # in this order: the first compiles nothing
+TEST_S, MOST_WORKERS = 90, 12  # of the machine's 16 cores: tests compile, and compute on the CPU, too
+PYTEST = (sys.executable, "-m", "pytest", "-v", "--tb=short")
+FAILED = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] )?(?:FAILED|ERROR) (tests/.*)$", re.MULTILINE)
 NOTHING_SELECTED = 5  # pytest's exit code
 COMPILED = (".cpp", ".cu", ".h", ".txt")  # what the extension is made of
 SOURCES = (".py", ".json", *COMPILED)  # not .so: built on the machine
@@ -82,6 +94,8 @@ class Job:
         self.ledger = ledger.Ledger(path, {"size": args.size})
         self.source = ledger.source_digest(SOURCES)
         self.budget = Budget(60 * args.minutes)
+        self.watch = Watch(self.out)
+        self._note_hang()
 
     def run(self, stage: str) -> None:
         say(f"== {stage}")
@@ -114,7 +128,9 @@ class Job:
 
         def rows_of() -> list[dict]:
             try:
-                rows = list(produce(case)) or [store.row("failure", summary=f"{case.id}: nothing came", failed=True)]
+                with self.watch.over():
+                    rows = list(produce(case))
+                rows = rows or [store.row("failure", summary=f"{case.id}: nothing came", failed=True)]
             except Exception as error:
                 what = f"{case.id}: {type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
                 rows = [store.row("failure", summary=what, failed=True)]
@@ -136,11 +152,25 @@ class Job:
             first = next((row for row in rows if row.get("wrong") and not row.get("errors")), {})
             who, why = first.get("contender", ""), first.get("wrong") or str(error).splitlines()[0]
             summary = f"{who or 'somebody'} took the GPU's context down in {case.id}: {why}"
-            self._once(f"lost {time.time():.0f}", lambda: [store.row("lost", contender=who, summary=summary)])
+            self._note_lost(who, summary)
             raise OSError(f"{summary}; the same command goes on without it, or with it once it is mended") from error
 
+    def _note_lost(self, contender: str, summary: str) -> None:
+        self._once(f"lost {time.time():.0f}", lambda: [store.row("lost", contender=contender, summary=summary)])
+
+    def _note_hang(self) -> None:
+        """Count as lost whom the last run began with these sources and never came back from."""
+        begun = self.watch.left_behind()
+        if begun and begun["source"] == self.source:
+            contender = begun["contender"]
+            self._note_lost(contender, f"{contender} did not come back in {begun['case']}: {self.watch.stacks.name}")
+
+    def _begin(self, case: Case, patience_s: float = PATIENCE_S) -> Callable[[str], None]:
+        """Return what is told who runs next in a case."""
+        return lambda name: self.watch.begin(patience_s, case=case.id, contender=name, source=self.source)
+
     def _lost(self) -> set[str]:
-        """Return who took the GPU down with the very sources that are here now."""
+        """Return who took the GPU down, or never came back, with the very sources that are here now."""
         rows = self.ledger.rows
         return {row["contender"] for row in rows if row["kind"] == "lost" and row["source"] == self.source}
 
@@ -200,38 +230,55 @@ class Job:
     def _test(self) -> None:
         """Run the tests of our backends: on the GPU, or Triton's interpreted.
 
-        Each file and backend has a process of its own: after a kernel that goes astray everything in its process fails.
+        A run for each backend, on many cores: most of the time kernels are compiled. Those that ask for the free memory
+        of the GPU come last, by themselves.
         """
-        backends = ["triton"] if self.args.device == "cpu" else self._present(kernels_on("cuda"))
-        names = [f"{file} {backend}" for file in self.size.tests for backend in backends]
+        backends = ["triton"] if self.args.device == "cpu" else self._present(TESTED)
+        names = [f"{backend}{apart}" for apart in ("", " apart") for backend in backends]
         missing = [name for name in names if not self._done(f"test {name}")]
         for at, name in enumerate(missing):
             if self.budget.left < LEAST_S:
-                say(f"out of time, dropped tests/test_{', test_'.join(missing[at:])}")
+                say(f"out of time, dropped tests of {', '.join(missing[at:])}")
                 return
-            self._once(f"test {name}", lambda name=name: self._pytest(name))
+            seconds = max(LEAST_S, self.budget.left - sum(map(_reserve_s, missing[at + 1 :])))
+            self._once(f"test {name}", lambda name=name, seconds=seconds: self._pytest(name, seconds))
 
-    def _pytest(self, name: str) -> Iterator[dict]:
-        start, log, (file, backend) = time.monotonic(), self.out / "test.log", name.split()
-        command = [sys.executable, "-m", "pytest", "-q", f"tests/test_{file}.py", "-k", backend]
-        code = self._logged(log.name, command, plan.TEST_ENVIRONMENT[self.args.device])
-        summary = f"{name}: {log.read_text(errors='replace').strip().splitlines()[-1]}"
-        say(f"test {summary}")
+    def _pytest(self, name: str, seconds: float) -> Iterator[dict]:
+        start, log, (backend, *apart) = time.monotonic(), self.out / "test.log", name.split()
+        before = log.stat().st_size if log.exists() else 0
+        files = [f"tests/test_{file}.py" for file in self.size.tests]
+        command = [*PYTEST, *_plugins(not apart), "-m", f"{'' if apart else 'not '}apart", "-k", backend, *files]
+        code = self._logged(log.name, command, plan.TEST_ENVIRONMENT[self.args.device], seconds)
+        output = log.read_bytes()[before:].decode(errors="replace").strip()
+        failures = failed_tests(output)
+        summary = f"{name}: {output.splitlines()[-1]}"
+        say("\n".join([f"test {summary}", *failures]))
         failed = code not in (0, NOTHING_SELECTED)
-        yield store.row("test", summary=summary, failed=failed, seconds=round(time.monotonic() - start, 1))
+        took = round(time.monotonic() - start, 1)
+        yield store.row("test", summary=summary, failed=failed, failures=failures, seconds=took)
 
-    def _logged(self, log: str, command: Sequence[str], environment: dict[str, str] | None = None) -> int:
+    def _logged(
+        self,
+        log: str,
+        command: Sequence[str],
+        environment: dict[str, str] | None = None,
+        seconds: float = math.inf,
+    ) -> int:
         """Run a command inside the budget, its output at the end of a log; return the exit code, 124 for no time."""
         with (self.out / log).open("ab") as file:
+            process = subprocess.Popen(
+                command, cwd=store.ROOT, env={**os.environ, **(environment or {})}, stdout=file, stderr=file,
+                start_new_session=True,
+            )  # fmt: skip
             try:
-                done = subprocess.run(
-                    command, cwd=store.ROOT, env={**os.environ, **(environment or {})}, stdout=file, stderr=file,
-                    timeout=max(1.0, self.budget.left), check=False,
-                )  # fmt: skip
+                return process.wait(max(1.0, min(seconds, self.budget.left)))
             except subprocess.TimeoutExpired:
                 file.write(b"\nstopped: out of time\n")
                 return 124
-        return done.returncode
+            finally:
+                with suppress(ProcessLookupError):  # workers outlive a pytest that is ended, and would stay on the GPU
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
     def _bench(self) -> None:
         size, device = self.size, self.args.device
@@ -241,7 +288,8 @@ class Job:
 
         def produce(case: Case, compiled: bool = False) -> Iterator[dict]:
             contenders = [c for c in contenders_of(case, compiled) if c.name not in self._lost()]
-            for row in race.race(case, contenders, roof, size.rounds, size.seconds):
+            begin = self._begin(case, LONG_PATIENCE_S if compiled else PATIENCE_S)
+            for row in race.race(case, contenders, roof, size.rounds, size.seconds, begin):
                 yield {**row, "race": row["race"] + "-compiled" * compiled}
 
         first, rest = plan.layers_and_rooms(size, device)
@@ -253,20 +301,43 @@ class Job:
         size = self.size
 
         def produce(case: Case) -> Iterator[dict]:
-            return steps.race(case, size.rounds, size.seconds, self._lost())
+            return steps.race(case, size.rounds, size.seconds, self._lost(), self._begin(case, LONG_PATIENCE_S))
 
         self._each("e2e", plan.whole_models(size, self.args.device), produce)
 
     def _profile(self) -> None:
-        backends = self._present(kernels_on(self.args.device))
+        backends = [name for name in self._present(kernels_on(self.args.device)) if name not in self._lost()]
         models = plan.profiled(self.size, self.args.device)
         cases = [replace(case, backend=name) for case in models for name in backends]
-        self._each("profile", cases, profiles.profile)
+
+        def produce(case: Case) -> Iterator[dict]:
+            self._begin(case)(case.backend)
+            return profiles.profile(case)
+
+        self._each("profile", cases, produce)
         for case in cases:
             rows = self.ledger.complete(f"profile {case.id}")
             kernels = [row["kernel"] for row in rows]
-            why = profiles.sections(case, kernels, self.out / "ncu.log", max(1.0, self.budget.left))
+            seconds = min(NCU_S, max(1.0, self.budget.left))
+            why = profiles.sections(case, kernels, self.out / "ncu.log", seconds)
             say(f"ncu: {why or 'sections in ncu.log'}")
+
+
+def _reserve_s(name: str) -> float:
+    """Return what earlier runs must leave of the time to a run of the stage "test"."""
+    return 25.0 if name.endswith("apart") else 210.0
+
+
+def _plugins(many: bool) -> list[str]:
+    """Return options for what is installed: tests that hang are ended, and on many cores run beside each other."""
+    timeout = [f"--timeout={TEST_S}", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
+    workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+    return timeout + (["-n", str(workers)] if many and workers > 1 and importlib.util.find_spec("xdist") else [])
+
+
+def failed_tests(output: str) -> list[str]:
+    """Return the ids that pytest names in its output, which may have been cut off before the summary."""
+    return list(dict.fromkeys(line.partition(" - ")[0].strip() for line in FAILED.findall(output)))
 
 
 def main(args: argparse.Namespace) -> int:

@@ -19,7 +19,12 @@ from bench.gpu.race import facts
 
 CALLS = 5
 SLOWEST = 4
-SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")
+SECTIONS = (
+    *("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats"),
+    "SourceCounters",
+)
+# By default it locks the clocks of a machine that is not ours, and what else was measured ran without.
+NCU = ("ncu", "--clock-control", "none", "--target-processes", "all", "--import-source", "yes")
 _OURS = re.compile(r"(\w+)$|(?:void )?moe::cuda::(?:\(anonymous namespace\)::|\w+::)*(\w+)[<(].*")  # Triton's, C++
 ONE_CALL = "from bench.gpu import profiles; profiles.one_call({id!r})"
 
@@ -79,7 +84,7 @@ def sections(case: Case, kernels: list[str], log: Path, seconds: float) -> str |
         return "none of our kernels was seen"
     names = f"regex:^({'|'.join(dict.fromkeys(wanted))})$"
     chosen = [word for section in SECTIONS for word in ("--section", section)]
-    ncu = ["ncu", "--kernel-name", names, "--launch-count", str(2 * len(wanted)), *chosen]
+    ncu = [*NCU, "--kernel-name", names, "--launch-count", str(2 * len(wanted)), *chosen]
     call = [sys.executable, "-c", ONE_CALL.format(id=case.id)]
     with log.open("ab") as file:
         try:

@@ -15,6 +15,8 @@ from bench.gpu.contenders import Contender
 from bench.gpu.floors import floor_s
 from bench.verify import Check
 
+Begin = Callable[[str], None]
+
 
 def ceilings(device: str, side: int, seconds: float) -> dict[str, float]:
     """Measure what a device reaches in this run.
@@ -46,22 +48,33 @@ def _product(dtype: str, a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch
 
 
 def race(
-    case: Case, contenders: Sequence[Contender], roof: Mapping[str, float], min_rounds: int, max_seconds: float
+    case: Case,
+    contenders: Sequence[Contender],
+    roof: Mapping[str, float],
+    min_rounds: int,
+    max_seconds: float,
+    begin: Begin = lambda name: None,
 ) -> Iterator[dict]:
     """Time a case; yield a row of kind "time" for each contender, with the reason where there is no number.
 
     Args:
         roof: what `ceilings` returned.
+        begin: told who is built or called next.
     """
     cases = {c.name: replace(case, backend=c.name) for c in contenders}
     with workloads.arithmetic(case.dtype):
-        works, reasons = _build(cases, contenders)
+        works, reasons = _build(cases, contenders, begin)
         bounds = {c.name: c.bound for c in contenders}
-        samples, checks = _time(works, bounds, min_rounds, max_seconds)
-        extras = {name: counters.count(works[name].run, case.device) for name, s in samples.items() if not s.wrong}
+        samples, checks = _time(works, bounds, min_rounds, max_seconds, begin)
+        extras = {}
+        for name in [name for name, s in samples.items() if not s.wrong]:
+            begin(name)
+            extras[name] = counters.count(works[name].run, case.device)
     for contender in contenders:
         name, s = contender.name, samples.get(contender.name)
         wrong = s.wrong if s else None
+        if wrong and memory_ran_out(wrong):
+            reasons[name], wrong, s = wrong, None, None
         timed = bool(s) and not wrong
         others = [o for o in samples.values() if timed and o is not s and not o.wrong]
         figures = s.figures(case.flops, case.bytes) | _shares(case, s, roof) | extras[name] if timed else {}
@@ -81,6 +94,11 @@ def race(
         )
 
 
+def memory_ran_out(why: str) -> bool:
+    """Tell whether a contender raised for want of memory, which makes no result of it wrong."""
+    return "OutOfMemoryError" in why.partition(":")[0]
+
+
 def facts(case: Case) -> dict[str, Any]:
     """Return what a row says of its case."""
     words = {"level": case.level, "model": case.shape.name, "routing": case.routing, "T": case.T, "dtype": case.dtype}
@@ -88,7 +106,7 @@ def facts(case: Case) -> dict[str, Any]:
 
 
 def _build(
-    cases: Mapping[str, Case], contenders: Sequence[Contender]
+    cases: Mapping[str, Case], contenders: Sequence[Contender], begin: Begin
 ) -> tuple[dict[str, workloads.Workload], dict[str, str]]:
     """Return the workloads of those that can run, and why the others cannot."""
     works, reasons = {}, {}
@@ -96,6 +114,7 @@ def _build(
         name = contender.name
         reason = contender.why_not(cases[name])
         if not reason:
+            begin(name)
             try:
                 works[name] = contender.build(cases[name])
                 continue
@@ -106,7 +125,11 @@ def _build(
 
 
 def _time(
-    works: Mapping[str, workloads.Workload], bounds: Mapping[str, float], min_rounds: int, max_seconds: float
+    works: Mapping[str, workloads.Workload],
+    bounds: Mapping[str, float],
+    min_rounds: int,
+    max_seconds: float,
+    begin: Begin,
 ) -> tuple[dict[str, measure.Samples], dict[str, Check]]:
     checks: dict[str, Check] = {}
 
@@ -119,7 +142,7 @@ def _time(
         return {}, checks
     case = next(iter(works.values())).case
     runs = {name: work.run for name, work in works.items()}
-    how = {"threads": case.threads, "device": case.device, "timer": workloads.timer_of(case)}
+    how = {"threads": case.threads, "device": case.device, "timer": workloads.timer_of(case), "begin": begin}
     samples = measure.interleave(runs, min_rounds, max_seconds, verify, **how)
     for s in samples.values():
         s.wrong = s.wrong and s.wrong.splitlines()[0][:300]

@@ -1,6 +1,6 @@
 """Whole DiT-MoE models: sampling and training steps of our backends against the authors' code path.
 
-A model of 3.8 billion parameters with AdamW fits a GPU once. So all contenders of a case own the same Parameter
+A large model with AdamW, 16 bytes a parameter, fits a GPU once. So all contenders of a case own the same Parameter
 objects and the same optimizer state. Results are verified in two blocks of the same width, where a float64 oracle fits
 too; at full depth they must be finite. bf16 means bf16 parameters in sampling, and in training float32 parameters under
 autocast: the only low-precision training that the authors' path survives.
@@ -22,7 +22,7 @@ from bench import measure, store, workloads
 from bench.cases import Case, backends_on
 from bench.gpu import counters
 from bench.gpu.contenders import FOREIGN_BOUND
-from bench.gpu.race import facts
+from bench.gpu.race import Begin, facts, memory_ran_out
 from bench.verify import BOUND
 from reference.diffusion import RectifiedFlow
 from reference.dit import DiTMoE
@@ -33,34 +33,77 @@ LOST = "a run of these sources lost the GPU, perhaps by a capture"
 Step = Callable[[], Tensor]
 
 
-def race(case: Case, min_rounds: int, max_seconds: float, without: Collection[str] = ()) -> Iterator[dict]:
+def race(
+    case: Case,
+    min_rounds: int,
+    max_seconds: float,
+    without: Collection[str] = (),
+    begin: Begin = lambda name: None,
+) -> Iterator[dict]:
     """Verify and time a step of level "sampling_step" or "train_step"; yield one row for each way to run it.
 
-    without: contenders that stay out; "" stands for graphs.
+    without: contenders that stay out; "" stands for graphs. begin: told who runs next.
     """
     shallow = replace(case, shape=replace(case.shape, model=f"{case.shape.model}x2", depth=VERIFIED_BLOCKS))
     names = [name for name in _contenders(case.device) if name not in without]
     absent = {name: why for name in names if (why := workloads.why_not(replace(case, backend=name)))}
     with measure.threads(case.threads):
-        wrong = dict(_verify(shallow, [name for name in names if name not in absent]))
-    right = [name for name, why in wrong.items() if not why]
-    steps = {name: step for name, (step, _) in _steps(case, right).items()}
-    counted = {name: counters.count(step, case.device) for name, step in steps.items()}
-    graphs = {name: LOST if "" in without else _graph(case, steps[name], counted[name]["host_syncs"]) for name in steps}
-    runs = steps | {f"{name}_graph": graph for name, graph in graphs.items() if callable(graph)}
-    samples = {}
-    if runs:
-        samples = measure.interleave(
-            runs, min_rounds, max_seconds, _finite, threads=case.threads, device=case.device, min_call_s=0.0
-        )
+        wrong = dict(_verify(shallow, [name for name in names if name not in absent], begin))
+    steps = {n: step for n, (step, _) in _steps(case, [n for n, why in wrong.items() if not why]).items()}
+    counted = {}
+    for name, step in steps.items():
+        begin(name)
+        counted[name] = counters.count(step, case.device)
+    timed = partial(_time, case, min_rounds, max_seconds, begin)
+    samples = timed(steps)
     for name, why in absent.items():
         yield _row(case, name, reason=why)
-    for name in [way for contender in wrong for way in (contender, f"{contender}_graph")]:
-        contender, s = name.removesuffix("_graph"), samples.get(name)
-        why = wrong[contender] or (s.wrong.splitlines()[0] if s and s.wrong else None)
-        reason = None if s or why else f"no CUDA graph: {graphs.get(contender)}"
-        found = _timed(case, s, samples, counted.get(name, {})) if s and not why else {}
-        yield _row(case, name, reason=reason, wrong=why, **found)
+    for name, why in wrong.items():
+        yield _outcome(case, name, why, samples, counted.get(name, {}))
+        why = why or samples[name].wrong
+        if why:
+            yield _outcome(case, f"{name}_graph", why, {}, {})
+            continue
+        begin(f"{name}_graph")
+        lost = not {"", f"{name}_graph"}.isdisjoint(without)
+        capture = partial(_graph, case, steps[name], counted[name]["host_syncs"])
+        yield _graph_outcome(case, name, (lambda: LOST) if lost else capture, steps, timed, counted[name])
+
+
+def _time(
+    case: Case, min_rounds: int, max_seconds: float, begin: Begin, runs: Mapping[str, Step]
+) -> dict[str, measure.Samples]:
+    how = {"threads": case.threads, "device": case.device, "min_call_s": 0.0, "begin": begin}
+    return measure.interleave(runs, min_rounds, max_seconds, _finite, **how) if runs else {}
+
+
+def _outcome(
+    case: Case, name: str, why: str | None, samples: Mapping[str, measure.Samples], counted: Mapping[str, Any]
+) -> dict:
+    """Return the row of a way: its times, or why it has none."""
+    s = samples.get(name)
+    why = why or (s.wrong if s else None)
+    if why:
+        return _row(case, name, **{"reason" if memory_ran_out(why) else "wrong": why.splitlines()[0]})
+    return _row(case, name, **_timed(case, s, samples, counted))
+
+
+def _graph_outcome(
+    case: Case,
+    name: str,
+    capture: Callable[[], Step | str],
+    steps: Mapping[str, Step],
+    timed: Callable[[Mapping[str, Step]], dict[str, measure.Samples]],
+    counted: Mapping[str, Any],
+) -> dict:
+    """Race one graph against the step it was captured from and the authors', and free it: two of a large model's do
+    not fit, for each holds gradients and activations of its own.
+    """
+    graph = capture()
+    if isinstance(graph, str):
+        return _row(case, f"{name}_graph", reason=f"no CUDA graph: {graph}")
+    rivals = {other: steps[other] for other in (name, AUTHORS) if other in steps}
+    return _outcome(case, f"{name}_graph", None, timed({f"{name}_graph": graph, **rivals}), counted)
 
 
 def _timed(case: Case, s: measure.Samples, samples: Mapping[str, measure.Samples], counted: Mapping) -> dict[str, Any]:
@@ -83,9 +126,10 @@ def _contenders(device: str) -> tuple[str, ...]:
     return (*(name for name in backends_on(device) if name != "eager"), AUTHORS)
 
 
-def _verify(case: Case, names: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+def _verify(case: Case, names: Sequence[str], begin: Begin) -> Iterator[tuple[str, str | None]]:
     """Yield what is wrong with each contender's gradients or velocity in a shallow model, None where nothing is."""
     for name in names:
+        begin(name)
         try:
             step, named = _steps(case, [name])[name]
             tensors = {key: value.clone() for key, value in named(step()).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .experts import block, either, load, quarters
+from .experts import block, either, load, multiply, quarters
 from .groups import expert_rows, locate, num_tiles, swizzle
 
 
@@ -116,7 +116,7 @@ def experts_bwd_dact(
             else:
                 w_step = tl.cast(first, tl.int64) * width
                 w_tile = load(w_at + w_step, live[:, None] & (columns < width)[None, :], MASKED)
-            dact = tl.dot(d_tile, w_tile, dact, PRECISION)
+            dact = multiply(d_tile, w_tile, dact, PRECISION)
         weight = tl.full((BLOCK_M,), 1.0, tl.float32)
         if COMBINED:
             weight = tl.load(row_weight + rows, mask=routed_r, other=1.0).to(tl.float32)
@@ -197,7 +197,7 @@ def experts_bwd_dweight(
             r_at = (tokens if GATHER_RIGHT else rows).to(tl.int64)[:, None] * right_width + columns[None, :]
             l_tile = tl.load(left_rows + l_at, mask=live[:, None] & live_l[None, :], other=0.0)
             r_tile = tl.load(right_rows + r_at, mask=live[:, None] & live_c[None, :], other=0.0)
-            total = tl.dot(tl.trans(l_tile), r_tile, total, PRECISION)
+            total = multiply(tl.trans(l_tile), r_tile, total, PRECISION)
         live_out = live_l[:, None] & live_c[None, :]
         at = lines.to(tl.int64)[:, None] * right_width + columns[None, :]
         if split > 1:

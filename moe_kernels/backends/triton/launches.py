@@ -17,7 +17,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import adaln, combine, dispatch, experts, experts_bwd, gating, sums, tiles
 
 Pair = tuple[Tensor, Tensor | None]  # of the routed experts and of the shared one
-_ROUNDS = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__  # Triton 3.9 does, 3.6 does not
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 HISTOGRAM = 4096  # elements of the (picks, experts) table of a dispatch program
 CHOOSING = 2048  # tokens that a program of expert choice looks at together
@@ -165,14 +164,10 @@ def _operands(tile: tiles.Tile, *pairs: tuple[Pair, tuple[int, ...]]) -> tuple[b
 
 
 def _descriptor(t: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
-    """Describe a tensor as blocks of its last sizes; one that lacks sizes in front gets ones.
-
-    Where the products are in TF32 the copy engine rounds, if this Triton can say so: tensor cores would cut off.
-    """
+    """Describe a tensor as blocks of its last sizes; one that lacks sizes in front gets ones."""
     missing = len(block) - t.dim()
     sizes, strides = [1] * missing + list(t.shape), [t.numel()] * missing + list(t.stride())
-    rounded = {"round_f32_to_tf32": True} if _ROUNDS and tiles.precision(t.dtype) == "tf32" else {}
-    return TensorDescriptor(t, sizes, strides, list(block), **rounded)
+    return TensorDescriptor(t, sizes, strides, list(block))
 
 
 def up(x: Tensor, plan, gate_up_proj: Pair, down_proj: Pair, save: bool) -> tuple[Pair, Pair]:

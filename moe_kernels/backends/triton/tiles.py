@@ -116,4 +116,6 @@ def heuristic(kernel: str, capability: int, precision: str, rows: int, n: int) -
         return Tile(m, 64 if large_epilogue else wide, 32, 8, 8, 4, 2 if large_epilogue and depth == 64 else 1)
     warps = 8 if large_epilogue or precision == "tf32" else 4
     specialize = capability != 90 and kernel == "rows_times"
-    return Tile(m, wide, depth, 8, warps, 3, 1 if warps == 8 or specialize else 2, tma=True, specialize=specialize)
+    programs = 1 if warps == 8 or specialize else 2
+    stages = 2 if kernel == "up" and precision == "tf32" and capability != 90 else 3  # a third one spills
+    return Tile(m, wide, depth, 8, warps, stages, programs, tma=True, specialize=specialize)
