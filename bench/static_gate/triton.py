@@ -145,8 +145,8 @@ def compiling(sm: int) -> Iterator[list[tuple[Any, int]]]:
 
 def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
     """Call every room and the layer, forward and backward, on tensors without storage."""
-    from moe_kernels.backends.base import MoEWeights
     from moe_kernels.backends.triton import TritonBackend
+    from moe_kernels.weights import MoEWeights
 
     def new(*sizes: int, dtype: torch.dtype = DTYPES[dtype]) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
@@ -172,8 +172,9 @@ def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
         )
         backend.gated_moe_mlp(x, plan, weights, shape.activation, True, x, vector)
         backend.gated_residual_bwd(x, x, vector)
-        y_rows, gate_up = backend.experts(x, plan, *weights[:2], shape.activation, True)
-        backend.experts_bwd(y_rows, x, plan, gate_up, *weights[:2], shape.activation)
+        routed = MoEWeights(*weights[:2])
+        y_rows, gate_up = backend.experts(x, plan, routed, shape.activation, True)
+        backend.experts_bwd(y_rows, x, plan, gate_up, routed, shape.activation)
         backend.combine(y_rows, plan, x)
         backend.combine_bwd(x, y_rows, plan)
 
