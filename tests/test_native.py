@@ -71,13 +71,13 @@ def test_a_forked_child_computes_the_same():
 
 
 def fused_arguments(layer, x):
-    from moe_kernels.backends.base import MoEWeights
+    from moe_kernels.weights import LayerWeights
 
     native = registry.get("native")
     topk_weights, topk_ids, _ = native.gating(x, layer.gate_weight.detach(), 2)
     plan = native.dispatch(topk_ids, topk_weights, 4)
     names = "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj"
-    return x, plan, MoEWeights(*(getattr(layer, name).detach() for name in names)), "swiglu", False
+    return x, plan, LayerWeights(*([getattr(layer, name).detach()] for name in names)), "swiglu", False
 
 
 def test_concurrent_calls_do_not_share_scratch():
@@ -200,9 +200,10 @@ def test_weights_in_separate_memory_give_the_same_bits(transposed):
     native = registry.get("native")
     x, plan, w, activation, _ = fused_arguments(layer, x)
     out, gate_up, shared_gate_up = native.moe_mlp(x, plan, w, activation, True)
-    dx, drow_weight, dgate_up, ddown, dshared_gate_up, dshared_down = native.moe_mlp_bwd(
-        x, x, plan, w, gate_up, shared_gate_up, activation
+    dx, drow_weight, (dgate_up,), (ddown,), (dshared_gate_up,), (dshared_down,) = native.moe_mlp_bwd(
+        x, x, plan, w, gate_up, shared_gate_up, activation, (True,) * 4
     )
+    w = w.stacked()
 
     def halves(t):
         return [[m.contiguous() for m in half] for half in t.reshape(-1, *t.shape[-2:]).chunk(2, 1)]

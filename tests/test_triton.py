@@ -16,8 +16,9 @@ from bench.shapes import MODEL_SHAPES
 from bench.verify import whole_error
 from moe_kernels import dispatch
 from moe_kernels.backends import preferred, registry
-from moe_kernels.backends.base import Case, MoEWeights
+from moe_kernels.backends.base import Case
 from moe_kernels.backends.eager import EagerBackend
+from moe_kernels.weights import MoEWeights
 from tests.contenders import BACKENDS, gradients, moe_compute, moe_ours
 from tests.trap_cases import BY_NAME, DEVICE, draw_router, make_problem
 
