@@ -172,7 +172,7 @@ class LayerWeights:
     def unstacked(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
         """Return the gradients of stacked weights in the form of the weights, each on a storage of its own."""
         lists = []
-        for position, (gradient, kind) in enumerate(zip(gradients, self.kinds, strict=True)):
+        for position, (gradient, kind) in enumerate(zip(gradients, self.kinds, strict=False)):
             if gradient is None:
                 lists.append([None] * len(kind))
             elif self._is_stacked(position):
