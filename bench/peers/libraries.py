@@ -201,13 +201,17 @@ def transformers_routed(implementation: str) -> Callable[[SimpleNamespace], Comp
     return routed
 
 
+def _vllm_build() -> str:
+    """Return the name of vLLM's build for this CPU, chosen as its platform code does."""
+    if not torch.cpu._is_avx512_supported():
+        return "_C_AVX2"
+    return "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
+
+
 def _load_vllm() -> None:
-    """Register vLLM's operators without its Python: the build for this CPU, chosen as its platform code does."""
-    build = "_C_AVX2"
-    if torch.cpu._is_avx512_supported():
-        build = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
+    """Register vLLM's operators without its Python."""
     package = importlib.util.find_spec("vllm")
-    torch.ops.load_library(str(Path(package.submodule_search_locations[0]) / f"{build}.abi3.so"))
+    torch.ops.load_library(str(Path(package.submodule_search_locations[0]) / f"{_vllm_build()}.abi3.so"))
 
 
 def vllm_fused(p: SimpleNamespace) -> Compute:
@@ -225,6 +229,11 @@ def vllm_fused(p: SimpleNamespace) -> Compute:
         return out
 
     return compute
+
+
+def vllm_sgl_refuses(case: Case) -> str | None:
+    """One of vLLM's three builds for x86 has this kernel."""
+    return None if _vllm_build() == "_C" else "vLLM compiles this kernel for CPUs with AVX-512 BF16 only"
 
 
 def vllm_sgl(p: SimpleNamespace) -> Compute:
@@ -292,7 +301,8 @@ CONTENDERS: dict[str, Contender] = {
         Contender("hf_grouped", "transformers grouped_mm",
                   _layer(_joined(transformers_routed("grouped_mm"), plain_shared)), "transformers"),
         Contender("vllm_fused", "vLLM fused", _layer(_joined(vllm_fused, plain_shared)), "vllm", INFERENCE),
-        Contender("vllm_sgl", "vLLM sgl", _layer(_joined(vllm_sgl, plain_shared)), "vllm", INFERENCE, ("bf16",)),
+        Contender("vllm_sgl", "vLLM sgl", _layer(_joined(vllm_sgl, plain_shared)), "vllm", INFERENCE, ("bf16",),
+                  refuses=vllm_sgl_refuses),
         Contender("zentorch", "zentorch", _layer(_joined(zentorch_routed, plain_shared)), "zentorch", INFERENCE),
         Contender("zen_onednn", "zentorch + oneDNN", _layer(_joined(zentorch_routed, onednn_shared)), "zentorch",
                   INFERENCE, refuses=onednn_refuses),
