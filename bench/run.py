@@ -23,6 +23,7 @@ from torch import Tensor
 
 import moe_kernels
 from bench import (
+    arguments,
     cases,
     checkpoints,
     digits,
@@ -30,6 +31,7 @@ from bench import (
     inner_loops,
     ledger,
     load,
+    outputs,
     parity,
     pictures,
     progress,
@@ -68,12 +70,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", choices=list(SIZES), default="default", help="tiny: a minute; default: some; full: more"
     )
     parser.add_argument(
-        "--data", type=Path, help="npz with labels and images (uint8) or latents (float); default: digits"
+        "--data",
+        type=Path,
+        help="npz with labels and images (uint8, grey and channels first taken where clear; ADM's arr_0, arr_1) or "
+        "latents (float); default: digits",
     )
     parser.add_argument("--ckpt", type=Path, help="DiT-MoE checkpoint to sample instead of training one")
     parser.add_argument("--backends", help="comma-separated; default: all that are available")
-    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
-    parser.add_argument("--out", type=Path, default=Path("report"), help="folder of rows and report (default: report)")
+    parser.add_argument("--threads", type=arguments.count, help="default: the cores this process may use")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report"),
+        help="folder of rows and report, none of whose files may be --data or --ckpt (default: report)",
+    )
     parser.add_argument(
         "--fresh", action="store_true", help="forget earlier rows and checkpoints: train and measure anew"
     )
@@ -130,9 +140,10 @@ class Job:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.size, self.folder = args, SIZES[args.size], args.out
+        given = {"--data": args.data, "--ckpt": args.ckpt}
+        outputs.check_folder("--out", self.folder, given)
+        outputs.keep_given("MOE_BENCH_ROUTING", shapes.routing_trace(), given)
         self.threads = args.threads or len(os.sched_getaffinity(0))
-        if self.threads < 1:
-            raise ValueError(f"--threads: got {args.threads}, expected at least 1")
         torch.set_num_threads(self.threads)
         self.backends = choose_backends(args.backends)
         self.data = digits.load_npz(args.data) if args.data else digits.load_digits()

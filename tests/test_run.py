@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import fid, ledger, parity, progress, run, stages, store
+from bench import fid, ledger, parity, progress, record, run, stages, store
 from bench.__main__ import main
 
 RACES = 2
@@ -151,6 +151,40 @@ def test_own_latents_and_own_checkpoint(done, tmp_path):
     assert origins == ["trained", "checkpoint model.safetensors"]
 
 
+def test_what_was_given_is_never_written_over_nor_forgotten(tmp_path, capsys):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    data, weights = tmp_path / "mine.npz", folder / "model.safetensors"
+    np.savez(data, latents=np.zeros((60, 4, 8, 8)), labels=np.arange(60) % 3)
+    weights.write_bytes(b"weights")
+    (folder / "pictures.npz").hardlink_to(data)
+    before = data.read_bytes()
+    for given in (["--data", str(data)], ["--ckpt", str(weights)]):
+        assert job(folder, *given, "--fresh") == 2
+        assert "which is never written over" in capsys.readouterr().err
+    assert job(data, "--data", str(data)) == 2 and "expected a folder, got a file" in capsys.readouterr().err
+    assert data.read_bytes() == before and weights.read_bytes() == b"weights"
+
+
+def test_a_recorded_run_holds_no_path_of_this_machine(tmp_path, monkeypatch):
+    home = tmp_path / "home of me"
+    home.mkdir()
+    rng = np.random.default_rng(0)
+    np.savez(home / "my x.npz", latents=rng.normal(size=(60, 4, 8, 8)), labels=np.arange(60) % 3)
+    monkeypatch.setattr(store, "commit", lambda: {"commit": "c0ffee" * 6, "dirty": False})
+    argv = ["run", "--data", str(home / "my x.npz"), "--out", str(tmp_path / "report"), "--size", "tiny"]
+    monkeypatch.setattr("sys.argv", ["/somewhere/bench/__main__.py", *argv])
+    assert main([*argv, "--threads", "1", "--backends", "eager"]) == 0
+    for folder in ("results", "moe_kernels"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "moe_kernels/verified.json").write_text("{}")
+    kept = record.record(tmp_path / "report", tmp_path)
+    report = tmp_path / "report"
+    for path in (kept, report / "rows.jsonl", report / "index.html", report / "report.md"):
+        assert str(tmp_path) not in path.read_text() and home.name not in path.read_text(), path.name
+    assert rows_of(report)[0]["command"] == "python -m bench run --data 'my x.npz' --out report --size tiny"
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -159,7 +193,6 @@ def test_own_latents_and_own_checkpoint(done, tmp_path):
         (["--ckpt", "{tmp}/none.pt"], "none.pt"),
         (["--ckpt", "{tmp}/bad.pt"], "bad.pt"),
         (["--backends", "eager,cuda9"], "'cuda9'"),
-        (["--threads", "-1"], "--threads"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, match, capsys):
