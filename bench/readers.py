@@ -46,6 +46,10 @@ class Npz:
     def keys(self) -> set[str]:
         return set(self._members)
 
+    def __iter__(self) -> Iterator[str]:
+        """Yield the keys in the file's order."""
+        return iter(self._members)
+
     def header(self, key: str) -> Header:
         """Return an array's header, once the data that it promises are there."""
         with self._open(key) as (_, header):

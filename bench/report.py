@@ -16,6 +16,7 @@ from bench.page import drawings, ladder, markdown, overview, races, roofline
 from bench.page.overview import headline
 from bench.page.words import BASELINES, NAMES, STEPS, figure, rank, signed
 from bench.peers import tables
+from bench.readers import Npz
 
 __all__ = ["add_arguments", "headline", "load_pictures", "main", "view_of", "write"]
 
@@ -121,5 +122,5 @@ def loop_cells(loop: dict) -> tuple:
 def load_pictures(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
-    with np.load(path) as file:
-        return {key: file[key] for key in file.files}
+    file = Npz(path)
+    return {key: file.read(key) for key in file}
