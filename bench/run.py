@@ -191,8 +191,11 @@ class Job:
 
     @cached_property
     def ladder(self) -> parity.Ladder:
+        return self._ladder(self.case)
+
+    def _ladder(self, case: parity.Case) -> parity.Ladder:
         trained = self.trained
-        return parity.Ladder(trained.model, self.classifier[0], self.data.images, self.case, trained.time_scale)
+        return parity.Ladder(trained.model, self.classifier[0], self.data.images, case, trained.time_scale)
 
     def run(self) -> None:
         infos = [info._asdict() for info in moe_kernels.backends()]
@@ -202,10 +205,16 @@ class Job:
         self.ledger.stage("inner loops", lambda: [inner_loops.row()])
         self.ledger.stage("training", self._training)
         self.ledger.stage("figures", self._figures)
+        (roof,) = self.ledger.stage(
+            "ceilings", lambda: [store.row("ceilings", **stages.ceilings(self.args.size, self.threads))]
+        )
+        slow = stages.hopeless(roof, self.size.dtypes)
+        for dtype, what in slow.items():
+            progress.say(f"  {what}")
+            self.ledger.stage(f"left out: {dtype}", lambda what=what: [store.row("left_out", what=what)])
         for dtype in self.size.dtypes:
-            self._parity(dtype)
-        self.ledger.stage("ceilings", lambda: [store.row("ceilings", **stages.ceilings(self.args.size, self.threads))])
-        races = stages.plan(self.args.size, self.backends, self.threads, self.case.steps)
+            self._parity(dtype, dtype in slow)
+        races = stages.plan(self.args.size, self.backends, self.threads, self.case.steps, slow)
         for race, facts in progress.track(races, "timing", len(races)):
             self.ledger.stage(f"time {race.name}", lambda race=race, facts=facts: stages.run(race, facts))
 
@@ -269,25 +278,30 @@ class Job:
         shown = dict(guidance=case.guidance, steps=case.steps, copies=vars(copies), no_copies=copies.none)
         return [store.row("figures", thresholds=thresholds, **shown, **fd), store.row("load", layers=counted.summary())]
 
-    def _parity(self, dtype: str) -> None:
-        """Climb the ladder with every backend, and with the sabotaged models, which must fall."""
+    def _parity(self, dtype: str, slow: bool) -> None:
+        """Climb the ladder with every backend, and with the sabotaged models, which must fall.
+
+        slow: with kernels of our own alone, and with few samples.
+        """
+        few = dataclasses.replace(self.case, samples=min(self.case.samples, stages.FEW_SAMPLES))
+        ladder = self._ladder(few) if slow else self.ladder
+        backends = [name for name in self.backends if not slow or name in cases.kernels_on("cpu")]
+        sabotages = {} if slow else parity.SABOTAGES
         baseline: list[parity.Baseline] = []
 
         def climb(kind: str, name: str, build: Callable[[parity.Baseline], torch.nn.Module]) -> list[dict]:
             if not baseline:
-                baseline.append(self.ladder.baseline(parity.DTYPES[dtype]))
-                self._picture(f"oracle {dtype}", baseline[0].samples, self.ladder.labels)
-            record, samples = self.ladder.climb(build(baseline[0]), baseline[0])
+                baseline.append(ladder.baseline(parity.DTYPES[dtype]))
+                self._picture(f"oracle {dtype}", baseline[0].samples, ladder.labels)
+            record, samples = ladder.climb(build(baseline[0]), baseline[0])
             if kind == "parity":
-                self._picture(f"{name} {dtype}", samples, self.ladder.labels)
+                self._picture(f"{name} {dtype}", samples, ladder.labels)
             label = {"backend": name} if kind == "parity" else {"control": name}
             progress.say(f"  {name} {dtype}: {record['verdict']}")
             return [store.row(kind, **label, dtype=dtype, **record)]
 
-        builders = {
-            ("parity", name): lambda base, name=name: parity.replaced(base.model, name) for name in self.backends
-        }
-        for name, sabotage in parity.SABOTAGES.items():
+        builders = {("parity", name): lambda base, name=name: parity.replaced(base.model, name) for name in backends}
+        for name, sabotage in sabotages.items():
             builders["control", name] = lambda base, sabotage=sabotage: sabotage(parity.replaced(base.model, "eager"))
         for (kind, name), build in builders.items():
             stage = f"{kind}: {name}, {dtype}"

@@ -14,6 +14,7 @@ from bench import fid, ledger, parity, progress, record, run, stages, store
 from bench.__main__ import main
 
 RACES = 2
+PLAN = stages.plan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -222,6 +223,47 @@ def test_parity_rows_are_plain_json(done):
 def test_large_images_get_fewer_samples_and_smaller_batches():
     assert run.scaled(500, 1 / 16, 100) == 100 and run.scaled(500, 1.0, 100) == 500
     assert run.scaled(500, 4.0, 100) == 500 and run.scaled(60, 1 / 16, 100) == 60
+
+
+def test_dtypes_in_which_torch_is_hopeless_are_found_by_their_rates():
+    roof = {"mm_fp32": 57e9, "mm_bf16": 1.3e9}
+    (what,) = stages.hopeless(roof, ("fp32", "bf16")).values()
+    assert what.startswith("left out in bf16, in which torch's products reach 1.3 GFLOP/s here (fp32: 57): eager")
+    assert not stages.hopeless(roof | {"mm_bf16": 90e9}, ("fp32", "bf16")) and not stages.hopeless(roof, ("fp32",))
+
+
+def test_where_torch_is_hopeless_only_our_kernels_are_timed():
+    backends = ("native", "grouped", "eager")
+    every, few = ([race for race, _ in PLAN("default", backends, 2, 16, slow)] for slow in ((), ("bf16",)))
+    dropped = {case for race in every for case in race.cases} - {case for race in few for case in race.cases}
+    assert {case.dtype for case in dropped} == {"bf16"} and {case.level for case in dropped} == {
+        "experts",
+        "layer",
+        "block",
+    }
+    assert "native" not in {case.backend for case in dropped if case.level != "block"}
+    kept = {(case.level, case.backend) for race in few for case in race.cases if case.dtype == "bf16"}
+    assert {("experts", "native"), ("layer", "native"), ("gating", "eager"), ("combine", "grouped")} <= kept
+    assert all(race.cases for race in few)
+    assert not [race for race, _ in PLAN("default", ("eager",), 2, 16, ("bf16",)) if not race.cases]
+
+
+def test_what_was_left_out_is_said_in_rows_and_report(tmp_path, monkeypatch, capsys):
+    tiny = run.SIZES["tiny"]
+    case = dataclasses.replace(tiny.parity, samples=24)
+    monkeypatch.setitem(run.SIZES, "tiny", dataclasses.replace(tiny, parity=case, dtypes=("fp32", "bf16")))
+    monkeypatch.setattr(stages, "hopeless", lambda roof, dtypes: {"bf16": "left out in bf16: some"})
+    monkeypatch.setattr(stages, "FEW_SAMPLES", 20)
+    for _ in range(2):
+        assert job(tmp_path, "--backends", "native,eager") == 0
+        assert "left out in bf16: some" in capsys.readouterr().out
+    rows = rows_of(tmp_path)
+    ladder = [(r["dtype"], r.get("backend", "control"), r["count"]) for r in rows if r["kind"] in ("parity", "control")]
+    assert [entry for entry in ladder if entry[0] == "bf16"] == [("bf16", "native", 20)]
+    assert {name for dtype, name, _ in ladder if dtype == "fp32"} == {"native", "eager", "control"}
+    assert [r["what"] for r in rows if r["kind"] == "left_out"] == ["left out in bf16: some"]
+    for name in ("index.html", "report.md"):
+        assert "left out in bf16: some" in (tmp_path / name).read_text()
 
 
 def test_default_size_asks_for_what_the_readme_promises():
