@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 
+CRASHED = 3  # Python's own 1 means DIFFERENT, wrong or SLOWER here
 COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit code, what it does
     "run": ("bench.run", "the main job: train, sample, check and time on real images; writes report/"),
     "fid": ("bench.fid.command", "judge your own samples: Frechet distances and paired parity of two npz files"),
@@ -47,4 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except Exception:
+        traceback.print_exc()
+        sys.exit(CRASHED)

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bench.digits import Dataset
-from reference.checkpoint import load_state_dict
+from reference.checkpoint import check_layout, load_state_dict
 from reference.dit import DiTMoE, DiTMoEConfig
 
 ASSET = Path(__file__).parent / "assets" / "digits_8E2A.safetensors"
@@ -115,7 +115,7 @@ def load_foreign(path: Path, data: Dataset) -> Trained:
         state = load_state_dict(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"--ckpt {path}: {error}") from None
-    recipe = json.loads(read_metadata(path).get("recipe", "{}"))
+    recipe = _recipe_of(path)
     config = infer_config(path, state, recipe)
     made = (config.in_channels, config.input_size, config.input_size)
     if made != data.shape or config.num_classes < data.num_classes:
@@ -124,6 +124,7 @@ def load_foreign(path: Path, data: Dataset) -> Trained:
             f"{data.num_classes} classes; pass --data with images or latents of the model's shape"
         )
     model = DiTMoE(config)
+    check_layout(model, state, f"--ckpt {path}")
     model.load_state_dict({k: v.float() for k, v in state.items()})
     digest = hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in state.values())).hexdigest()[:12]
     return Trained(model.eval(), None, digest, recipe.get("time_scale", 1.0), [], 0.0, f"checkpoint {Path(path).name}")
@@ -140,6 +141,8 @@ def infer_config(path: Path, state: dict[str, Tensor], recipe: dict) -> DiTMoECo
         tokens, table = state["pos_embed"].shape[1], state["y_embedder.embedding_table.weight"]
     except KeyError as error:
         raise ValueError(f"--ckpt {path}: no DiT-MoE state dict: the key {error} is missing") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise ValueError(f"--ckpt {path}: no DiT-MoE state dict: its tensors have other numbers of axes") from None
     norm = state.get("blocks.0.attn.q_norm.weight")
     head = norm.numel() if norm is not None else 64
     return DiTMoEConfig(
@@ -149,6 +152,18 @@ def infer_config(path: Path, state: dict[str, Tensor], recipe: dict) -> DiTMoECo
         num_classes=table.shape[0] - 1, learn_sigma=outputs == 2 * channels, qk_norm=norm is not None,
         mlp_ratio=intermediate // hidden, num_shared=shared // hidden,
     )  # fmt: skip
+
+
+def _recipe_of(path: Path) -> dict:
+    """Return the recipe in a checkpoint's metadata, {} where there is none; ValueError for one that is no recipe."""
+    text = read_metadata(path).get("recipe", "{}")
+    try:
+        recipe = json.loads(text)
+    except json.JSONDecodeError:
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--ckpt {path}: recipe: expected a JSON object in the metadata, got {text[:60]!r}")
+    return recipe
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from bench.progress import say
+from bench.readers import Npz, axes_taken, channels_last, image_axes
+
+KEYS = {"arr_0": "images", "arr_1": "labels"}  # what ADM's samplers call them
+LEAST = 5  # samples of a class
 
 
 @dataclass(frozen=True)
@@ -57,54 +62,66 @@ def load_npz(path: str | Path) -> Dataset:
     """Load labelled images or latents from an npz.
 
     Keys: labels (N,) integers >= 0, and either images (N, height, width[, C]) uint8, mapped to [-1, 1], or latents
-    (N, C, height, width) float, taken as they are. height = width, even.
+    (N, C, height, width) float, taken as they are. height = width, even. ADM's arr_0 and arr_1 are images and labels;
+    images with one or three channels may have them first. What is taken for something else is said.
     Raises: ValueError naming the file, the key, what came and what was expected.
     """
-    path = Path(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--data {path}: expected a readable npz file, got: {error}") from None
-    kinds = {"images", "latents"} & arrays.keys()
-    if len(kinds) != 1 or "labels" not in arrays:
-        raise ValueError(f"--data {path}: expected the keys labels and images (or latents), got {sorted(arrays)}")
+    file = Npz(path, "--data", "an npz with labels and images (or latents)")
+    names = {KEYS.get(key, key): key for key in sorted(file.keys)}
+    kinds = {"images", "latents"} & names.keys()
+    if len(kinds) != 1 or "labels" not in names:
+        raise ValueError(f"{file.where}: expected the keys labels and images (or latents), got {sorted(file.keys)}")
     kind = kinds.pop()
-    values = _images(path, arrays[kind]) if kind == "images" else _latents(path, arrays[kind])
-    labels = arrays["labels"]
-    if labels.shape != values.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"--data {path}: labels: expected {values.shape[0]} integers, got {labels.shape} {labels.dtype}"
-        )
-    counts = np.bincount(labels) if len(labels) and labels.min() >= 0 else np.zeros(1, int)
-    if counts.min() < 5 or len(counts) < 2:
-        raise ValueError(
-            f"--data {path}: labels: expected 0..classes-1 with two classes or more and at least 5 samples in each, "
-            f"got counts {counts[:20].tolist()}"
-        )
+    if names[kind] != kind:
+        say(f"{file.where}: {names[kind]} taken as {kind}")
+    values = (_images if kind == "images" else _latents)(file, names[kind])
     height, width = values.shape[2:]
     if height != width or height % 2 or height < 4:
-        raise ValueError(f"--data {path}: {kind}: expected equal, even height and width >= 4, got {height}x{width}")
-    return _split(path.stem, values, torch.from_numpy(labels).long())
+        raise ValueError(f"{file.where}: {kind}: expected equal, even height and width >= 4, got {height}x{width}")
+    return _split(file.path.stem, values, _labels(file, names["labels"], len(values)))
 
 
-def _images(path: Path, array: np.ndarray) -> Tensor:
-    if array.dtype != np.uint8 or array.ndim not in (3, 4):
+def _images(file: Npz, key: str) -> Tensor:
+    shape, _, dtype = header = file.header(key)
+    if dtype != np.uint8 or len(shape) not in (3, 4) or not all(shape):
+        raise ValueError(f"{file.where}: {key}: expected (N, height, width[, C]) uint8, got {header}")
+    axes = image_axes(shape) or "NHWC"[: len(shape)]
+    if taken := axes_taken(shape, axes):
+        say(f"{file.where}: {key}: {taken}")
+    images = file.read(key)
+    if images.max() <= 1:
+        say(f"{file.where}: {key}: warning: no value above 1, taken as nearly black images of 0..255")
+    return torch.from_numpy(channels_last(images, axes)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+
+
+def _latents(file: Npz, key: str) -> Tensor:
+    shape, _, dtype = header = file.header(key)
+    if dtype.kind != "f" or len(shape) != 4 or not all(shape):
+        raise ValueError(f"{file.where}: {key}: expected (N, C, height, width) floats, got {header}")
+    with np.errstate(over="ignore"):
+        values = file.read(key).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{file.where}: {key}: expected values that are finite in float32")
+    return torch.from_numpy(values)
+
+
+def _labels(file: Npz, key: str, count: int) -> Tensor:
+    header = file.header(key)
+    if header.shape != (count,) or header.dtype.kind not in "iu":
+        raise ValueError(f"{file.where}: {key}: expected {count} integers, got {header}")
+    labels = file.read(key)
+    least, largest = int(labels.min()), int(labels.max())
+    if least < 0 or not 0 < largest < count // LEAST:
         raise ValueError(
-            f"--data {path}: images: expected (N, height, width[, C]) uint8, got {array.shape} {array.dtype}"
+            f"{file.where}: {key}: expected 0..classes-1 with two classes or more and at least {LEAST} samples in "
+            f"each, got {least}..{largest} for {count} samples"
         )
-    array = array[..., None] if array.ndim == 3 else array
-    return torch.from_numpy(array).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
-
-
-def _latents(path: Path, array: np.ndarray) -> Tensor:
-    if array.dtype.kind != "f" or array.ndim != 4:
+    counts = np.bincount(labels.astype(np.int64))
+    if counts.min() < LEAST:
         raise ValueError(
-            f"--data {path}: latents: expected (N, C, height, width) floats, got {array.shape} {array.dtype}"
+            f"{file.where}: {key}: expected at least {LEAST} samples in each class, got counts {counts[:20].tolist()}"
         )
-    if not np.isfinite(array).all():
-        raise ValueError(f"--data {path}: latents: expected finite values")
-    return torch.from_numpy(array).float()
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _split(name: str, images: Tensor, labels: Tensor, held_share: float = 0.2) -> Dataset:

@@ -20,6 +20,7 @@ from bench import store
 from bench.cases import BACKENDS
 from bench.changepoints import change_points
 from bench.compare.report import render
+from bench.outputs import check_targets
 
 RESULTS = store.ROOT / "results"
 SERIES = ["case", "machine", "clock"]
@@ -135,10 +136,11 @@ def main(args: argparse.Namespace) -> int:
     files = args.files or sorted(RESULTS.glob("*.jsonl"))
     if not files:
         raise ValueError(f"got no row file, and {RESULTS} has none; expected JSON lines as `bench record` writes them")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    check_targets({"--out": args.out, "--json": args.json}, {path.name: path for path in files})
     frame = table([row for path in files for row in store.read(path)], args.k)
     found = series(frame)
     single = int((frame[frame["ours"]].groupby(SERIES).size() < 2).sum())
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(found, single), encoding="utf-8")
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from bench.page import drawings, ladder, markdown, overview, races, roofline
 from bench.page.overview import headline
 from bench.page.words import BASELINES, NAMES, STEPS, figure, rank, signed
 from bench.peers import tables
+from bench.readers import Npz
 
 __all__ = ["add_arguments", "headline", "load_pictures", "main", "view_of", "write"]
 
@@ -61,6 +62,7 @@ def view_of(rows: Sequence[dict], images: dict[str, np.ndarray]) -> dict:
         "backends": overview.backends(rows), "checks": checks(figures) if figures else [],
         "parity": parity, "controls": of["control"], "forest": ladder.forest([*parity, *of["control"]]),
         "rungs": ladder.rungs(parity), **speeds(rows, of["time"], of["ceilings"]),
+        "unmeasured": [*(row["what"] for row in of["left_out"]), *races.unmeasured(of["time"])],
         **pictures_of(images, training, of["load"]),
         "contest": tables.view(of["contest"]) if of["contest"] else None, "inner_loops": inner,
         "loops": [loop_cells(loop) for loop in inner_loops.widest(inner["loops"])] if inner else [],
@@ -81,7 +83,7 @@ def speeds(rows: Sequence[dict], timed: Sequence[dict], ceilings: Sequence[dict]
         "races": [race for race in raced if race["level"] not in (*ROOMS, *STEPS)], "rooms": rooms,
         "memory": any("peak_mib" in row["figures"] for race in raced for row in race["rows"]),
         "stages": races.stages(rooms), "roof": roof, "charts": roofline.charts(rooms, roof),
-        "share": lambda row: roofline.share(row, roofs.get(row["device"])), "unmeasured": races.unmeasured(timed),
+        "share": lambda row: roofline.share(row, roofs.get(row["device"])),
     }  # fmt: skip
 
 
@@ -121,5 +123,5 @@ def loop_cells(loop: dict) -> tuple:
 def load_pictures(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
-    with np.load(path) as file:
-        return {key: file[key] for key in file.files}
+    file = Npz(path)
+    return {key: file.read(key) for key in file}

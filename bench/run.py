@@ -23,6 +23,7 @@ from torch import Tensor
 
 import moe_kernels
 from bench import (
+    arguments,
     cases,
     checkpoints,
     digits,
@@ -30,6 +31,7 @@ from bench import (
     inner_loops,
     ledger,
     load,
+    outputs,
     parity,
     pictures,
     progress,
@@ -68,12 +70,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", choices=list(SIZES), default="default", help="tiny: a minute; default: some; full: more"
     )
     parser.add_argument(
-        "--data", type=Path, help="npz with labels and images (uint8) or latents (float); default: digits"
+        "--data",
+        type=Path,
+        help="npz with labels and images (uint8, grey and channels first taken where clear; ADM's arr_0, arr_1) or "
+        "latents (float); default: digits",
     )
     parser.add_argument("--ckpt", type=Path, help="DiT-MoE checkpoint to sample instead of training one")
     parser.add_argument("--backends", help="comma-separated; default: all that are available")
-    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
-    parser.add_argument("--out", type=Path, default=Path("report"), help="folder of rows and report (default: report)")
+    parser.add_argument("--threads", type=arguments.count, help="default: the cores this process may use")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report"),
+        help="folder of rows and report, none of whose files may be --data or --ckpt (default: report)",
+    )
     parser.add_argument(
         "--fresh", action="store_true", help="forget earlier rows and checkpoints: train and measure anew"
     )
@@ -130,9 +140,10 @@ class Job:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.size, self.folder = args, SIZES[args.size], args.out
+        given = {"--data": args.data, "--ckpt": args.ckpt}
+        outputs.check_folder("--out", self.folder, given)
+        outputs.keep_given("MOE_BENCH_ROUTING", shapes.routing_trace(), given)
         self.threads = args.threads or len(os.sched_getaffinity(0))
-        if self.threads < 1:
-            raise ValueError(f"--threads: got {args.threads}, expected at least 1")
         torch.set_num_threads(self.threads)
         self.backends = choose_backends(args.backends)
         self.data = digits.load_npz(args.data) if args.data else digits.load_digits()
@@ -180,8 +191,11 @@ class Job:
 
     @cached_property
     def ladder(self) -> parity.Ladder:
+        return self._ladder(self.case)
+
+    def _ladder(self, case: parity.Case) -> parity.Ladder:
         trained = self.trained
-        return parity.Ladder(trained.model, self.classifier[0], self.data.images, self.case, trained.time_scale)
+        return parity.Ladder(trained.model, self.classifier[0], self.data.images, case, trained.time_scale)
 
     def run(self) -> None:
         infos = [info._asdict() for info in moe_kernels.backends()]
@@ -191,10 +205,16 @@ class Job:
         self.ledger.stage("inner loops", lambda: [inner_loops.row()])
         self.ledger.stage("training", self._training)
         self.ledger.stage("figures", self._figures)
+        (roof,) = self.ledger.stage(
+            "ceilings", lambda: [store.row("ceilings", **stages.ceilings(self.args.size, self.threads))]
+        )
+        slow = stages.hopeless(roof, self.size.dtypes)
+        for dtype, what in slow.items():
+            progress.say(f"  {what}")
+            self.ledger.stage(f"left out: {dtype}", lambda what=what: [store.row("left_out", what=what)])
         for dtype in self.size.dtypes:
-            self._parity(dtype)
-        self.ledger.stage("ceilings", lambda: [store.row("ceilings", **stages.ceilings(self.args.size, self.threads))])
-        races = stages.plan(self.args.size, self.backends, self.threads, self.case.steps)
+            self._parity(dtype, dtype in slow)
+        races = stages.plan(self.args.size, self.backends, self.threads, self.case.steps, slow)
         for race, facts in progress.track(races, "timing", len(races)):
             self.ledger.stage(f"time {race.name}", lambda race=race, facts=facts: stages.run(race, facts))
 
@@ -258,25 +278,30 @@ class Job:
         shown = dict(guidance=case.guidance, steps=case.steps, copies=vars(copies), no_copies=copies.none)
         return [store.row("figures", thresholds=thresholds, **shown, **fd), store.row("load", layers=counted.summary())]
 
-    def _parity(self, dtype: str) -> None:
-        """Climb the ladder with every backend, and with the sabotaged models, which must fall."""
+    def _parity(self, dtype: str, slow: bool) -> None:
+        """Climb the ladder with every backend, and with the sabotaged models, which must fall.
+
+        slow: with kernels of our own alone, and with few samples.
+        """
+        few = dataclasses.replace(self.case, samples=min(self.case.samples, stages.FEW_SAMPLES))
+        ladder = self._ladder(few) if slow else self.ladder
+        backends = [name for name in self.backends if not slow or name in cases.kernels_on("cpu")]
+        sabotages = {} if slow else parity.SABOTAGES
         baseline: list[parity.Baseline] = []
 
         def climb(kind: str, name: str, build: Callable[[parity.Baseline], torch.nn.Module]) -> list[dict]:
             if not baseline:
-                baseline.append(self.ladder.baseline(parity.DTYPES[dtype]))
-                self._picture(f"oracle {dtype}", baseline[0].samples, self.ladder.labels)
-            record, samples = self.ladder.climb(build(baseline[0]), baseline[0])
+                baseline.append(ladder.baseline(parity.DTYPES[dtype]))
+                self._picture(f"oracle {dtype}", baseline[0].samples, ladder.labels)
+            record, samples = ladder.climb(build(baseline[0]), baseline[0])
             if kind == "parity":
-                self._picture(f"{name} {dtype}", samples, self.ladder.labels)
+                self._picture(f"{name} {dtype}", samples, ladder.labels)
             label = {"backend": name} if kind == "parity" else {"control": name}
             progress.say(f"  {name} {dtype}: {record['verdict']}")
             return [store.row(kind, **label, dtype=dtype, **record)]
 
-        builders = {
-            ("parity", name): lambda base, name=name: parity.replaced(base.model, name) for name in self.backends
-        }
-        for name, sabotage in parity.SABOTAGES.items():
+        builders = {("parity", name): lambda base, name=name: parity.replaced(base.model, name) for name in backends}
+        for name, sabotage in sabotages.items():
             builders["control", name] = lambda base, sabotage=sabotage: sabotage(parity.replaced(base.model, "eager"))
         for (kind, name), build in builders.items():
             stage = f"{kind}: {name}, {dtype}"

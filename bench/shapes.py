@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from bench.readers import Npz
+
 IMAGE_TOKENS = 256  # 256-pixel image, 8x VAE, patch 2
 
 
@@ -116,8 +118,8 @@ def real(T: int, E: int, K: int, generator: Generator) -> tuple[Tensor, Tensor]:
     got = recorded_routing()
     if got != (E, K):
         raise ValueError(f"{routing_trace()}: got routing over (experts, picks) = {got}, expected {(E, K)}")
-    with np.load(routing_trace()) as trace:
-        topk_ids, topk_weights = trace["topk_ids"], trace["topk_weights"]
+    trace = Npz(routing_trace(), "MOE_BENCH_ROUTING")
+    topk_ids, topk_weights = trace.read("topk_ids"), trace.read("topk_weights")
     start = int(torch.randint(len(topk_ids), (1,), generator=generator))
     rows = (start + np.arange(T)) % len(topk_ids)
     return torch.from_numpy(topk_ids[rows]).int(), torch.from_numpy(topk_weights[rows]).float()
@@ -135,14 +137,15 @@ def routing_trace() -> Path:
 
 def recorded_routing() -> tuple[int, int] | None:
     """Return (E, K) of the record, None without one; ValueError names the keys that are missing."""
-    path = routing_trace()
-    if not path.exists():
+    if not routing_trace().exists():
         return None
-    with np.load(path) as trace:
-        missing = {"topk_ids", "topk_weights", "num_experts"} - set(trace.files)
-        if missing:
-            raise ValueError(f"{path}: got keys {trace.files}, expected {sorted(missing)} too")
-        return int(trace["num_experts"]), trace["topk_ids"].shape[1]
+    trace = Npz(routing_trace(), "MOE_BENCH_ROUTING")
+    if missing := {"topk_ids", "topk_weights", "num_experts"} - trace.keys:
+        raise ValueError(f"{trace.where}: got keys {sorted(trace.keys)}, expected {sorted(missing)} too")
+    shape = trace.header("topk_ids").shape
+    if len(shape) != 2 or trace.header("num_experts").shape:
+        raise ValueError(f"{trace.where}: topk_ids, num_experts: expected (N, K) and one number")
+    return int(trace.read("num_experts")), shape[1]
 
 
 def save_routing(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, path: Path | None = None) -> Path:

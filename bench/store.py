@@ -6,27 +6,30 @@ The fields are described in results/README.md.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from bench.outputs import command, without_paths
+
 SCHEMA = 1
 MAX_SAMPLES = 200  # per row; more tell nothing new about a median
 REQUIRED = ("schema", "kind", "date", "commit", "dirty", "command", "machine", "versions")
 PACKAGES = ("torch", "triton", "numpy", "scipy", "scikit-learn", "pytest-benchmark")
 ROOT = Path(__file__).parent.parent
+GRAMMAR = ("and", "or", "not", "(", ")")  # of -k
 
 
 def row(kind: str, **fields) -> dict:
-    """Make one row: fields plus schema, kind, date, commit, dirty, command, machine, versions.
+    """Make one row: fields plus schema, kind, date, commit, dirty, command, machine, versions; no path of this machine.
 
     Raises: ValueError for a kind that is no word, or a field that provenance fills in.
     """
@@ -36,21 +39,32 @@ def row(kind: str, **fields) -> dict:
     if taken:
         raise ValueError(f"fields: got {', '.join(taken)}, which every row already has from its provenance")
     head = {"schema": SCHEMA, "kind": kind, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    return {**head, **fields, "command": command(), **commit(), "machine": machine(), "versions": versions()}
+    shared = {**head, **without_paths(fields), "command": command()}
+    return {**shared, **commit(), "machine": machine(), "versions": versions()}
 
 
 def append(path: str | Path, row: dict) -> None:
     """Write one row at the end of a file, made if need be, in one piece: an interrupted run keeps what it has.
 
-    Raises: ValueError for NaN or infinity (a missing figure is null, never NaN).
+    Raises: ValueError for NaN or infinity (a missing figure is null, never NaN), and for a file of something else.
     """
     text = json.dumps(row, allow_nan=False, separators=(",", ":"))
-    path = Path(path)
+    path = check_rows_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def check_rows_file(path: str | Path) -> Path:
+    """Return a path that rows may be added to, or that may be forgotten; ValueError for a file of something else."""
+    path = Path(path)
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(1) != b"{":
+                raise ValueError(f"{path}: expected a file of rows (JSON lines) or none, got a file of something else")
+    return path
 
 
 def read(path: str | Path) -> list[dict]:
@@ -109,14 +123,6 @@ def thin(samples: Sequence[float], limit: int = MAX_SAMPLES) -> list[float]:
     """Keep at most limit samples, evenly spaced in time, in order."""
     n = len(samples)
     return [samples[i * n // limit] for i in range(limit)] if n > limit else list(samples)
-
-
-def command() -> str:
-    """Return the command line that reproduces the run, without absolute paths."""
-    script = Path(sys.argv[0])
-    if script.name == "__main__.py":
-        return " ".join(["python -m", script.parent.name, *sys.argv[1:]])
-    return " ".join([script.name, *sys.argv[1:]])
 
 
 def commit() -> dict:
@@ -204,11 +210,14 @@ def keyword_filter(expression: str) -> Callable[[str], bool]:
     tokens = re.findall(r"[()]|[^\s()]+", expression)
     if not tokens:
         return lambda text: True
-    words = [t.lower() for t in tokens if t not in ("and", "or", "not", "(", ")")]
-    source = " ".join(t if t in ("and", "or", "not", "(", ")") else "w[%d]" for t in tokens) % tuple(range(len(words)))
+    words = [t.lower() for t in tokens if t not in GRAMMAR]
+    source = " ".join(t if t in GRAMMAR else "w[%d]" for t in tokens) % tuple(range(len(words)))
     try:
-        code = compile(source, "-k", "eval")
-    except SyntaxError:
+        tree = ast.parse(source, "-k", "eval")
+        if any(isinstance(node, ast.Call) for node in ast.walk(tree)):
+            raise SyntaxError("a word before a parenthesis")
+        code = compile(tree, "-k", "eval")
+    except (SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"-k: got {expression!r}, expected words with and, or, not and parentheses") from None
     return lambda text: bool(eval(code, {"__builtins__": {}, "w": [word in text.lower() for word in words]}))
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from bench import stages, store, workloads
+from bench import arguments, stages, store, workloads
 from bench.cases import BACKENDS, DEVICES, DTYPES, EXPERT_CHOICE, LEVELS, MODES, PEERS, Case
 from bench.progress import say
 from bench.shapes import MODEL_SHAPES, ROUTING_PRESETS
@@ -23,16 +23,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     levels = [name for names in LEVELS.values() for name in names]
     parser.add_argument("level", choices=levels, help="a room, the layer, a block, or a whole step of the model")
     parser.add_argument("--shapes", default="S/2-8E2A", help="comma-separated model shapes (default: S/2-8E2A)")
-    parser.add_argument("--depth", type=int, help="blocks of the model in a step (default: all)")
-    parser.add_argument("--tokens", default="1024", help="comma-separated; of a step both halves of guidance count")
+    parser.add_argument("--depth", type=arguments.count, help="blocks of the model in a step (default: all)")
+    parser.add_argument(
+        "--tokens",
+        type=arguments.counts,
+        default="1024",
+        help="comma-separated; of a step both halves of guidance count",
+    )
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--backends", help=f"some of {', '.join((*BACKENDS, *PEERS))}")
     parser.add_argument("--dtypes", default="fp32", help="some of fp32, bf16, fp16; on a GPU tf32, too")
     parser.add_argument("--modes", default="fwd", help="some of fwd, bwd, fwdbwd; steps have one of their own")
     parser.add_argument("--routing", default="position_skewed", help=f"{', '.join(ROUTINGS)}")
-    parser.add_argument("--threads", default=str(len(os.sched_getaffinity(0))), help="comma-separated (default: all)")
-    parser.add_argument("--rounds", type=int, default=9, help="least number of rounds")
-    parser.add_argument("--seconds", type=float, default=10.0, help="more rounds are run until a race took so long")
+    threads = {"type": arguments.counts, "default": str(len(os.sched_getaffinity(0)))}
+    parser.add_argument("--threads", **threads, help="comma-separated (default: all)")
+    parser.add_argument("--rounds", type=arguments.count, default=9, help="least number of rounds")
+    parser.add_argument(
+        "--seconds", type=arguments.seconds, default=10.0, help="more rounds are run until a race took so long"
+    )
     parser.add_argument("--out", type=Path, default=Path("report/times.jsonl"), help="row file, added to")
 
 
@@ -52,16 +60,14 @@ def races(args: argparse.Namespace) -> Iterator[tuple[stages.Race, dict]]:
     allowed = [name for name in ROUTINGS if name != EXPERT_CHOICE or args.level == "dispatch"]
     if routing not in allowed:
         raise ValueError(f"--routing: got {routing!r}, expected one of {', '.join(allowed)}")
-    settings = product(
-        words("shapes", MODEL_SHAPES), args.tokens.split(","), words("dtypes", DTYPES), modes, args.threads.split(",")
-    )
+    settings = product(words("shapes", MODEL_SHAPES), args.tokens, words("dtypes", DTYPES), modes, args.threads)
     for name, tokens, dtype, mode, threads in settings:
         shape = MODEL_SHAPES[name]
         if args.depth:
             shape = replace(
                 shape, name=f"{name}, {args.depth} blocks", model=f"{shape.model}x{args.depth}", depth=args.depth
             )
-        case = Case(args.level, "any", shape, routing, int(tokens), dtype, mode, int(threads), args.device)
+        case = Case(args.level, "any", shape, routing, tokens, dtype, mode, threads, args.device)
         able = [c for c in contenders if not workloads.why_not(replace(case, backend=c))]
         if not able:
             reason = workloads.why_not(replace(case, backend=contenders[0]))

@@ -114,6 +114,9 @@ def test_real_routing_is_replayed_and_checked(tmp_path, monkeypatch):
     np.savez(tmp_path / "routing.npz", topk_ids=ids.numpy())
     with pytest.raises(ValueError, match=r"expected .*num_experts.* too"):
         draw("real")
+    (tmp_path / "routing.npz").write_text("no archive")
+    with pytest.raises(ValueError, match=r"MOE_BENCH_ROUTING .*routing\.npz: .* no npz"):
+        draw("real")
 
 
 def test_inputs_are_the_same_numbers_in_every_dtype_and_free_of_near_ties():

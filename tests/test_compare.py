@@ -157,8 +157,8 @@ def test_partial_comparisons_say_what_is_left_out_and_show_the_rest():
 
 
 def test_nothing_comparable_is_an_error_that_says_why(files, capsys):
-    assert main(["compare", *files([timed("a")], [timed("a", machine={"isa": "avx2"})])]) == 2
-    assert "head on avx2" in capsys.readouterr().err
+    assert main(["compare", *files([timed("a")], [timed("a", machine={"isa": "another"})])]) == 2
+    assert "head on another" in capsys.readouterr().err
     with pytest.raises(ValueError, match="1 cases in base, 1 others in head"):
         compare.compare([timed("a")], [timed("b")])
     with pytest.raises(ValueError, match="no rows of kind 'time'"):

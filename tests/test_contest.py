@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 
 from bench import compare, measure, record, report, store, workloads
 from bench.__main__ import main
@@ -170,6 +172,15 @@ def test_wrong_refusing_and_dying_contenders_get_no_number_and_the_others_do(com
     assert "wrong: out: error" in text and "sorted_loop: died with exit code 7 (1 case)" in text
 
 
+def test_what_a_library_refuses_on_this_cpu_is_a_reason_before_anything_runs(compete, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    rows = compete(("native", "onednn"), replace(DIGITS, dtype="bf16"), 1)
+    assert rows["native"]["figures"] and not rows["onednn"]["figures"]
+    assert rows["onednn"]["reason"].startswith("oneDNN packs no bf16 weights for this CPU")
+    fp32 = replace(DIGITS, backend="onednn")
+    assert libraries.CONTENDERS["onednn"].why_not(fp32) is None
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -315,8 +326,10 @@ def test_compiled_loop_is_right_with_experts_without_tokens(mode):
 
 
 def check_in_process(name, dtype, mode):
-    case = Case("layer", name, DIGITS.shape, DIGITS.routing, 64, dtype, mode, 1)
-    work = libraries.CONTENDERS[name].build(case)
+    case, contender = Case("layer", name, DIGITS.shape, DIGITS.routing, 64, dtype, mode, 1), libraries.CONTENDERS[name]
+    if reason := contender.why_not(case):
+        pytest.skip(reason)
+    work = contender.build(case)
     assert workloads.check(case, work.named(work.run())).wrong is None
 
 

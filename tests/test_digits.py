@@ -103,11 +103,55 @@ IMAGES = np.zeros((40, 8, 8), np.uint8)
         (dict(images=IMAGES, labels=LABELS * 2), "at least 5"),
         (dict(images=np.zeros((40, 8, 6), np.uint8), labels=LABELS), "8x6"),
         (dict(images=np.zeros((40, 7, 7), np.uint8), labels=LABELS), "even"),
+        (dict(images=IMAGES, labels=np.where(LABELS == 3, 10**13, LABELS)), r"labels: .* 0\.\.10000000000000 for 40"),
+        (dict(images=IMAGES, labels=np.where(LABELS == 3, 4, LABELS)), r"labels: .* counts \[10, 10, 10, 0, 10\]"),
+        (dict(images=IMAGES, labels=np.zeros(40, int)), "two classes or more"),
+        (dict(images=IMAGES[:0], labels=LABELS[:0]), "images: expected"),
+        (dict(latents=np.zeros((40, 0, 8, 8)), labels=LABELS), r"latents: expected .* got float64 \(40, 0, 8, 8\)"),
+        (dict(latents=np.full((40, 4, 8, 8), 1e300), labels=LABELS), "finite in float32"),
+        (dict(latents=np.zeros((40, 4, 8, 8), complex), labels=LABELS), "latents: expected .* floats, got complex128"),
     ],
 )
 def test_bad_npz_is_named(tmp_path, arrays, match):
     with pytest.raises(ValueError, match=rf"(?s)bad\.npz.*{match}"):
         load_npz(write(tmp_path / "bad.npz", **arrays))
+
+
+@pytest.mark.parametrize("dtype", [np.longdouble, np.float16, ">f4"])
+def test_latents_of_any_float_are_taken(tmp_path, dtype):
+    latents = np.arange(40 * 4 * 8 * 8).reshape(40, 4, 8, 8) % 7
+    data = load_npz(write(tmp_path / "x.npz", latents=latents.astype(dtype), labels=LABELS.astype(">u8")))
+    assert data.images.dtype == torch.float32 and float(data.images.sum()) == latents.sum()
+
+
+def test_grey_channels_first_and_adms_keys_are_taken_and_said(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    grey = images[..., 0]
+    for arrays, said, shape in (
+        (dict(images=images), "", (3, 8, 8)),
+        (
+            dict(images=np.moveaxis(images, 3, 1)),
+            "images: (40, 3, 8, 8) taken as (N, channels, height, width)",
+            (3, 8, 8),
+        ),
+        (dict(images=grey), "images: (40, 8, 8) taken as grey (N, height, width)", (1, 8, 8)),
+        (dict(images=grey[:, None]), "images: (40, 1, 8, 8) taken as grey (N, channels, height, width)", (1, 8, 8)),
+        (dict(arr_0=images), "arr_0 taken as images", (3, 8, 8)),
+        (dict(images=images // 128), "images: warning: no value above 1, taken as nearly black images", (3, 8, 8)),
+    ):
+        keys = {"arr_1" if "arr_0" in arrays else "labels": LABELS}
+        data = load_npz(write(tmp_path / "x.npz", **arrays, **keys))
+        out = capsys.readouterr().out
+        assert data.shape == shape and (said in out if said else not out)
+        if not said or "taken as (N" in said or "arr_0" in said:
+            assert data.digest() == load_npz(write(tmp_path / "x.npz", images=images, labels=LABELS)).digest()
+            capsys.readouterr()
+
+
+def test_a_single_array_is_no_npz(tmp_path):
+    np.save(tmp_path / "x.npy", IMAGES)
+    with pytest.raises(ValueError, match=r"--data .*x\.npy: expected an npz .*got a single array"):
+        load_npz(tmp_path / "x.npy")
 
 
 def test_truncated_and_missing_npz_are_named(tmp_path):

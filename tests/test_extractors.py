@@ -171,5 +171,5 @@ def test_compressed_files_are_read_and_cut_ones_named(tmp_path):
     header = saved(tmp_path / "a.npz", arr_0=array)
     with zipfile.ZipFile(header) as full, zipfile.ZipFile(cut, "w") as short:
         short.writestr("arr_0.npy", full.read("arr_0.npy")[:-1])
-    with pytest.raises(ValueError, match=r"cut\.npz: arr_0: expected 4 images, the file ends before"):
+    with pytest.raises(ValueError, match=r"cut\.npz: arr_0: .* 768 bytes, before 767"):
         list(open_samples(cut, "A.npz").batches(9))

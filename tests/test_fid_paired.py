@@ -169,6 +169,6 @@ def test_the_command_of_the_simulation(tmp_path, capsys, monkeypatch):
     file = tmp_path / "rows.json"
     assert main(["fid-coverage", "--shapes", "40x2", "-k", "2 %", "--repetitions", "3", "--json", str(file)]) == 0
     assert "1 settings, 3 repetitions" in capsys.readouterr().out and '"cover_95"' in file.read_text()
-    for words, named in ((["--shapes", "40"], "--shapes"), (["-k", "nothing"], "-k"), (["--repetitions", "0"], "rep")):
+    for words, named in ((["--shapes", "40"], "--shapes"), (["-k", "nothing"], "-k")):
         assert main(["fid-coverage", *words]) == 2
         assert named in capsys.readouterr().err

@@ -134,6 +134,12 @@ def test_report_command_renders_again_and_names_a_missing_run(folder, tmp_path, 
     assert main(["report", str(tmp_path / "nowhere")]) == 2 and "rows.jsonl" in capsys.readouterr().err
 
 
+def test_broken_pictures_are_named(folder, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
+    (tmp_path / "pictures.npz").write_text("no archive")
+    assert main(["report", str(tmp_path)]) == 2 and "pictures.npz: expected an npz" in capsys.readouterr().err
+
+
 def test_forest_places_margin_and_intervals():
     view = ladder.forest([parity_row("native", "fp32", low=-0.001, dfd=0.0, high=0.001)])
     line = view["lines"][0]

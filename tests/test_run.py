@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench import fid, ledger, parity, progress, run, stages, store
+from bench import fid, ledger, parity, progress, record, run, stages, store
 from bench.__main__ import main
 
 RACES = 2
+PLAN = stages.plan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,6 +152,40 @@ def test_own_latents_and_own_checkpoint(done, tmp_path):
     assert origins == ["trained", "checkpoint model.safetensors"]
 
 
+def test_what_was_given_is_never_written_over_nor_forgotten(tmp_path, capsys):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    data, weights = tmp_path / "mine.npz", folder / "model.safetensors"
+    np.savez(data, latents=np.zeros((60, 4, 8, 8)), labels=np.arange(60) % 3)
+    weights.write_bytes(b"weights")
+    (folder / "pictures.npz").hardlink_to(data)
+    before = data.read_bytes()
+    for given in (["--data", str(data)], ["--ckpt", str(weights)]):
+        assert job(folder, *given, "--fresh") == 2
+        assert "which is never written over" in capsys.readouterr().err
+    assert job(data, "--data", str(data)) == 2 and "expected a folder, got a file" in capsys.readouterr().err
+    assert data.read_bytes() == before and weights.read_bytes() == b"weights"
+
+
+def test_a_recorded_run_holds_no_path_of_this_machine(tmp_path, monkeypatch):
+    home = tmp_path / "home of me"
+    home.mkdir()
+    rng = np.random.default_rng(0)
+    np.savez(home / "my x.npz", latents=rng.normal(size=(60, 4, 8, 8)), labels=np.arange(60) % 3)
+    monkeypatch.setattr(store, "commit", lambda: {"commit": "c0ffee" * 6, "dirty": False})
+    argv = ["run", "--data", str(home / "my x.npz"), "--out", str(tmp_path / "report"), "--size", "tiny"]
+    monkeypatch.setattr("sys.argv", ["/somewhere/bench/__main__.py", *argv])
+    assert main([*argv, "--threads", "1", "--backends", "eager"]) == 0
+    for folder in ("results", "moe_kernels"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "moe_kernels/verified.json").write_text("{}")
+    kept = record.record(tmp_path / "report", tmp_path)
+    report = tmp_path / "report"
+    for path in (kept, report / "rows.jsonl", report / "index.html", report / "report.md"):
+        assert str(tmp_path) not in path.read_text() and home.name not in path.read_text(), path.name
+    assert rows_of(report)[0]["command"] == "python -m bench run --data 'my x.npz' --out report --size tiny"
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -159,7 +194,6 @@ def test_own_latents_and_own_checkpoint(done, tmp_path):
         (["--ckpt", "{tmp}/none.pt"], "none.pt"),
         (["--ckpt", "{tmp}/bad.pt"], "bad.pt"),
         (["--backends", "eager,cuda9"], "'cuda9'"),
-        (["--threads", "-1"], "--threads"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, match, capsys):
@@ -189,6 +223,47 @@ def test_parity_rows_are_plain_json(done):
 def test_large_images_get_fewer_samples_and_smaller_batches():
     assert run.scaled(500, 1 / 16, 100) == 100 and run.scaled(500, 1.0, 100) == 500
     assert run.scaled(500, 4.0, 100) == 500 and run.scaled(60, 1 / 16, 100) == 60
+
+
+def test_dtypes_in_which_torch_is_hopeless_are_found_by_their_rates():
+    roof = {"mm_fp32": 57e9, "mm_bf16": 1.3e9}
+    (what,) = stages.hopeless(roof, ("fp32", "bf16")).values()
+    assert what.startswith("left out in bf16, in which torch's products reach 1.3 GFLOP/s here (fp32: 57): eager")
+    assert not stages.hopeless(roof | {"mm_bf16": 90e9}, ("fp32", "bf16")) and not stages.hopeless(roof, ("fp32",))
+
+
+def test_where_torch_is_hopeless_only_our_kernels_are_timed():
+    backends = ("native", "grouped", "eager")
+    every, few = ([race for race, _ in PLAN("default", backends, 2, 16, slow)] for slow in ((), ("bf16",)))
+    dropped = {case for race in every for case in race.cases} - {case for race in few for case in race.cases}
+    assert {case.dtype for case in dropped} == {"bf16"} and {case.level for case in dropped} == {
+        "experts",
+        "layer",
+        "block",
+    }
+    assert "native" not in {case.backend for case in dropped if case.level != "block"}
+    kept = {(case.level, case.backend) for race in few for case in race.cases if case.dtype == "bf16"}
+    assert {("experts", "native"), ("layer", "native"), ("gating", "eager"), ("combine", "grouped")} <= kept
+    assert all(race.cases for race in few)
+    assert not [race for race, _ in PLAN("default", ("eager",), 2, 16, ("bf16",)) if not race.cases]
+
+
+def test_what_was_left_out_is_said_in_rows_and_report(tmp_path, monkeypatch, capsys):
+    tiny = run.SIZES["tiny"]
+    case = dataclasses.replace(tiny.parity, samples=24)
+    monkeypatch.setitem(run.SIZES, "tiny", dataclasses.replace(tiny, parity=case, dtypes=("fp32", "bf16")))
+    monkeypatch.setattr(stages, "hopeless", lambda roof, dtypes: {"bf16": "left out in bf16: some"})
+    monkeypatch.setattr(stages, "FEW_SAMPLES", 20)
+    for _ in range(2):
+        assert job(tmp_path, "--backends", "native,eager") == 0
+        assert "left out in bf16: some" in capsys.readouterr().out
+    rows = rows_of(tmp_path)
+    ladder = [(r["dtype"], r.get("backend", "control"), r["count"]) for r in rows if r["kind"] in ("parity", "control")]
+    assert [entry for entry in ladder if entry[0] == "bf16"] == [("bf16", "native", 20)]
+    assert {name for dtype, name, _ in ladder if dtype == "fp32"} == {"native", "eager", "control"}
+    assert [r["what"] for r in rows if r["kind"] == "left_out"] == ["left out in bf16: some"]
+    for name in ("index.html", "report.md"):
+        assert "left out in bf16: some" in (tmp_path / name).read_text()
 
 
 def test_default_size_asks_for_what_the_readme_promises():

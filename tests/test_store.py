@@ -121,6 +121,17 @@ def test_two_openmp_runtimes_are_told_apart(tmp_path, monkeypatch):
     assert done.stdout.strip() == "2"
 
 
+def test_a_crash_has_an_exit_code_of_its_own():
+    """1 is an answer: DIFFERENT, wrong, SLOWER."""
+    code = (
+        "import runpy, sys; from bench import cases\n"
+        "cases.main = lambda args: 1 / 0; sys.argv = ['bench', 'list']\n"
+        "runpy.run_module('bench', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=store.ROOT)
+    assert done.returncode == 3 and "ZeroDivisionError" in done.stderr
+
+
 def test_command_line_of_unknown_words_ends_with_usage():
     for argv in ([], ["zork"], ["list", "--zork"]):
         with pytest.raises(SystemExit) as stop:

@@ -10,6 +10,7 @@ import torch
 from bench.checkpoints import ASSET, Recipe, load_checkpoint, load_foreign, save_checkpoint
 from bench.digits import load_digits
 from bench.training import Trainer, sample, train
+from reference.checkpoint import save_safetensors
 from reference.dit import DiTMoE
 
 SMALL = dict(hidden_size=32, depth=1, num_heads=2, steps=6, batch=8, warmup=2)
@@ -117,7 +118,15 @@ def test_bad_foreign_checkpoints_are_named(digits, trained, tmp_path):
     torch.save({"x_embedder.proj.weight": torch.zeros(32, 1, 2, 2)}, dense)
     other = tmp_path / "other.pt"
     torch.save(DiTMoE(dataclasses.replace(trained.recipe.config, in_channels=4)).state_dict(), other)
-    for bad, match in ((path, "cut"), (dense, r"dense.*missing"), (other, "--data"), (tmp_path / "no.pt", "no")):
+    flat, short, words = (tmp_path / name for name in ("flat.pt", "short.pt", "words.safetensors"))
+    state = weights(trained)
+    torch.save({**state, "x_embedder.proj.weight": torch.zeros(32)}, flat)
+    torch.save({k: v for k, v in state.items() if not k.endswith("shared_experts.down_proj.weight")}, short)
+    save_safetensors(state, words, {"recipe": "no recipe"})
+    for bad, match in (
+        (path, "cut"), (dense, r"dense.*missing"), (other, "--data"), (tmp_path / "no.pt", "no"),
+        (flat, "flat.*other numbers of axes"), (short, "short.* missing: "), (words, "words.*recipe: expected a JSON"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"--ckpt .*{match}"):
             load_foreign(bad, digits)
 

@@ -7,19 +7,20 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from bench import cases, store
+from bench import arguments, cases, store
 from bench.compare import duel, instructions, revisions, trial
 from bench.compare.report import FAIL_ON, Report
 from bench.compare.rows import compare
+from bench.outputs import check_targets, without_paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="row file (JSON lines) or git revision to compare against")
     parser.add_argument("head", metavar="HEAD", help="row file or git revision to judge")
     parser.add_argument("-k", metavar="EXPR", default="", help="words of the case id with and, or, not, ( )")
-    parser.add_argument("--json", metavar="FILE", help="also write the verdicts as JSON")
-    parser.add_argument("--markdown", metavar="FILE", help="also write what is printed, for a pull request")
-    parser.add_argument("--html", metavar="FILE", help="also write a page")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the verdicts as JSON")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="also write what is printed, for a pull request")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page")
     conditions = "; ".join(f"{name}: {what}" for name, what in FAIL_ON.items())
     parser.add_argument("--fail-on", choices=list(FAIL_ON), help=f"exit with 1 if {conditions}")
     group = parser.add_argument_group("revisions")
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backend", default="native", choices=cases.BACKENDS, help="whose cases (default: native)")
     group.add_argument(
         "--seconds",
-        type=float,
+        type=arguments.positive,
         default=10.0,
         help="for the first look at a case; in doubt 30 times as long (default: 10)",
     )
@@ -41,12 +42,14 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(
             f"got {args.base} and {args.head}, a row file and a revision, expected two row files or two revisions"
         )
+    given = {"BASE": Path(args.base), "HEAD": Path(args.head)} if files[0] else {}
+    check_targets({f"--{name}": getattr(args, name) for name in ("json", "markdown", "html")}, given)
     report = compare(store.read(args.base), store.read(args.head), args.k) if files[0] else race(args)
     print(report.to_markdown())
     writers = {"json": lambda: json.dumps(report.to_json(), indent=2), "markdown": report.to_markdown}
     for name, write in (writers | {"html": report.to_html}).items():
         if target := getattr(args, name):
-            Path(target).write_text(write() + "\n", encoding="utf-8")
+            target.write_text(write() + "\n", encoding="utf-8")
     return int(report.fails(args.fail_on))
 
 
@@ -56,8 +59,6 @@ def race(args: argparse.Namespace) -> Report:
     Raises: ValueError for an unknown revision, an uncommitted tree, or cases that nobody chose; OSError for a revision
         that does not build.
     """
-    if args.seconds <= 0:
-        raise ValueError(f"--seconds: got {args.seconds:g}, expected a positive number")
     chosen = cases.select(cases.all_cases(args.size), args.k, backend=args.backend)
     base, head = (revisions.checkout(name) for name in (args.base, args.head))
     budget = replace(trial.Budget(), seconds=args.seconds, doubt_seconds=30 * args.seconds)
@@ -76,6 +77,6 @@ def judged(found: duel.Outcome, title: str) -> Report:
     """Turn a duel into a report, in which a case without a verdict says why."""
     report = compare(found.rows["base"], found.rows["head"], judged=found.verdicts)
     for case, why in found.missing.items():
-        (report.reasons if case in report.new else report.skipped)[case] = why
+        (report.reasons if case in report.new else report.skipped)[case] = without_paths(why)
     report.notes.append(title)
     return report

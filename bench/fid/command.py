@@ -14,10 +14,13 @@ import torch
 from bench import fid
 from bench.fid.extractors import EXTRACTORS, Extractor, extract
 from bench.fid.paired import LEAST, LINEAR, compare
-from bench.fid.samples import Samples, npz_keys, open_samples
+from bench.fid.samples import Samples, open_samples
+from bench.outputs import check_targets
 from bench.progress import say
+from bench.readers import Npz
 
 PAIRED = 0.5  # correlation below which the rows of A and B hardly come from the same noise
+SCALE = 100  # ratio of total variances: pixels of 0..255 where 0..1 or -1..1 was meant give 16,000 and more
 
 
 @dataclass
@@ -32,7 +35,12 @@ class Judgement:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", metavar="A.npz", type=Path, help="samples: arr_0, uint8 (N, height, width, 3)")
+    parser.add_argument(
+        "a",
+        metavar="A.npz",
+        type=Path,
+        help="samples: arr_0, uint8 (N, height, width, 3), grey or channels first where that is clear",
+    )
     parser.add_argument("b", metavar="B.npz", type=Path, nargs="?", help="as A, row by row from the same noise, label")
     parser.add_argument("--ref", type=Path, help="the data: samples like A, or statistics with mu and sigma")
     parser.add_argument("--features", choices=list(EXTRACTORS), default="inception", help="default: inception")
@@ -45,8 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--confidence", type=float, default=0.90, help="of the interval; 0.90: two one-sided 5 %% tests"
     )
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--save-stats", type=Path, help="write A's mu and sigma there, for --ref or another tool")
+    parser.add_argument("--json", type=Path, help="write the figures there; never over a file that was given")
+    parser.add_argument(
+        "--save-stats", type=Path, help="write A's mu and sigma there, for --ref or another tool; as --json"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -70,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
     paths = {"A": args.a, "B": args.b, "reference": args.ref}
     say(render(judgement, paths))
     if args.json:
-        record = to_json(judgement) | {"files": {name: str(path) for name, path in paths.items() if path}}
+        record = to_json(judgement) | {"files": {name: path.name for name, path in paths.items() if path}}
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     return int(judgement.difference is not None and judgement.difference.verdict == fid.DIFFERENT)
 
@@ -81,16 +91,19 @@ def load_reference(path: Path, extractor: Extractor) -> fid.Moments:
     ADM's reference batches hold both, their statistics being Inception's.
     Raises: ValueError naming --ref, what came and what was expected.
     """
-    keys = npz_keys(path, "--ref")
-    if {"mu", "sigma"} <= keys:
-        value = fid.load_moments(path)
+    file = Npz(path, "--ref", "statistics with mu and sigma, or samples in arr_0")
+    has_samples, has_moments = "arr_0" in file.keys, {"mu", "sigma"} <= file.keys
+    if not (has_samples or has_moments):
+        raise ValueError(
+            f"{file.where}: expected the keys mu and sigma, or arr_0 with samples, got {sorted(file.keys)}"
+        )
+    if has_moments and not (has_samples and file.header("mu").shape != (extractor.dimension,)):
+        value = fid.load_moments(path, "--ref")
         if len(value.mean) == extractor.dimension and value.extractor in ("", extractor.identity):
             return value
-        if "arr_0" not in keys:
+        if not has_samples:
             got = f"{len(value.mean)} dimensions" + f" of {value.extractor}" * bool(value.extractor)
-            raise ValueError(f"--ref {path}: expected statistics of {extractor.identity}, got {got}")
-    elif "arr_0" not in keys:
-        raise ValueError(f"--ref {path}: expected the keys mu and sigma, or arr_0 with samples, got {sorted(keys)}")
+            raise ValueError(f"{file.where}: expected statistics of {extractor.identity}, got {got}")
     samples = open_samples(path, "--ref")
     if samples.count < LEAST:
         raise ValueError(f"--ref {path}: expected at least {LEAST} samples, got {samples.count}")
@@ -113,6 +126,7 @@ def judge(
         found.warnings.append(
             f"the reference has {reference.count} samples for {D} dimensions: distances are too large"
         )
+    found.warnings += [line for name, x in features.items() if (line := _scale(name, x, reference))]
     if not reference.extractor:
         found.warnings.append("the reference does not say which extractor made it: only its dimension was checked")
     if "B" in estimates:
@@ -122,6 +136,17 @@ def judge(
                 f"correlation {found.difference.correlation:.2f}: do rows i of A and of B come from the same noise?"
             )
     return found
+
+
+def _scale(name: str, features: np.ndarray, reference: fid.Moments) -> str:
+    """Return a warning where features vary so unlike the reference's that their images hardly share a pixel scale."""
+    varies, expected = features.var(0, ddof=1).sum(), np.trace(reference.cov)
+    if expected / SCALE <= varies <= expected * SCALE:
+        return ""
+    return (
+        f"the features of {name} have a total variance of {varies:.3g}, the reference's {expected:.3g}: were the "
+        f"pixels of one of them in another scale (0..1 for 0..255)?"
+    )
 
 
 def render(judgement: Judgement, paths: dict[str, Path | None]) -> str:
@@ -172,9 +197,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--confidence: expected a number between 0.5 and 1, as 0.90, got {args.confidence}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, expected a GPU that torch can use")
-    for name, path in (("--json", args.json), ("--save-stats", args.save_stats)):
-        if path and not path.parent.is_dir():
-            raise ValueError(f"{name} {path}: there is no folder {path.parent}")
+    given = {"A.npz": args.a, "B.npz": args.b, "--ref": args.ref, "--weights": args.weights}
+    check_targets({"--json": args.json, "--save-stats": args.save_stats}, given)
 
 
 def _check_pair(files: dict[str, Samples]) -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtri
 
+from bench import arguments
 from bench.fid.distance import Moments, frechet_distance, moments, transport
 from bench.fid.paired import compare, estimate
+from bench.outputs import check_targets
 from bench.progress import say
 
 Draw = Callable[[np.random.Generator, int, int], np.ndarray]
@@ -90,7 +92,7 @@ SHAPES = ((500, 6), (500, 32), (2000, 16), (100, 64), (60, 64), (500, 128))  # (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repetitions", type=int, default=2000, help="per setting (default: 2000)")
+    parser.add_argument("--repetitions", type=arguments.count, default=2000, help="per setting (default: 2000)")
     parser.add_argument("--shapes", help="N x D, comma-separated, as 500x6,500x32 (default: six)")
     parser.add_argument("-k", dest="pick", default="", help="only changes whose name contains this")
     parser.add_argument("--json", type=Path, help="write the figures there")
@@ -98,8 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print a row per setting; returns 0. All six shapes take an hour on one core, 500x6 two minutes."""
-    if args.repetitions < 1:
-        raise ValueError(f"--repetitions: expected at least 1, got {args.repetitions}")
+    check_targets({"--json": args.json}, {})
     shapes = _shapes(args.shapes) if args.shapes else SHAPES
     rows, start = [], time.monotonic()
     titles = ("cover 95 (truth below, above)", "cover 90", "width", "plain 95")

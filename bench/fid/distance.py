@@ -5,12 +5,15 @@ FD((m, S), (mu, C)) = |m - mu|^2 + tr S + tr C - 2 tr (C^1/2 S C^1/2)^1/2, in fl
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+
+from bench.readers import Npz
+
+ROUNDING = 1e-5  # of the largest eigenvalue: how far below zero the least of a covariance kept in float32 may come
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,14 @@ class Moments:
     extractor: str = ""
 
     @cached_property
+    def spectrum(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the covariance's eigenvalues (D,), rising, and eigenvectors (D, D)."""
+        return np.linalg.eigh(self.cov)
+
+    @cached_property
     def root(self) -> np.ndarray:
         """Return the symmetric square root of the covariance (D, D)."""
-        values, vectors = np.linalg.eigh(self.cov)
+        values, vectors = self.spectrum
         return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
@@ -98,29 +106,55 @@ def save_moments(path: Path, value: Moments) -> None:
         np.savez(file, mu=value.mean, sigma=value.cov, count=value.count, extractor=value.extractor)
 
 
-def load_moments(path: Path) -> Moments:
+def load_moments(path: Path, argument: str = "") -> Moments:
     """Read an npz with the keys mu and sigma, whoever wrote it; count and extractor are read where they are.
 
-    Raises: ValueError naming the file and the key: unreadable, missing, misshapen, not finite, not symmetric.
+    Args: argument: named in errors, as the user knows the file.
+    Raises: ValueError naming the file and the key: unreadable, missing, misshapen, not real, not finite, or no
+        covariance (symmetric, positive semi-definite).
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = {"mu", "sigma"} - set(file.files)
-            if missing:
-                raise ValueError(f"expected the keys mu and sigma, {sorted(missing)} missing, got {sorted(file.files)}")
-            mean, cov = (np.asarray(file[key], dtype=np.float64) for key in ("mu", "sigma"))
-            count = int(file["count"]) if "count" in file.files else 0
-            extractor = str(file["extractor"]) if "extractor" in file.files else ""
-    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if mean.ndim != 1 or cov.shape != (mean.size, mean.size):
-        raise ValueError(f"{path}: expected mu (D,) and sigma (D, D), got {mean.shape} and {cov.shape}")
-    for key, value in (("mu", mean), ("sigma", cov)):
-        if not np.isfinite(value).all():
-            raise ValueError(f"{path}: {key}: expected finite values, got {np.sum(~np.isfinite(value))} that are not")
-    if np.abs(cov - cov.T).max() > 1e-6 * np.abs(cov).max():
-        raise ValueError(f"{path}: sigma: expected a symmetric matrix, got one off by {np.abs(cov - cov.T).max():.3g}")
-    return Moments(mean, (cov + cov.T) / 2, count, extractor)
+    file = Npz(path, argument, "an npz with mu and sigma")
+    if missing := {"mu", "sigma"} - file.keys:
+        raise ValueError(
+            f"{file.where}: expected the keys mu and sigma, {sorted(missing)} missing, got {sorted(file.keys)}"
+        )
+    mean, cov = (_real(file, key) for key in ("mu", "sigma"))
+    if mean.ndim != 1 or not mean.size or cov.shape != (mean.size, mean.size):
+        raise ValueError(f"{file.where}: expected mu (D,) and sigma (D, D), got {mean.shape} and {cov.shape}")
+    if (off := np.abs(cov - cov.T).max()) > 1e-6 * np.abs(cov).max():
+        raise ValueError(f"{file.where}: sigma: expected a symmetric matrix, got one off by {off:.3g}")
+    value = Moments(mean, (cov + cov.T) / 2, _count(file), _extractor(file))
+    least, largest = value.spectrum[0][[0, -1]]
+    if least < -ROUNDING * abs(largest):
+        raise ValueError(
+            f"{file.where}: sigma: expected a covariance, which is positive semi-definite, got the eigenvalue "
+            f"{least:.3g} beside {largest:.3g}"
+        )
+    return value
+
+
+def _real(file: Npz, key: str) -> np.ndarray:
+    header = file.header(key)
+    if header.dtype.kind not in "iuf":
+        raise ValueError(f"{file.where}: {key}: expected real numbers, got {header}")
+    value = file.read(key).astype(np.float64)
+    if wrong := np.sum(~np.isfinite(value)):
+        raise ValueError(f"{file.where}: {key}: expected finite values, got {wrong} that are not")
+    return value
+
+
+def _count(file: Npz) -> int:
+    value = file.read("count") if "count" in file.keys else np.zeros((), np.int64)
+    if value.shape or value.dtype.kind not in "iu" or value < 0:
+        raise ValueError(f"{file.where}: count: expected an integer >= 0, got {file.header('count')}")
+    return int(value)
+
+
+def _extractor(file: Npz) -> str:
+    value = file.read("extractor") if "extractor" in file.keys else np.array("")
+    if value.shape or value.dtype.kind != "U":
+        raise ValueError(f"{file.where}: extractor: expected a string, got {file.header('extractor')}")
+    return str(value)
 
 
 def as_rows(features: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import moe_kernels
-from bench import ledger, store
+from bench import arguments, ledger, store
 from bench.cases import DEVICES, Case, kernels_on
 from bench.gpu import plan, profiles, race, steps, tables
 from bench.gpu.contenders import contenders_of
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=list(plan.SIZES), default="default")
     parser.add_argument("--wheel", type=Path, help="of this project, built elsewhere; by default it is built here")
     parser.add_argument("--cutlass", type=Path, help="wheel of nvidia-cutlass: its headers, where it is not installed")
-    parser.add_argument("--minutes", type=float, default=8.5, help="budget of each stage")
+    parser.add_argument("--minutes", type=arguments.positive, default=8.5, help="budget of each stage")
 
 
 class Budget:

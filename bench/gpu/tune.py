@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import moe_kernels
-from bench import measure, workloads
+from bench import arguments, measure, workloads
 from bench.cases import Case, make_inputs
 from bench.gpu import prefer
 from bench.gpu.findings import GAIN, known_keys, save, within
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default=",".join((S, XL, B, G)), help="comma-separated model shapes")
     parser.add_argument("--tokens", default="8192,65536,512", help="comma-separated")
     parser.add_argument("--dtypes", default="bf16", help=f"some of {', '.join(PRECISIONS)}; of --backends fp32, too")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which no further case is begun")
+    parser.add_argument("--minutes", type=arguments.positive, default=9.0, help="after which no further case is begun")
 
 
 def products() -> dict[str, Callable[[SimpleNamespace], Sequence[Tensor]]]:

@@ -33,6 +33,7 @@ def text(view: dict) -> str:
         lines += table(LADDER, [ladder.cells(r) for r in [*view["parity"], *view["controls"]]])
     for race in [*view["models"], *view["races"], *view["rooms"]]:
         lines += _race(race)
+    lines += [*(f"- {why}" for why in view["unmeasured"]), ""] if view["unmeasured"] else []
     return "\n".join([*lines, *_machine_code(view), *_footer(view["last"])])
 
 

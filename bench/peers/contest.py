@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import inner_loops, measure, store, verify, workloads
+from bench import arguments, inner_loops, measure, store, verify, workloads
 from bench.cases import PRESETS, Case
 from bench.peers import libraries, tables
 from bench.peers.libraries import Contender
@@ -112,8 +112,8 @@ class Crew:
             with suppress(WorkerError):
                 self.workers[name].build("builtins:object")
         runners = {name: Runner(self._worker(name)) for name in targets}
-        for name, (target, arguments) in targets.items():
-            runners[name].worker.send("build", target=target, **arguments)
+        for name, (target, keywords) in targets.items():
+            runners[name].worker.send("build", target=target, **keywords)
         for runner in runners.values():
             with suppress(WorkerError):
                 runner.noting(runner.worker.receive)
@@ -236,13 +236,6 @@ def _words(allowed: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _numbers(text: str) -> list[int]:
-    numbers = [int(word) for word in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"got {min(numbers)}, expected at least 1")
-    return numbers
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="print the contenders, and why some cannot run here")
     parser.add_argument("--install", metavar="NAMES", help=f"all, or some of {', '.join(libraries.PACKAGES)}")
@@ -257,15 +250,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes = list(MODEL_SHAPES)
     for option, parse, what in (
         ("--shapes", _words(shapes), f"some of {', '.join(shapes)}"),
-        ("--tokens", _numbers, "tokens per call"),
-        ("--threads", _numbers, "numbers of threads"),
+        ("--tokens", arguments.counts, "tokens per call"),
+        ("--threads", arguments.counts, "numbers of threads"),
         ("--routing", _words(PRESETS), f"some of {', '.join(PRESETS)}"),
         ("--dtypes", _words(("fp32", "bf16")), "fp32, bf16"),
         ("--modes", _words(("fwd", "fwdbwd")), "fwd, fwdbwd"),
     ):
         parser.add_argument(option, metavar="LIST", type=parse, help=f"comma-separated: {what}")
-    parser.add_argument("--rounds", type=int, help="least number of rounds per case")
-    parser.add_argument("--seconds", type=float, help="more rounds are run until a case took so long")
+    parser.add_argument("--rounds", type=arguments.count, help="least number of rounds per case")
+    parser.add_argument("--seconds", type=arguments.seconds, help="more rounds are run until a case took so long")
     parser.add_argument(
         "--out", type=Path, default=Path("report/peers.jsonl"), help="row file, added to (default: report/peers.jsonl)"
     )
@@ -287,7 +280,7 @@ def main(args: argparse.Namespace) -> int:
     cases = plan(args)
     rounds, seconds = args.rounds or size.rounds, size.seconds if args.seconds is None else args.seconds
     if args.fresh:
-        args.out.unlink(missing_ok=True)
+        store.check_rows_file(args.out).unlink(missing_ok=True)
     store.append(args.out, inner_loops.row())
     rows: list[dict] = []
     try:

