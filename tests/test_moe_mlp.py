@@ -59,7 +59,8 @@ def test_weights_one_by_one_equal_stacked_weights(place, backend, dtype, seed):
     problem, leaves = make_problem(PLAIN, seed, dtype).with_leaves()
     stacked = gradients(moe_ours(problem, backend), leaves, problem.dout)
     lists = {
-        name: [PLACES[place](part.detach()).requires_grad_() for part in parts] for name, parts in views(problem).items()
+        name: [PLACES[place](part.detach()).requires_grad_() for part in parts]
+        for name, parts in views(problem).items()
     }
     out = moe_mlp(problem.x, plan_of(problem, backend), *lists.values(), backend=backend)
     out.backward(problem.dout)

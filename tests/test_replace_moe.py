@@ -104,7 +104,9 @@ def test_names_values_and_objects_stay(backend, seed):
     state, modules, places = copy.deepcopy(model.state_dict()), list(model.modules()), places_of(model)
     assert replace_moe(model, backend=backend) == CONFIG.depth
     assert places_of(model) == places or DEVICE == "cuda"
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters()), "a storage holds more than its own"
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters()), (
+        "a storage holds more than its own"
+    )
     assert [name for name, _ in model.named_parameters()] == list(names)
     assert all(a is b for a, b in zip(model.parameters(), objects, strict=True))
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))

@@ -84,14 +84,18 @@ class MoEBlock(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute a call by the original's forward, and say so once for each reason."""
         if torch.compiler.is_compiling():
-            raise RuntimeError(f"replace_moe: {reason}; under torch.compile only blocks that the kernels compute can run")
+            raise RuntimeError(
+                f"replace_moe: {reason}; under torch.compile only blocks that the kernels compute can run"
+            )
         said = self.__dict__.setdefault("moe_said", set())
         if reason not in said:
             said.add(reason)
             warnings.warn(f"replace_moe: {reason}; the block's original forward computes it", stacklevel=4)
         original = super().forward
         if return_aux_loss and "return_aux_loss" not in inspect.signature(original).parameters:
-            raise NotImplementedError(f"replace_moe: return_aux_loss: {reason}, and the original's forward has no such argument")
+            raise NotImplementedError(
+                f"replace_moe: return_aux_loss: {reason}, and the original's forward has no such argument"
+            )
         shift, scale, gate = modulation or (None, None, None)
         tokens = x if modulation is None else modulate(x, shift, scale)
         result = original(tokens, return_aux_loss=True) if return_aux_loss else original(tokens)
@@ -159,7 +163,9 @@ def read(block: nn.Module, config: BlockConfig) -> Reading:
     gate_up, down = _read_mlps(experts, f"{path}.experts", config.known)
     gate_weight = _gate_weight(modules["gate"], path, config.known)
     if len(experts) != gate_weight.shape[0]:
-        raise NotUnderstoodError(f"{path}.experts: got {len(experts)}, expected {gate_weight.shape[0]} as gate.weight has")
+        raise NotUnderstoodError(
+            f"{path}.experts: got {len(experts)}, expected {gate_weight.shape[0]} as gate.weight has"
+        )
     shared = modules.get("shared_experts")
     shared_weights = (None, None) if shared is None else _read_mlps({"shared_experts": shared}, path, config.known)
     router = router_of(block, path, len(experts), config.aux_loss_mode)
@@ -171,7 +177,9 @@ def _read_mlps(mlps: dict[str, nn.Module], path: str, known: frozenset[Any]) -> 
     ups, downs = [], []
     for name, mlp in mlps.items():
         own = mlp.__dict__
-        watched = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        watched = (
+            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        )
         if watched or "forward" in own:
             refuse_watched(mlp, f"{path}.{name}")
         _check_known(mlp, path, name, known)

@@ -174,7 +174,9 @@ def _probe(path: str, block: nn.Module, config: BlockConfig) -> None:
             expected = trial(x.clone())
         except Exception as error:
             what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            raise ValueError(f"{path}: its forward failed on x of shape {tuple(x.shape)} ({what}), expected (..., H)") from error
+            raise ValueError(
+                f"{path}: its forward failed on x of shape {tuple(x.shape)} ({what}), expected (..., H)"
+            ) from error
         if not isinstance(expected, Tensor) or expected.shape != x.shape:
             raise ValueError(f"{path}: its forward returned {_name(expected)}, expected a tensor of the shape of x")
         trial.moe_config, trial.__class__ = config, replaced_class(original)

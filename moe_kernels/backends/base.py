@@ -13,7 +13,6 @@ from .._checks import accumulator
 from ..plan import RoutingPlan
 from ..weights import LayerWeights, MoEWeights
 
-
 Weights = LayerWeights | MoEWeights  # which of the two says Backend.reads_addresses
 Gradient = Tensor | list[Tensor] | None
 
@@ -92,9 +91,7 @@ class Backend(ABC):
         return drow_weight.new_zeros(count).scatter(0, row_pick.long(), drow_weight)
 
     @abstractmethod
-    def experts(
-        self, x: Tensor, plan: RoutingPlan, w: Weights, activation: str, save: bool
-    ) -> tuple[Tensor, Tensor]:
+    def experts(self, x: Tensor, plan: RoutingPlan, w: Weights, activation: str, save: bool) -> tuple[Tensor, Tensor]:
         """Return y_rows (R,H), unweighted, and gate_up (R,2I) ((R,I) for gelu), which is (0,) unless `save`.
 
         gate_up is always [gate | up], whatever the layout of the weights. w has no shared expert.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..plan import RoutingPlan
-from ._views import TAGS, empty_plan, view
 from ..weights import LayerWeights
+from ._views import TAGS, empty_plan, view
 from .base import Backend, Case
 
 _POOLED_BYTES = 4 << 20  # from here on malloc maps fresh pages, and page faults cost up to 10 % of a backward

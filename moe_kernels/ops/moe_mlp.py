@@ -134,7 +134,18 @@ def _backend(w: LayerWeights, x: Tensor, activation: str, backend: str) -> Backe
 
 
 def _kernel(
-    x, plan, gate_up, down, shared_gate_up, shared_down, gated, activation, layout, save_for_backward, recompute, backend
+    x,
+    plan,
+    gate_up,
+    down,
+    shared_gate_up,
+    shared_down,
+    gated,
+    activation,
+    layout,
+    save_for_backward,
+    recompute,
+    backend,
 ):
     plan = contiguous_plan(plan)
     weights = LayerWeights(gate_up, down, shared_gate_up, shared_down, layout).to(x.dtype)
@@ -149,7 +160,18 @@ def _kernel(
 
 
 def _fake(
-    x, plan, gate_up, down, shared_gate_up, shared_down, gated, activation, layout, save_for_backward, recompute, backend
+    x,
+    plan,
+    gate_up,
+    down,
+    shared_gate_up,
+    shared_down,
+    gated,
+    activation,
+    layout,
+    save_for_backward,
+    recompute,
+    backend,
 ):
     T, H = x.shape
     R, E = plan[2].shape[0], plan[0].shape[0]

@@ -55,8 +55,8 @@ def rounded(t, PRECISION: tl.constexpr):
 def multiply(a, b, total, PRECISION: tl.constexpr):
     """Return total + a b.
 
-    In exact float32 the tile's sum is its own and then added: one chain of multiply-adds over all of K errs 2.1 times as
-    much as cuBLAS (H100, K = 384). max_num_imprecise_acc keeps the compiler from making it one chain again.
+    In exact float32 the tile's sum is its own and then added: one chain of multiply-adds over all of K errs 2.1 times
+    as much as cuBLAS (H100, K = 384). max_num_imprecise_acc keeps the compiler from making it one chain again.
     """
     if PRECISION == "ieee" and a.dtype == tl.float32:
         return total + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
