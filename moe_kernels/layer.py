@@ -32,9 +32,9 @@ class MoELayer(nn.Module):
         backend: "auto" or a name out of `backends()`.
         recompute: keep no activations for backward, compute them there again: see `moe_mlp`.
         device, dtype: of the parameters; float32, bfloat16, float16 or float64.
-        layout: how the parameters are stored, a name out of `moe_kernels.weights.LAYOUTS`: "up_gate" has rows [up; gate],
-            "gate_up_in_out" gate_up_proj (E, H, 2I) and down_proj (E, I, H). Native reads all of them as they are; other
-            backends copy what is not "gate_up" in every call.
+        layout: how the parameters are stored, a name out of `moe_kernels.weights.LAYOUTS`: "up_gate" has rows
+            [up; gate], "gate_up_in_out" gate_up_proj (E, H, 2I) and down_proj (E, I, H). Native reads all of them as
+            they are; other backends copy what is not "gate_up" in every call.
     Raises: TypeError, ValueError naming the argument; RuntimeError with the reason for a backend that cannot run here.
     """
 
@@ -100,8 +100,8 @@ class MoELayer(nn.Module):
             x: (..., H) in the dtype of the parameters, or of any dtype under autocast.
             return_aux_loss: also return the auxiliary loss.
         Returns:
-            y (..., H), in autocast's dtype where it is on; with return_aux_loss (y, aux), aux a differentiable scalar to
-            be added to the loss: y then carries nothing of it, in mode "injected" either. Zero for a router without
+            y (..., H), in autocast's dtype where it is on; with return_aux_loss (y, aux), aux a differentiable scalar
+            to be added to the loss: y then carries nothing of it, in mode "injected" either. Zero for a router without
             auxiliary loss. See TokenChoice.
         Raises: TypeError, ValueError naming the argument.
         Cost: 6 T K H I + 6 T H Is + 2 T H E FLOPs (swiglu); no host syncs on a GPU but for the loop of `eager`.

@@ -29,7 +29,7 @@ class Router(Protocol):
 
 
 class ScoresFirst:
-    """A router whose `route` is gating and then `plan`: layers with adaLN fuse the first, and call `plan` themselves."""
+    """A router whose `route` is gating and then `plan`: layers with adaLN fuse the first and call `plan` themselves."""
 
     def route(
         self,
@@ -74,8 +74,8 @@ class TokenChoice(ScoresFirst):
         unscaled gradient is 1/65536, so balancing is in effect off: a bug of the original recipe, kept for parity.
     "scaled": nothing is ever injected.
 
-    In both, `y, aux = layer(x, return_aux_loss=True)` injects nothing and gives an aux to be added to the loss: whatever
-    scales the loss scales it too. Use that with fp16. An aux that is not added has no effect.
+    In both, `y, aux = layer(x, return_aux_loss=True)` injects nothing and gives an aux to be added to the loss:
+    whatever scales the loss scales it too. Use that with fp16. An aux that is not added has no effect.
     """
 
     top_k: int

@@ -1,4 +1,4 @@
-"""replace_moe: somebody's DiT-MoE goes on with the same modules and Parameter objects where they are, and our forward."""
+"""replace_moe: somebody's DiT-MoE goes on with the same modules and parameters where they are, and our forward."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..layer import describe_backend, modulate, moe_forward
 from ..routing import TokenChoice
-from .linear import NotUnderstoodError, plain, plain_weights, refuse_watched, weight_of
+from .linear import NotUnderstoodError, plain, plain_weights, refuse_watched, watched, weight_of
 
 KINDS = ("gate_proj", "up_proj", "down_proj")
 EXPECTED = {"scoring_func": "softmax", "norm_topk_prob": False, "seq_aux": False}  # of the gate, or of the block
@@ -176,14 +176,10 @@ def _read_mlps(mlps: dict[str, nn.Module], path: str, known: frozenset[Any]) -> 
     """Return [gate_0, up_0, gate_1, ...] and [down_0, ...]."""
     ups, downs = [], []
     for name, mlp in mlps.items():
-        own = mlp.__dict__
-        watched = (
-            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-        )
-        if watched or "forward" in own:
+        if watched(mlp):
             refuse_watched(mlp, f"{path}.{name}")
         _check_known(mlp, path, name, known)
-        inner = own["_modules"]
+        inner = mlp.__dict__["_modules"]
         ups += inner["gate_proj"], inner["up_proj"]
         downs.append(inner["down_proj"])
     gate_up, down = plain_weights(ups), plain_weights(downs)

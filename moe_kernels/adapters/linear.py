@@ -23,12 +23,9 @@ def plain_weights(modules: Iterable[nn.Module]) -> list[Tensor] | None:
     for module in modules:
         if type(module) is not nn.Linear:
             return None
-        own = module.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return None
-        parameters = own["_parameters"]
+        parameters = module.__dict__["_parameters"]
         weight = parameters.get("weight")
-        if "forward" in own or parameters.get("bias") is not None or type(weight) is not nn.Parameter:
+        if watched(module) or parameters.get("bias") is not None or type(weight) is not nn.Parameter:
             return None
         weights.append(weight)
     return weights
@@ -54,10 +51,22 @@ def weight_of(module: nn.Module, path: str) -> Tensor:
 
 
 def plain(weight: Tensor, path: str) -> Tensor:
-    """Return a weight that kernels can read. Raises: NotUnderstoodError for a DTensor or another tensor of its own kind."""
+    """Return a weight that kernels can read. Raises: NotUnderstoodError for a DTensor or another kind of tensor."""
     if type(weight) in (nn.Parameter, Tensor) or torch.compiler.is_compiling() or _is_fake(weight):
         return weight
     raise NotUnderstoodError(f"{path}.weight: got a {type(weight).__name__}, expected a plain tensor")
+
+
+def watched(module: nn.Module) -> bool:
+    """Say whether calling a module may do more than its class says: hooks, a forward of the instance's own."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 def refuse_watched(module: nn.Module, path: str) -> None:

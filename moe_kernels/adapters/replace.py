@@ -34,9 +34,9 @@ def replace_moe(
     with a replaced model", lists what works and what is refused. Train and eval take the same path, and both give
     gradients (the original gives none in eval).
 
-    On a CUDA device the weights of a block are laid side by side once, each Parameter with a storage of its own over its
-    part: the kernels of `triton` and `cuda` then read them in place. Whatever moves them later is right too, but costs a
-    copy of the block's weights in every call: put a model on its GPU first.
+    On a CUDA device the weights of a block are laid side by side once, each Parameter with a storage of its own over
+    its part: the kernels of `triton` and `cuda` then read them in place. Whatever moves them later is right too, but
+    costs a copy of the block's weights in every call: put a model on its GPU first.
 
     Args:
         model: any module, the block itself included.
@@ -73,6 +73,8 @@ def replace_moe(
 def restore_moe(model: nn.Module) -> int:
     """Give the blocks of `replace_moe` their own classes, and so their own forward, back; parameters stay as they are.
 
+    Args:
+        model: any module, the block itself included.
     Returns: the number of blocks restored, 0 where there are none.
     """
     blocks = [module for module in model.modules() if isinstance(module, MoEBlock)]

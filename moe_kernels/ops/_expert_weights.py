@@ -1,4 +1,4 @@
-"""Weight arguments of the ops, stacked or one matrix by one: their checks, and how they reach a backend and come back."""
+"""Weight arguments of the ops, stacked or matrix by matrix: their checks, how they reach a backend and come back."""
 
 from __future__ import annotations
 
