@@ -19,6 +19,7 @@ from tests.trap_cases import DEVICE, draw_router
 B, L, H, I, E, K, Is = 2, 7, 32, 24, 5, 2, 16
 LR = 2.0**-4  # a power of two: a product with it is exact, fused or not
 STEPS = 10
+on_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="says itself that it computes on the CPU")
 native_and_eager = pytest.mark.parametrize("backend", [b for b in ("native", "eager") if b in BACKENDS])
 
 

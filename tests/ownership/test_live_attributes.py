@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_kernels import replace_moe
-from moe_kernels.adapters.replace import restore_moe
+from moe_kernels import replace_moe, restore_moe
 from reference.moe import MoEMLP, SparseMoeBlock
 from tests.contenders import BACKENDS, each_backend
 from tests.ownership.models import (
+    B,
     H,
     I,
     as_asked,
@@ -282,3 +282,28 @@ def test_the_auxiliary_loss_asked_for_is_scaled_with_the_loss(backend, seed):
         return {"y": y, "aux": aux} | {f"d{name}": g for name, g in zip(named, grads, strict=True)}
 
     judge_as_plain("aux asked for", backend, seed, use)
+
+
+@native_and_eager
+def test_the_auxiliary_loss_asked_of_the_original(backend, seed):
+    results = []
+    for model in (make_model(seed), make_replaced(seed, backend)):
+        hook_on_an_expert(model.moe)
+        y, aux = model.moe(make_x(seed), return_aux_loss=True)
+        named = dict(model.moe.named_parameters())
+        grads = torch.autograd.grad(((y**2).mean() + aux) / 8, list(named.values()))
+        results.append({"y": y.detach(), "aux": aux.detach()} | dict(zip(named, grads, strict=True)))
+    assert_same(*results)
+
+
+@native_and_eager
+def test_the_fused_adaln_around_the_original(backend, seed):
+    model, plain = make_replaced(seed, backend), make_model(seed)
+    for block in (model.moe, plain.moe):
+        hook_on_an_expert(block)
+    x, (shift, scale, gate) = make_x(seed), torch.randn(3, B, H)
+    normal = F.layer_norm(x, (H,), eps=1e-6)
+    expected = x + gate[:, None] * plain.moe(normal * (1 + scale[:, None]) + shift[:, None])
+    with one_warning("moe.experts.2"):
+        for _ in range(2):
+            torch.testing.assert_close(model.moe.forward_adaln(x, shift, scale, gate), expected)

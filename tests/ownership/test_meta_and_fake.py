@@ -28,6 +28,7 @@ from tests.ownership.models import (
     make_x,
     native_and_eager,
 )
+from tests.trap_cases import DEVICE
 
 FLOPS = 6 * B * L * K * H * I + 6 * B * L * H * Is + 2 * B * L * H * E
 
@@ -53,7 +54,7 @@ def test_to_empty_and_loaded_later(backend, seed):
     with torch.device("meta"):
         model = Model()
     replace_moe(model, backend=backend)
-    model.to_empty(device="cpu").load_state_dict(make_model(seed).state_dict())
+    model.to_empty(device=DEVICE).load_state_dict(make_model(seed).state_dict())
     assert_like_untouched(model, backend, seed)
 
 

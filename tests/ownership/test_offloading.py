@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ownership.models import make_model, make_replaced, make_x, native_and_eager, one_warning
+from tests.ownership.models import make_model, make_replaced, make_x, native_and_eager, on_the_cpu, one_warning
 
-pytestmark = pytest.mark.unpoisoned
+pytestmark = [pytest.mark.unpoisoned, on_the_cpu]
 
 
 def accelerate_cpu(model, folder):
@@ -100,3 +100,24 @@ def test_hooks_taken_off_the_kernels_compute_again(backend, seed):
         outputs(ours, seed)
     accelerate.hooks.remove_hook_from_module(ours, recurse=True)
     assert all(torch.equal(a, b) for a, b in zip(outputs(ours, seed), expected, strict=True))
+
+
+@native_and_eager
+def test_layerwise_casting_as_a_method_of_diffusers_models(backend, seed):
+    pytest.importorskip("diffusers")
+    from diffusers import ModelMixin
+
+    class Denoiser(ModelMixin):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x)
+
+    plain, ours = Denoiser(make_model(seed)), Denoiser(make_replaced(seed, backend))
+    for model in (plain, ours):
+        model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    with one_warning("moe.experts.0.gate_proj"):
+        got = outputs(ours, seed)
+    assert all(torch.equal(a, b) for a, b in zip(got, outputs(plain, seed), strict=True))
