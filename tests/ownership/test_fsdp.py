@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ each_unit = pytest.mark.parametrize("unit", UNITS)
 
 @contextmanager
 def process_group(path: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     try:
         init_device_mesh("cpu", (world,))

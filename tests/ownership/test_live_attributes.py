@@ -8,14 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from moe_kernels import replace_moe, restore_moe
-from reference.moe import MoEMLP, SparseMoeBlock
+from reference.moe import MoEGate, MoEMLP, SparseMoeBlock
 from tests.contenders import BACKENDS, each_backend
 from tests.ownership.models import (
     B,
+    E,
     H,
     I,
+    K,
     as_asked,
     assert_same,
     gradients,
@@ -158,12 +161,36 @@ def dropout_in_a_linear(block):
     block.experts[2].down_proj = nn.Sequential(block.experts[2].down_proj, nn.Dropout(0.5))
 
 
+def pruned(block):
+    prune.l1_unstructured(block.experts[2].up_proj, "weight", 0.5)
+
+
 CHANGES = [
     patched_forward, hook_on_an_expert, hook_before_an_expert, hook_on_a_linear, hook_behind_a_linear,
     another_activation, activation_of_a_function, wider_expert, added_bias, linear_with_bias, subclass_of_linear,
-    another_class_of_expert, dropout_in_a_linear,
+    another_class_of_expert, dropout_in_a_linear, pruned,
 ]  # fmt: skip
 each_change = pytest.mark.parametrize("change", CHANGES)
+
+
+class SharperGate(MoEGate):
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+def hook_on_the_gate(model):
+    model.moe.gate.register_forward_hook(lambda module, args, y: (2 * y[0], *y[1:]))
+
+
+def another_gate(model):
+    new = SharperGate(H, E, K, 0.1)
+    new.load_state_dict(model.moe.gate.state_dict())
+    model.moe.gate = new
+
+
+def patched_gate(model):
+    gate = model.moe.gate
+    gate.forward = lambda x: MoEGate.forward(gate, 2 * x)
 
 
 def changed(model, change, seed):
@@ -191,6 +218,42 @@ def test_what_kernels_cannot_do_the_original_does_and_says_so_once(change, backe
     assert_same(seeded(seed, model.eval()), seeded(seed, changed(make_plain(seed), change, seed).eval()))
     assert "original" in repr(model.moe) and "moe.experts.2" in repr(model.moe)
     assert not torch.equal(before["y"], expected["y"]) or change is hook_behind_a_linear
+
+
+@native_and_eager
+@pytest.mark.parametrize("change", [hook_on_the_gate, another_gate, patched_gate])
+def test_a_gate_that_does_more_is_obeyed(change, backend, seed):
+    model, plain = make_replaced(seed, backend), make_model(seed)
+    for each in (model, plain):
+        change(each)
+    with one_warning("moe.gate"):
+        for _ in range(2):
+            assert_same(gradients(model, make_x(seed)), gradients(plain, make_x(seed)))
+
+
+@each_backend
+def test_the_shared_expert_is_taken_off(backend, seed):
+    def use(model, x, how):
+        model, x = as_asked(replace(model, how), x, how)
+        gradients(model, x)
+        model.moe.shared_experts = None
+        return gradients(model, x)
+
+    judge_as_plain("shared taken off", backend, seed, use)
+
+
+@pytest.mark.unpoisoned
+def test_attributes_of_the_gate_and_new_experts_after_compiling(seed):
+    torch.compiler.reset()
+    model = make_replaced(seed, "auto")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(make_x(seed))
+    model.moe.gate.top_k = 1
+    assert torch.equal(compiled(make_x(seed)), model(make_x(seed)))
+    model.moe.experts[1] = MoEMLP(H, I)
+    assert torch.equal(compiled(make_x(seed)), model(make_x(seed)))
+    model.bfloat16()
+    assert torch.equal(compiled(make_x(seed).bfloat16()), model(make_x(seed).bfloat16()))
 
 
 @pytest.mark.unpoisoned
