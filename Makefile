@@ -17,7 +17,7 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(QUIET) -c constraints.txt torch==2.13.0 $(BUILD_TOOLS) ruff
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install $(QUIET) --no-build-isolation -c constraints.txt -e '.[bench,test,triton]'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install $(QUIET) --no-build-isolation -c constraints.txt -e '.[bench,test,triton,ecosystem]'
 	touch $@
 
 bench: setup
