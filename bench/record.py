@@ -1,4 +1,4 @@
-"""Keep a run or a contest for good: rows under results/, and what a run proves in moe_kernels/verified.json."""
+"""Keep a run, a contest or a GPU run: rows under results/, and what they prove in moe_kernels/verified.json."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def record_gpu(folder: Path, root: Path = ROOT) -> Path:
     """Copy what `bench gpu` wrote to results/DATE_GPU-ISA_COMMIT_gpu.jsonl and return that path.
 
     A machine that is lent has no git: its rows get the commit of this checkout, whose sources they must name. Rows of
-    other sources, from before something was mended, are left out.
+    other sources, from before something was mended, are left out. The dtypes of the layers that were timed go to
+    moe_kernels/verified.json, as those of a run do.
     Raises: ValueError for a checkout that is not clean, no row of its sources, one of ours that failed or is wrong.
     """
     source, commit = ledger.source_digest(SOURCES), store.commit()
@@ -76,7 +77,14 @@ def record_gpu(folder: Path, root: Path = ROOT) -> Path:
         raise ValueError(f"{folder / GPU_ROWS}: {failed[0].get('case') or failed[0]['stage']} failed or is wrong")
     target = root / "results" / f"{_name(rows[0] | commit)}_gpu.jsonl"
     target.write_text("".join(json.dumps(row | commit, separators=(",", ":")) + "\n" for row in rows))
+    passed = [row | {"backend": row["contender"]} for row in rows if _verified_layer(row)]
+    _note(root / "moe_kernels" / "verified.json", passed, f"{_machine(rows[0])}, {rows[0]['date'][:10]}")
     return target
+
+
+def _verified_layer(row: dict[str, Any]) -> bool:
+    """Tell whether a row timed the layer of one of our backends, which was verified against the oracle before."""
+    return row["kind"] == "time" and row["level"] == "layer" and row["ours"] and bool(row["figures"])
 
 
 def _machine(row: dict[str, Any]) -> str:

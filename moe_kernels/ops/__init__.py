@@ -7,6 +7,8 @@ from .experts import experts
 from .gating import aux_loss, gating, inject_aux_loss
 from .moe_mlp import moe_mlp
 
+from . import _flops  # noqa: F401  # isort: skip  # counts what the modules above have registered
+
 __all__ = [
     "aux_loss",
     "combine",

@@ -1,0 +1,83 @@
+"""What torch.utils.flop_counter.FlopCounterMode counts for the ops: 2 for each multiply-add of a product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+Shape = Sequence[int]
+_ops = torch.ops.moe_kernels
+
+
+def _products(rows: int, *kinds: Sequence[Shape]) -> int:
+    """Return the FLOPs of `rows` rows, each through one matrix of each kind out of as many as there are experts."""
+    return sum(2 * rows * sum(map(prod, kind)) for kind in kinds)
+
+
+def _routed(plan: Sequence[Shape], *kinds: Sequence[Shape]) -> int:
+    (E,), (R,) = plan[0], plan[2]
+    return _products(R, *kinds) // E
+
+
+@register_flop_formula([_ops.experts])
+def experts(
+    x: Shape, plan: Sequence[Shape], gate_up: Sequence[Shape], down: Sequence[Shape], *_: Any, **__: Any
+) -> int:
+    """Count 6 R H I (swiglu)."""
+    return _routed(plan, gate_up, down)
+
+
+@register_flop_formula([_ops.moe_mlp])
+def moe_mlp(x: Shape, plan: Sequence[Shape], *arguments: Any, **_: Any) -> int:
+    """Count 6 R H I + 6 T H Is (swiglu)."""
+    gate_up, down, shared_gate_up, shared_down = arguments[:4]
+    return _routed(plan, gate_up, down) + _products(x[0], shared_gate_up, shared_down)
+
+
+@register_flop_formula([_ops.experts_bwd])
+def experts_bwd(dy_rows: Shape, x: Shape, plan: Sequence[Shape], *arguments: Any, **_: Any) -> int:
+    """Count the gradients of the rows, and of the weights that need some."""
+    kinds, needed = arguments[:2], arguments[5]
+    return _routed(plan, *kinds) + _routed(plan, *_those(kinds, needed))
+
+
+@register_flop_formula([_ops.moe_mlp_bwd])
+def moe_mlp_bwd(dout: Shape, x: Shape, plan: Sequence[Shape], *arguments: Any, **_: Any) -> int:
+    """Count the gradients of the tokens and of the weights that need some; gate_up once more where it was not kept."""
+    routed, shared, kept, needed = arguments[:2], arguments[2:4], arguments[4], arguments[8]
+    again = 0 if prod(kept) else _routed(plan, routed[0]) + _products(x[0], shared[0])
+    rows = _routed(plan, *routed) + _routed(plan, *_those(routed, needed[:2]))
+    return again + rows + _products(x[0], *shared) + _products(x[0], *_those(shared, needed[2:]))
+
+
+def _those(kinds: Sequence[Sequence[Shape]], needed: Sequence[bool]) -> list[Sequence[Shape]]:
+    return [kind for kind, wanted in zip(kinds, needed, strict=True) if wanted]
+
+
+@register_flop_formula([_ops.gating])
+def gating(x: Shape, gate_weight: Shape, *_: Any, **__: Any) -> int:
+    """Count 2 T H E."""
+    return 2 * x[0] * prod(gate_weight)
+
+
+@register_flop_formula([_ops.gating_bwd])
+def gating_bwd(dtopk_weights: Any, dprobs: Any, x: Shape, gate_weight: Shape, *_: Any, **__: Any) -> int:
+    """Count 4 T H E."""
+    return 4 * x[0] * prod(gate_weight)
+
+
+@register_flop_formula([_ops.modulated_gating])
+def modulated_gating(x: Shape, shift: Shape, scale: Shape, gate_weight: Shape, *_: Any, **__: Any) -> int:
+    """Count 2 T H E."""
+    return 2 * prod(x[:-1]) * prod(gate_weight)
+
+
+@register_flop_formula([_ops.modulated_gating_bwd])
+def modulated_gating_bwd(*arguments: Any, **_: Any) -> int:
+    """Count 4 T H E."""
+    x, gate_weight = arguments[3], arguments[6]
+    return 4 * prod(x[:-1]) * prod(gate_weight)
