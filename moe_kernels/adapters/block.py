@@ -75,7 +75,7 @@ class MoEBlock(nn.Module):
             )  # fmt: skip
         except (TypeError, ValueError):
             reason = unequal(config.path, weights, gate_weight)
-            if not reason or torch.compiler.is_compiling():
+            if not reason:
                 raise
         return self._by_the_original(x, return_aux_loss, modulation, reason)
 
@@ -90,7 +90,7 @@ class MoEBlock(nn.Module):
         said = self.__dict__.setdefault("moe_said", set())
         if reason not in said:
             said.add(reason)
-            warnings.warn(f"replace_moe: {reason}; the block's original forward computes it", stacklevel=4)
+            warnings.warn(f"replace_moe: {reason}; the block's original forward computes it", stacklevel=6)
         original = super().forward
         if return_aux_loss and "return_aux_loss" not in inspect.signature(original).parameters:
             raise NotImplementedError(
@@ -123,10 +123,13 @@ class MoEBlock(nn.Module):
     def extra_repr(self) -> str:
         config = self.moe_config
         try:
-            gate_weight, (gate_up, down, shared, _), router = read(self, config)
-        except NotUnderstoodError as reason:
+            gate_weight, weights, router = read(self, config)
+            reason = unequal(config.path, weights, gate_weight)
+        except NotUnderstoodError as error:
+            reason = str(error)
+        if reason:
             return f"backend=the original's forward ({reason})"
-        E, H = gate_weight.shape
+        (E, H), (gate_up, down, shared, _) = gate_weight.shape, weights
         sizes = E, H, down[0].shape[1], shared[0].shape[0] if shared else 0
         return f"router={router}, backend={describe_backend(config.backend, gate_up[0], *sizes, 'swiglu')}"
 
@@ -228,7 +231,8 @@ def router_of(block: nn.Module, path: str, num_experts: int, aux_loss_mode: str)
             f"{path}: got num_experts_per_tok or gate.top_k {sorted(found)}, expected one in [1, {num_experts}]"
         )
     alpha = _attribute(gate, "alpha", _attribute(block, "alpha"))
-    return _router(found.pop(), AUX_ALPHA if alpha is None else float(alpha), aux_loss_mode)
+    make = _router.__wrapped__ if torch.compiler.is_compiling() else _router  # Dynamo warns about caches
+    return make(found.pop(), AUX_ALPHA if alpha is None else float(alpha), aux_loss_mode)
 
 
 @cache

@@ -40,6 +40,8 @@ def weight_of(module: nn.Module, path: str) -> Tensor:
     Raises: NotUnderstoodError for everything else: hooks, a patched forward, a bias, quantised layers, active dropout.
     Cost: under a microsecond for an nn.Linear; a product of rank r for every active adapter.
     """
+    if module is None:
+        raise NotUnderstoodError(f"{path}: got None, expected an nn.Linear")
     refuse_watched(module, path)
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         if module.bias is not None:
@@ -65,13 +67,20 @@ def watched(module: nn.Module) -> bool:
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
-        or "forward" in own
+        or ("forward" in own and patched(module))
     )
+
+
+def patched(module: nn.Module) -> bool:
+    """Say whether the instance's forward is another than its class's; accelerate leaves that one there, bound."""
+    forward = module.__dict__.get("forward")
+    bound = getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    return forward is not None and not bound
 
 
 def refuse_watched(module: nn.Module, path: str) -> None:
     """Raise NotUnderstoodError where calling a module does more than its class says."""
-    if "forward" in module.__dict__:
+    if patched(module):
         raise NotUnderstoodError(f"{path}: its forward was replaced on the instance (offloading and casting do so)")
     for name in HOOKS:
         if getattr(module, name):

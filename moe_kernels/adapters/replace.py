@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..backends import registry
 from ..routing import AUX_LOSS_MODES
 from ..weights import own_storage
 from .block import KINDS, BlockConfig, MoEBlock, activation_of, original_class, read, replaced_class, unequal
-from .linear import NotUnderstoodError
+from .linear import NotUnderstoodError, patched
 
 PROBE_TOKENS = (2, 8)  # images, tokens
 PROBE_ERROR = 1e-3  # relative, in float32: routing otherwise, renormalising or scaling is far more
@@ -66,7 +67,9 @@ def replace_moe(
         if not isinstance(block, MoEBlock):
             block.__class__ = replaced_class(type(block))
         if block.gate.weight.is_cuda:
-            _lay_out(read(block, config).weights)
+            with _in_eval(block):
+                weights = read(block, config).weights
+            _lay_out(weights)
     return len(blocks)
 
 
@@ -95,7 +98,7 @@ def _looks_like_a_block(module: nn.Module) -> bool:
 
 def _check_block(path: str, block: nn.Module, backend: str, recompute: bool, aux_loss_mode: str) -> BlockConfig:
     """Check a block from outside to inside; return its configuration."""
-    if "forward" in vars(block):
+    if patched(block):
         raise ValueError(f"{path}: forward was patched on the instance, expected a block that uses its class's")
     gate_weight = block.gate.weight
     if gate_weight.dim() != 2:
@@ -107,13 +110,26 @@ def _check_block(path: str, block: nn.Module, backend: str, recompute: bool, aux
     known |= {type(block.gate).forward, activation_of(block.gate)}
     config = BlockConfig(path, backend, recompute, aux_loss_mode, frozenset(known))
     try:
-        gate_weight, weights, _ = read(block, config)
+        with _in_eval(block):  # an adapter's dropout in training is a state, not a structure
+            gate_weight, weights, _ = read(block, config)
     except NotUnderstoodError as reason:
         raise ValueError(str(reason)) from None
     _check_shapes(path, gate_weight, weights)
     _check_extras(path, block)
     _probe(path, block, config)
     return config
+
+
+@contextmanager
+def _in_eval(block: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in block.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _mlps(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
