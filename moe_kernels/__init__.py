@@ -1,5 +1,6 @@
 """Mixture-of-experts layers for diffusion transformers: four rooms, one plan, several backends."""
 
+from ._checks import set_nonfinite
 from .adapters import replace_moe, restore_moe
 from .backends import BackendInfo, backends
 from .layer import MoELayer
@@ -28,4 +29,5 @@ __all__ = [
     "packed_weights",
     "replace_moe",
     "restore_moe",
+    "set_nonfinite",
 ]

@@ -112,8 +112,35 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def set_nonfinite(mode: str) -> None:
+    """Choose what token choice does on a CPU with router logits that are not finite: "raise" (default) or "propagate".
+
+    "propagate" does what the originals, and GPUs, do: NaN comes out of that token alone, so that a loss scaler sees it
+    and skips the step. For the whole process.
+
+    Args:
+        mode: "raise" or "propagate".
+    Raises: ValueError for another mode.
+    """
+    global _nonfinite
+    if mode not in ("raise", "propagate"):
+        raise ValueError(f"mode: got {mode!r}, expected 'raise' or 'propagate'")
+    _nonfinite = mode
+
+
+_nonfinite = "raise"
+
+
+def refuse_nonfinite(token: int) -> None:
+    """Raise for a token whose router logits are not finite, unless `set_nonfinite` says otherwise."""
+    if _nonfinite == "raise":
+        raise ValueError(
+            f"x, gate_weight: got non-finite router logits (token {token}), expected finite ones; "
+            'moe_kernels.set_nonfinite("propagate") lets them through'
+        )
+
+
 def finite(probs: Tensor) -> None:
     """Refuse the softmax of logits that were not finite, where looking makes nobody wait: not on a GPU."""
     if probs.device.type == "cpu" and not bool(probs.isfinite().all()):
-        row = int((~probs.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f"x, gate_weight: got non-finite router logits (token {row}), expected finite ones")
+        refuse_nonfinite(int((~probs.isfinite()).any(1).nonzero()[0]))

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import reference.moe
 import reference.routing
-from moe_kernels import ExpertChoice, MoELayer, modulated_gating, moe_mlp, replace_moe
+from moe_kernels import ExpertChoice, MoELayer, TokenChoice, modulated_gating, moe_mlp, replace_moe
 from reference.dit import modulate
 from reference.moe import SparseMoeBlock
 from tests.contenders import each_backend, each_contender, gradients, moe_loop, moe_oracle, plan_of, refusals
@@ -219,14 +219,32 @@ def test_replaced_blocks_have_it_too(backend, seed):
     judge("forward_adaln", compute, backend, torch.float32, seed)
 
 
-def test_a_router_with_route_alone_is_refused(seed):
-    class Own:
-        def route(self, *args, **kwargs):
-            raise AssertionError
+class Reversed(TokenChoice):
+    """A router with a route of its own: other scores than gating's, so that going around it shows."""
 
-    layer, vector = MoELayer(32, 24, 5, 2, router=Own()), torch.zeros(1, 32)
-    with pytest.raises(TypeError, match="router: got Own without 'picks'"):
-        layer.forward_adaln(torch.zeros(1, 4, 32), vector, vector, vector)
+    def route(self, x, gate_weight, backend="auto", **how):
+        return super().route(x, -gate_weight, backend, **how)
+
+
+class Wrapped:
+    """A router with nothing but a route."""
+
+    def __init__(self, router):
+        self.route = router.route
+
+
+@each_backend
+@pytest.mark.parametrize("router", [Reversed(2), Wrapped(Reversed(2))], ids=["subclass", "route alone"])
+def test_a_router_with_a_route_of_its_own_is_asked(router, backend, seed):
+    torch.manual_seed(seed)
+    layer = MoELayer(32, 24, 5, 2, router=router, backend=backend).eval()
+    mirrored = MoELayer(32, 24, 5, 2, router=Wrapped(TokenChoice(2)), backend=backend).eval()
+    mirrored.load_state_dict(layer.state_dict())
+    mirrored.gate_weight.data.neg_()
+    x, (shift, scale, gate) = torch.randn(2, 6, 32), torch.randn(3, 2, 32)
+    out = layer.forward_adaln(x, shift, scale, gate)
+    assert torch.equal(out, mirrored.forward_adaln(x, shift, scale, gate))
+    assert torch.equal(layer.forward_adaln(x, shift, scale, gate * 0), x)
 
 
 @each_backend

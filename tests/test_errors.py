@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -188,6 +190,51 @@ def test_environment_forces_auto(name, monkeypatch, seed):
     monkeypatch.setenv("MOE_KERNELS_BACKEND", name)
     problem = make_problem(PLAIN, seed, torch.float32)
     assert torch.equal(moe_ours(problem, "auto"), moe_ours(problem, name))
+
+
+@each_backend
+def test_tokens_that_are_not_finite_go_through_where_that_is_asked_for(backend, seed):
+    """As a loss scaler wants it: NaN comes out of that token alone."""
+    layer, x = MoELayer(16, 8, 4, 2, backend=backend), torch.randn(9, 16)
+    expected = layer(x)
+    x[4] = torch.inf
+    with pytest.raises(ValueError, match=r"token 4.*set_nonfinite"):
+        layer(x)
+    moe_kernels.set_nonfinite("propagate")
+    try:
+        y = layer(x)
+    finally:
+        moe_kernels.set_nonfinite("raise")
+    others = torch.arange(9) != 4
+    assert y[4].isnan().all() and torch.equal(y[others], expected[others])
+    with pytest.raises(ValueError, match="mode: got 'ignore', expected 'raise' or 'propagate'"):
+        moe_kernels.set_nonfinite("ignore")
+
+
+LAYERS = {
+    "router": (dict(router="top2"), TypeError, "router: got str 'top2', expected one with a method route"),
+    "dtype": (dict(dtype=torch.complex64), TypeError, "dtype: got torch.complex64, expected one of torch.float32"),
+    "layout": (dict(layout="rows"), ValueError, "layout: got 'rows', expected one of 'gate_up', 'up_gate'"),
+    "top_k": (dict(top_k=2.0), TypeError, "top_k: got float, expected an int"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_could_not_run_are_refused_at_once(name):
+    changed, kind, said = LAYERS[name]
+    with pytest.raises(kind, match=said):
+        MoELayer(**{"hidden_size": 16, "intermediate_size": 8, "num_experts": 4, "top_k": 2, **changed})
+
+
+def test_integers_of_numpy_are_sizes():
+    sizes = np.array([16, 8, 4, 2])
+    assert MoELayer(*sizes)(torch.randn(3, 16)).shape == (3, 16)
+
+
+def test_safetensors_is_named_where_it_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ModuleNotFoundError, match=r"moe_kernels\.weights: .*pip install safetensors"):
+        save({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
 
 
 @each_backend

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _checks
 from .._checks import accumulator
 from ..plan import RoutingPlan
 from ..weights import MoEWeights
@@ -26,9 +27,7 @@ class EagerBackend(Backend):
     def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         acc = accumulator(x.dtype)
         logits = x.to(acc) @ gate_weight.to(acc).T
-        if logits.device.type == "cpu" and not logits.isfinite().all():
-            row = int((~logits.isfinite()).any(1).nonzero()[0])
-            raise ValueError(f"x, gate_weight: got non-finite router logits (token {row}), expected finite ones")
+        _checks.finite(logits)
         probs = logits.softmax(-1)
         topk_weights, topk_ids = probs.sort(dim=-1, descending=True, stable=True)
         return topk_weights[:, :top_k].contiguous(), topk_ids[:, :top_k].int().contiguous(), probs

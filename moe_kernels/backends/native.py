@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..plan import RoutingPlan
 from ..weights import LayerWeights
 from ._views import TAGS, empty_plan, view
@@ -107,8 +108,16 @@ class NativeBackend(Backend):
             _view(x), _view(weight), _view(probs), _view(topk_weights), _view(topk_ids), torch.get_num_threads()
         )
         if bad >= 0:
-            got = f"got router logits that are not finite (token {bad})"
-            raise ValueError(f"x, gate_weight: {got}, expected finite ones")
+            _checks.refuse_nonfinite(bad)
+            return self._gating_with_nan(x, gate_weight, top_k, bad)
+        return topk_weights, topk_ids, probs
+
+    def _gating_with_nan(self, x: Tensor, gate_weight: Tensor, top_k: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gating where some logits are not finite: NaN for their tokens alone, whose picks are valid ids."""
+        lost = ~(x.float() @ gate_weight.float().T).isfinite().all(1)
+        lost[first] = True
+        topk_weights, topk_ids, probs = self.gating(x.masked_fill(lost[:, None], 0), gate_weight, top_k)
+        topk_weights[lost], probs[lost] = torch.nan, torch.nan
         return topk_weights, topk_ids, probs
 
     def gating_bwd(self, dtopk_weights, dprobs, x, gate_weight, topk_ids, probs) -> tuple[Tensor, Tensor]:

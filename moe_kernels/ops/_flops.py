@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
+COUNTER = "torch.utils.flop_counter"  # importing it takes a third of a second, and Triton
 Shape = Sequence[int]
-_ops = torch.ops.moe_kernels
 
 
 def _products(rows: int, *kinds: Sequence[Shape]) -> int:
@@ -23,7 +27,6 @@ def _routed(plan: Sequence[Shape], *kinds: Sequence[Shape]) -> int:
     return _products(R, *kinds) // E
 
 
-@register_flop_formula([_ops.experts])
 def experts(
     x: Shape, plan: Sequence[Shape], gate_up: Sequence[Shape], down: Sequence[Shape], *_: Any, **__: Any
 ) -> int:
@@ -31,21 +34,18 @@ def experts(
     return _routed(plan, gate_up, down)
 
 
-@register_flop_formula([_ops.moe_mlp])
 def moe_mlp(x: Shape, plan: Sequence[Shape], *arguments: Any, **_: Any) -> int:
     """Count 6 R H I + 6 T H Is (swiglu)."""
     gate_up, down, shared_gate_up, shared_down = arguments[:4]
     return _routed(plan, gate_up, down) + _products(x[0], shared_gate_up, shared_down)
 
 
-@register_flop_formula([_ops.experts_bwd])
 def experts_bwd(dy_rows: Shape, x: Shape, plan: Sequence[Shape], *arguments: Any, **_: Any) -> int:
     """Count the gradients of the rows, and of the weights that need some."""
     kinds, needed = arguments[:2], arguments[5]
     return _routed(plan, *kinds) + _routed(plan, *_those(kinds, needed))
 
 
-@register_flop_formula([_ops.moe_mlp_bwd])
 def moe_mlp_bwd(dout: Shape, x: Shape, plan: Sequence[Shape], *arguments: Any, **_: Any) -> int:
     """Count the gradients of the tokens and of the weights that need some; gate_up once more where it was not kept."""
     routed, shared, kept, needed = arguments[:2], arguments[2:4], arguments[4], arguments[8]
@@ -58,26 +58,57 @@ def _those(kinds: Sequence[Sequence[Shape]], needed: Sequence[bool]) -> list[Seq
     return [kind for kind, wanted in zip(kinds, needed, strict=True) if wanted]
 
 
-@register_flop_formula([_ops.gating])
 def gating(x: Shape, gate_weight: Shape, *_: Any, **__: Any) -> int:
     """Count 2 T H E."""
     return 2 * x[0] * prod(gate_weight)
 
 
-@register_flop_formula([_ops.gating_bwd])
 def gating_bwd(dtopk_weights: Any, dprobs: Any, x: Shape, gate_weight: Shape, *_: Any, **__: Any) -> int:
     """Count 4 T H E."""
     return 4 * x[0] * prod(gate_weight)
 
 
-@register_flop_formula([_ops.modulated_gating])
 def modulated_gating(x: Shape, shift: Shape, scale: Shape, gate_weight: Shape, *_: Any, **__: Any) -> int:
     """Count 2 T H E."""
     return 2 * prod(x[:-1]) * prod(gate_weight)
 
 
-@register_flop_formula([_ops.modulated_gating_bwd])
 def modulated_gating_bwd(*arguments: Any, **_: Any) -> int:
     """Count 4 T H E."""
     x, gate_weight = arguments[3], arguments[6]
     return 4 * prod(x[:-1]) * prod(gate_weight)
+
+
+_FORMULAS = (
+    experts, experts_bwd, gating, gating_bwd, moe_mlp, moe_mlp_bwd, modulated_gating, modulated_gating_bwd,
+)  # fmt: skip
+
+
+def _register(counter: ModuleType) -> None:
+    for formula in _FORMULAS:
+        counter.register_flop_formula([getattr(torch.ops.moe_kernels, formula.__name__)])(formula)
+
+
+class _WhenImported(MetaPathFinder, Loader):
+    """Registers the formulas behind the first import of torch's counter, and is gone then."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _register(module)
+
+
+if COUNTER in sys.modules:
+    _register(sys.modules[COUNTER])
+else:
+    sys.meta_path.insert(0, _WhenImported())

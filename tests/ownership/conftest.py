@@ -1,4 +1,4 @@
-"""Kernels in Triton's interpreter or on fibers are too slow for whole models, and nothing here but layouts is theirs."""
+"""Kernels in Triton's interpreter or on fibers are too slow for whole models; of these only layouts concern them."""
 
 from __future__ import annotations
 
