@@ -106,7 +106,7 @@ def heuristic(kernel: str, capability: int, precision: str, rows: int, n: int) -
     """
     depth = 32 if precision in ("tf32", "fp32") else 64
     if precision == "fp32":  # no tensor cores; a second sum for each tile of K, see experts.multiply
-        return Tile(64, 64, depth, 8, 8, 3, 1 if kernel in ("up", "dweight") else 2)
+        return Tile(64, 64, depth, 8, 8, 2 if kernel == "dweight" else 3, 1 if kernel == "up" else 2)
     if capability not in (80, 90, 100, 103):  # 100 KiB of shared memory
         return Tile(64, 64, depth, 8, 4, 3, 1 if kernel == "up" else 2)
     large_epilogue = kernel in ("up", "dact")
