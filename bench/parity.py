@@ -176,8 +176,7 @@ class RenormalisedChoice(TokenChoice):
 
 def _renormalise(model: nn.Module) -> nn.Module:
     for block in model.blocks:
-        router = RenormalisedChoice(model.config.top_k)
-        block.moe.moe_config = dataclasses.replace(block.moe.moe_config, router=router)
+        block.moe.moe_config = dataclasses.replace(block.moe.moe_config, router_class=RenormalisedChoice)
     return model
 
 
@@ -284,8 +283,7 @@ def plan_of(ids: Tensor, weights: Tensor, E: int) -> RoutingPlan:
 
 def route(block: nn.Module, x: Tensor) -> RoutingPlan:
     """Return the plan that a replaced block makes for x (T, H)."""
-    config = block.moe.moe_config
-    return config.router.route(x, block.moe.gate.weight, config.backend, with_aux=False)[0]
+    return block.moe.router().route(x, block.moe.gate.weight, block.moe.moe_config.backend, with_aux=False)[0]
 
 
 def stacked(block: nn.Module) -> dict[str, Tensor]:

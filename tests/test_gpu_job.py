@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -286,15 +287,20 @@ def test_what_runs_out_of_time_is_stopped_with_all_that_it_started(tmp_path):
 
 def test_recorded_rows_name_the_commit_whose_sources_they_were_made_from(tmp_path, monkeypatch):
     source = ledger.source_digest(command.SOURCES)
-    (tmp_path / "results").mkdir()
+    for folder in ("results", "moe_kernels"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "moe_kernels" / "verified.json").write_text("{}")
     commit = {"commit": "0123456789abcdef", "dirty": False}
     monkeypatch.setattr(store, "commit", lambda: commit)
     for found in (source, "another"):
-        store.append(tmp_path / record.GPU_ROWS, row(source=found, stage="bench x"))
+        timed = {"level": "layer", "contender": "cuda", "dtype": "bf16", "figures": {"n": 1}}
+        store.append(tmp_path / record.GPU_ROWS, row(source=found, stage="bench x", **timed))
     target = record.record_gpu(tmp_path, tmp_path)
     (kept,) = store.read(target)
+    (seen,) = json.loads((tmp_path / "moe_kernels" / "verified.json").read_text())["cuda"]
+    assert seen.endswith(f"{kept['date'][:10]}: bf16")
     assert target.name.endswith("_0123456789_gpu.jsonl") and kept["source"] == source
-    store.append(tmp_path / record.GPU_ROWS, row(source=source, stage="bench y", wrong="out: error"))
+    store.append(tmp_path / record.GPU_ROWS, row(source=source, stage="bench y", level="layer", wrong="out: error"))
     with pytest.raises(ValueError, match="bench y failed or is wrong"):
         record.record_gpu(tmp_path, tmp_path)
     commit["dirty"] = True

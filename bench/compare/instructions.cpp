@@ -49,8 +49,20 @@ int main(int, char** argv) {
   const auto shared_up = numbers(dtype, Us * H), shared_down = numbers(dtype, H * Is), dout = numbers(dtype, T * H);
   auto out = x, dx = x, dup = up, ddown = down, dshared_up = shared_up, dshared_down = shared_down;
   auto gate_up = numbers(dtype, R * U), shared_gate_up = numbers(dtype, T * Us);
-  const ExpertWeights w{up.data(), down.data(), shared_up.data(), shared_down.data()};
+  // The `part`-th (rows, columns) of each of `count` stacks of `parts`.
+  const auto matrices = [&](const std::vector<char>& stack, int64_t count, int part, int parts, int64_t rows, int64_t columns) {
+    Matrices m{{}, rows, columns, columns, false, dtype};
+    for (int64_t i = 0; i < count; ++i)
+      m.data.push_back(const_cast<char*>(stack.data()) + (i * parts + part) * rows * columns * dtype_bytes(dtype));
+    return m;
+  };
+  const auto table = [&](const auto& first, const auto& second, const auto& shared_first, const auto& shared_second) {
+    return ExpertTable{matrices(first, E, 0, 2, I, H),         matrices(first, E, 1, 2, I, H),
+                       matrices(second, E, 0, 1, H, I),        matrices(shared_first, 1, 0, 2, Is, H),
+                       matrices(shared_first, 1, 1, 2, Is, H), matrices(shared_second, 1, 0, 1, H, Is)};
+  };
+  const ExpertTable w = table(up, down, shared_up, shared_down);
   moe_mlp_fwd(s, plan, w, nullptr, x.data(), out.data(), gate_up.data(), shared_gate_up.data());
   moe_mlp_bwd(s, plan, w, x.data(), dout.data(), gate_up.data(), shared_gate_up.data(), dx.data(), drow.data(),
-              {dup.data(), ddown.data(), dshared_up.data(), dshared_down.data()});
+              table(dup, ddown, dshared_up, dshared_down));
 }

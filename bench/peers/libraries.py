@@ -274,7 +274,7 @@ def _compiled(case: Case) -> workloads.Workload:
 def native_packed(p: SimpleNamespace) -> workloads.Run:
     """What `packed_weights` gives a layer."""
     weights = p.gate_up_proj, p.down_proj, p.shared_gate_up_proj, p.shared_down_proj
-    release = pack_weights(weights, p.shape.activation, "native")
+    release = pack_weights(weights, p.shape.activation, "gate_up", "native")
 
     def forward() -> Sequence[Tensor]:
         return OPS["layer"].ours(p, "native")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,13 +22,18 @@ AUX_ALPHA = 0.01
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """What `replace_moe` was told, and what it has looked at: `known` are forwards and activations of the modules."""
+    """What `replace_moe` was told, and what it has looked at: `known` are forwards and activations of the modules.
+
+    router_class is made of the top_k and alpha that a block has; another one than TokenChoice is for whoever wants to
+    see what other routing does to a model.
+    """
 
     path: str
     backend: str
     recompute: bool
     aux_loss_mode: str
     known: frozenset[Any]
+    router_class: type[TokenChoice] = TokenChoice
 
 
 class Reading(NamedTuple):
@@ -120,6 +125,10 @@ class MoEBlock(nn.Module):
         except NotUnderstoodError as reason:
             raise ValueError(f"replace_moe: {reason}") from None
 
+    def router(self) -> TokenChoice:
+        """Return the router that top_k and alpha say at this moment."""
+        return router_of(self, self.moe_config, len(self.experts))
+
     def extra_repr(self) -> str:
         config = self.moe_config
         try:
@@ -171,7 +180,7 @@ def read(block: nn.Module, config: BlockConfig) -> Reading:
         )
     shared = modules.get("shared_experts")
     shared_weights = (None, None) if shared is None else _read_mlps({"shared_experts": shared}, path, config.known)
-    router = router_of(block, path, len(experts), config.aux_loss_mode)
+    router = router_of(block, config, len(experts))
     return Reading(gate_weight, (gate_up, down, *shared_weights), router)
 
 
@@ -217,9 +226,9 @@ def _gate_weight(gate: nn.Module, path: str, known: frozenset[Any]) -> Tensor:
     return plain(gate.weight, f"{path}.gate")
 
 
-def router_of(block: nn.Module, path: str, num_experts: int, aux_loss_mode: str) -> TokenChoice:
+def router_of(block: nn.Module, config: BlockConfig, num_experts: int) -> TokenChoice:
     """Read the routing from the attributes of a block and its gate. Raises: NotUnderstoodError naming one."""
-    gate = block._modules["gate"]
+    gate, path = block._modules["gate"], config.path
     for name, value in EXPECTED.items():
         for owner, where in ((gate, f"{path}.gate"), (block, path)):
             got = _attribute(owner, name, value)
@@ -232,12 +241,13 @@ def router_of(block: nn.Module, path: str, num_experts: int, aux_loss_mode: str)
         )
     alpha = _attribute(gate, "alpha", _attribute(block, "alpha"))
     make = _router.__wrapped__ if torch.compiler.is_compiling() else _router  # Dynamo warns about caches
-    return make(found.pop(), AUX_ALPHA if alpha is None else float(alpha), aux_loss_mode)
+    alpha = AUX_ALPHA if alpha is None else float(alpha)
+    return make(config.router_class, found.pop(), alpha, config.aux_loss_mode)
 
 
 @cache
-def _router(top_k: int, alpha: float, mode: str) -> TokenChoice:
-    return replace(TokenChoice(top_k), aux_loss_alpha=alpha, aux_loss_mode=mode)
+def _router(router_class: type[TokenChoice], top_k: int, alpha: float, mode: str) -> TokenChoice:
+    return router_class(top_k, alpha, mode)
 
 
 def _attribute(module: nn.Module, name: str, default: Any = None) -> Any:
