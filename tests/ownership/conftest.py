@@ -1,4 +1,4 @@
-"""Interpreted kernels, and those on fibers, are too slow for whole models, and see what `eager` sees: stacked weights."""
+"""Interpreted kernels, and those on fibers, are too slow for whole models, and see what eager sees: stacked weights."""
 
 from __future__ import annotations
 
