@@ -146,8 +146,8 @@ def _check_activation(path: str, mlp: nn.Module) -> None:
     activation = getattr(mlp, "act_fn", None)
     if activation is None:
         return
-    with torch.device("cpu"), torch.no_grad():  # the model may be on meta, and so the default device
-        probe = torch.linspace(-4, 4, 9)
+    with torch.no_grad():  # the model may be on meta, and so the default device
+        probe = torch.linspace(-4, 4, 9, device="cpu")
         if not torch.equal(activation(probe.clone()), F.silu(probe)):
             raise ValueError(f"{path}.act_fn: got {activation}, expected SiLU")
 
