@@ -254,18 +254,29 @@ SIZES: dict[str, dict] = {  # models and tokens per call, presets of the layer l
         "routings": PRESETS,
         "threads": (1, 0),
     },
+    "batches": {
+        "models": {"S/2-8E2A": (16, 256, 1024, 4096), "DSMoE-S-E48": (16, 256, 1024, 4096)},
+        "routings": ("uniform",),
+        "threads": (1,),
+    },
 }
 
 
 def all_cases(size: str | None = None) -> tuple[Case, ...]:
-    """Return the CPU cases of a size: tiny (seconds), small (minutes), full; by default MOE_BENCH_SIZE, or tiny."""
+    """Return the CPU cases of a size: tiny (seconds), small (minutes), full, or batches, small ones to large, of wide
+    and of narrow experts; by default MOE_BENCH_SIZE, or tiny."""
     size = size or os.environ.get("MOE_BENCH_SIZE", "tiny")
     if size not in SIZES:
         raise ValueError(f"MOE_BENCH_SIZE: got {size!r}, expected one of {', '.join(SIZES)}")
     plan = SIZES[size]
     threads = sorted({n or len(os.sched_getaffinity(0)) for n in plan["threads"]})
     cases = []
-    for (name, T), n in product(plan["models"].items(), threads):
+    models = [
+        (name, T)
+        for name, tokens in plan["models"].items()
+        for T in (tokens if isinstance(tokens, tuple) else (tokens,))
+    ]
+    for (name, T), n in product(models, threads):
         base = Case("layer", "native", MODEL_SHAPES[name], "uniform", T, "fp32", "fwd", n)
         cases += [*_room_cases(base), *_layer_cases(base, plan["routings"]), *_model_cases(base)]
     return tuple(cases)
@@ -291,7 +302,7 @@ def _layer_cases(base: Case, routings: tuple[str, ...]) -> Iterator[Case]:
 
 def _model_cases(base: Case) -> Iterator[Case]:
     """Block and steps, of the models the oracle has; a whole model of more than S's size is no CPU benchmark."""
-    if not base.shape.num_heads:
+    if not base.shape.num_heads or base.T % (2 * base.shape.tokens_per_image):
         return
     base, contenders = replace(base, routing="gate"), (*backends_on("cpu"), *PEERS)
     for dtype, mode, backend in product(("fp32", "bf16"), ("fwd", "fwdbwd"), contenders):
