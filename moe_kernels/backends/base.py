@@ -13,7 +13,7 @@ from .._checks import accumulator
 from ..plan import RoutingPlan
 from ..weights import LayerWeights, MoEWeights
 
-Weights = LayerWeights | MoEWeights  # which of the two says Backend.reads_addresses
+Weights = LayerWeights | MoEWeights  # which of the two says Backend.reads
 Gradient = Tensor | list[Tensor] | None
 
 
@@ -41,7 +41,7 @@ class Backend(ABC):
     """
 
     name: str
-    reads_addresses = False  # weights come as LayerWeights, wherever they lie, and not stacked
+    reads = "stacked"  # the form in which weights come: "stacked" or "indexed" MoEWeights, or "addresses": LayerWeights
 
     def available(self) -> bool:
         """Say whether the backend can run in this process at all."""

@@ -83,7 +83,7 @@ class NativeBackend(Backend):
     """
 
     name = "native"
-    reads_addresses = True
+    reads = "addresses"
 
     def __init__(self) -> None:
         from .. import _C

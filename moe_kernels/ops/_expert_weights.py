@@ -92,8 +92,8 @@ def gate_up_width(gate_up: Sequence[Tensor], num_experts: int, layout: str) -> i
 
 
 def for_backend(backend: Backend, w: LayerWeights) -> LayerWeights | MoEWeights:
-    """Return the weights in the form that a backend reads: as they are, or stacked."""
-    return w.readable() if backend.reads_addresses else w.stacked()
+    """Return the weights in the form that a backend reads."""
+    return {"addresses": w.readable, "indexed": w.indexed, "stacked": w.stacked}[backend.reads]()
 
 
 def gradients_of(
@@ -101,7 +101,7 @@ def gradients_of(
 ) -> list[Tensor]:
     """Return what a backend's backward gave for its weights as the list that an op returns: in the form and the dtypes
     of `lists`, kinds that nobody needs left out."""
-    forms = gradients if backend.reads_addresses else w.unstacked(gradients)
+    forms = gradients if backend.reads == "addresses" else w.unstacked(gradients)
     kinds = zip(forms, lists, needed, strict=False)  # an absent shared expert has no gradients
     return [g.to(t.dtype) for form, kind, wanted in kinds if wanted for g, t in zip(form, kind, strict=True)]
 

@@ -13,6 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .indexed import ALIGNMENT, Slices, slices_of, tables
+
+WHOLE = 64  # elements: no step of a product over I begins in one matrix and ends in the next where I is a multiple
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -35,12 +39,34 @@ LAYOUTS = {
 
 
 class MoEWeights(NamedTuple):
-    """Stacked weights of one layer, all contiguous and of the dtype of x."""
+    """Stacked weights of one layer, all contiguous and of the dtype of x; or, with an index, weights anywhere.
+
+    An index (E or 2E, and as many for the shared expert as it has matrices) int32 says where the matrices of a kind are:
+    number i is gate_up_proj[gate_up_index[i]], (I, H), in the order gate_0, up_0, gate_1, ... (up_0, ... for gelu), those of
+    the shared expert shared_gate_up_proj[...], (Is, H), behind them; of down_proj likewise, (H, I). Only rows are
+    contiguous there, and the slices overlap (weights/indexed.py). I and Is are multiples of 64 then.
+    """
 
     gate_up_proj: Tensor  # (E, 2I, H), rows [gate; up]; (E, I, H) for gelu
     down_proj: Tensor  # (E, H, I)
     shared_gate_up_proj: Tensor | None = None  # (2Is, H); (Is, H) for gelu
     shared_down_proj: Tensor | None = None  # (H, Is)
+    gate_up_index: Tensor | None = None
+    down_index: Tensor | None = None
+
+    def stacked_shapes(self, num_experts: int) -> list[tuple[int, ...]]:
+        """Return the shapes of the weights as they are stacked, and so of their gradients: four, or two without a
+        shared expert."""
+        (H, I), groups, width = self.down_proj.shape[-2:], [num_experts], self.gate_up_proj.shape[-2]
+        if self.shared_down_proj is not None:
+            groups.append(1)
+        if self.gate_up_index is not None:
+            width = self.gate_up_index.numel() // sum(groups) * I
+        shapes = [(num_experts, width, H), (num_experts, H, I)]
+        if self.shared_down_proj is not None:
+            Is = self.shared_down_proj.shape[-1]
+            shapes += [(width // I * Is, H), (H, Is)]
+        return shapes
 
 
 class Matrices(NamedTuple):
@@ -146,12 +172,67 @@ class LayerWeights:
 
     def stacked(self) -> MoEWeights:
         """Return the weights stacked: views where they lie so already, else copies."""
-        E, H, I, Is = self.num_experts, self.hidden_size, self.intermediate_size, self.shared_intermediate_size
-        shapes = (E, self.parts * I, H), (E, H, I), (self.parts * Is, H), (H, Is)
-        return MoEWeights(*(self._stacked(i, shape) for i, shape in enumerate(shapes) if self.kinds[i]))
+        return MoEWeights(*(self._stacked(i) for i in range(4) if self.kinds[i]))
 
-    def _stacked(self, position: int, shape: tuple[int, ...]) -> Tensor:
-        tensors = self.kinds[position]
+    def indexed(self) -> MoEWeights:
+        """Return the weights where they lie if their matrices are (out, in), I and Is multiples of 64: stacked if they
+        are so already, else with an index; copies of the others."""
+        stacked, indices = [None] * 4, [None, None]
+        for kind in (0, 1):
+            positions = [p for p in (kind, kind + 2) if self.kinds[p]]
+            found = None if all(map(self._lies_stacked, positions)) else self._indexed(positions)
+            if found is None:
+                for position in positions:
+                    stacked[position] = self._stacked(position)
+                continue
+            *memories, indices[kind] = found
+            for position, memory in zip(positions, memories, strict=True):
+                stacked[position] = memory
+        return MoEWeights(*stacked, *indices)
+
+    def _lies_stacked(self, position: int) -> bool:
+        kind = self.kinds[position]
+        if self.layout.in_out:
+            return False
+        if self._is_stacked(position):
+            return kind[0].is_contiguous() and not (self.layout.up_first and self._parts(position) == 2)
+        return consecutive(kind) is not None
+
+    def _indexed(self, positions: Sequence[int]) -> list[Tensor] | None:
+        """Return the memory that holds the matrices at each position, and the index of all; None where there is none."""
+        if self.layout.in_out or self.intermediate_size % WHOLE or self.shared_intermediate_size % WHOLE:
+            return None
+        if self.kinds[positions[0]][0].is_meta:
+            return None
+        found = [self._slices(position) for position in positions]
+        if None in found:
+            return None
+        index = tables.get(tuple(n for slices in found for n in slices.numbers), found[0].memory.device)
+        return None if index is None else [*(slices.memory for slices in found), index]
+
+    def _slices(self, position: int) -> Slices | None:
+        """Return the (out, in) matrices of a kind in the order gate_0, up_0, gate_1, ... or down_0, down_1, ..."""
+        kind = self.kinds[position]
+        if not self._is_stacked(position):
+            return slices_of(kind)
+        parts = self._parts(position)
+        rows, columns = self._shape(position)[-2:]
+        if not kind[0].is_contiguous() or kind[0].data_ptr() % ALIGNMENT:
+            return None
+        memory = kind[0].view(-1, rows // parts, columns)
+        swapped = int(self.layout.up_first and parts == 2)
+        return Slices(memory, tuple(i ^ swapped for i in range(memory.shape[0])))
+
+    def _parts(self, position: int) -> int:
+        return 1 if position % 2 else self.parts
+
+    def _shape(self, position: int) -> tuple[int, ...]:
+        """Return the shape of a kind stacked as "gate_up"."""
+        E, H, I, Is = self.num_experts, self.hidden_size, self.intermediate_size, self.shared_intermediate_size
+        return ((E, self.parts * I, H), (E, H, I), (self.parts * Is, H), (H, Is))[position]
+
+    def _stacked(self, position: int) -> Tensor:
+        tensors, shape = self.kinds[position], self._shape(position)
         if self._is_stacked(position):
             t = tensors[0].mT if self.layout.in_out else tensors[0]
             return self._ordered(t, position).contiguous()
@@ -165,7 +246,7 @@ class LayerWeights:
 
     def _ordered(self, t: Tensor, position: int) -> Tensor:
         """Swap the halves of (..., 2I, H) where the layout has them the other way round: from it, or to it."""
-        if not self.layout.up_first or position % 2 or self.parts == 1:
+        if not self.layout.up_first or self._parts(position) == 1:
             return t
         return torch.cat(t.chunk(2, -2)[::-1], -2)
 
