@@ -1,8 +1,8 @@
 """Matrices that lie anywhere on a GPU, as its kernels read them: one tensor over all of them, and where each begins.
 
 Addresses differ by multiples of some step, 512 bytes as torch allocates. So the matrices of one kind are slices of a
-tensor (n, rows, columns) that starts at the lowest of them, has that step as stride of its first dimension, and overlaps
-itself; a table says which slices. A copy engine takes such a tensor as any other.
+tensor (n, rows, columns) that starts at the lowest of them and has that step as stride of its first dimension; slices
+overlap, and a table says which ones are meant. A copy engine takes such a tensor as any other.
 """
 
 from __future__ import annotations

@@ -41,10 +41,10 @@ LAYOUTS = {
 class MoEWeights(NamedTuple):
     """Stacked weights of one layer, all contiguous and of the dtype of x; or, with an index, weights anywhere.
 
-    An index (E or 2E, and as many for the shared expert as it has matrices) int32 says where the matrices of a kind are:
-    number i is gate_up_proj[gate_up_index[i]], (I, H), in the order gate_0, up_0, gate_1, ... (up_0, ... for gelu), those of
-    the shared expert shared_gate_up_proj[...], (Is, H), behind them; of down_proj likewise, (H, I). Only rows are
-    contiguous there, and the slices overlap (weights/indexed.py). I and Is are multiples of 64 then.
+    An index, int32, says where the matrices of a kind are. Number i of gate_0, up_0, gate_1, ... (up_0, up_1, ... for
+    gelu) is gate_up_proj[gate_up_index[i]], (I, H); behind those of the routed experts stand the shared expert's, out
+    of shared_gate_up_proj, (Is, H). So it is with down_index: (H, I), (H, Is). Matrices are contiguous, the first
+    dimension is not: slices overlap (weights/indexed.py). I and Is are multiples of 64 then.
     """
 
     gate_up_proj: Tensor  # (E, 2I, H), rows [gate; up]; (E, I, H) for gelu
@@ -199,7 +199,7 @@ class LayerWeights:
         return consecutive(kind) is not None
 
     def _indexed(self, positions: Sequence[int]) -> list[Tensor] | None:
-        """Return the memory that holds the matrices at each position, and the index of all; None where there is none."""
+        """Return the memory that holds the matrices at each position, and the index of all; None where none does."""
         if self.layout.in_out or self.intermediate_size % WHOLE or self.shared_intermediate_size % WHOLE:
             return None
         if self.kinds[positions[0]][0].is_meta:
