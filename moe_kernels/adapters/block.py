@@ -168,7 +168,7 @@ def _rebuild(original: type[nn.Module]) -> MoEBlock:
 def read(block: nn.Module, config: BlockConfig) -> Reading:
     """Read the weights and the routing of a block. Raises: NotUnderstoodError naming the module.
 
-    Cost: 35 us at E = 8 and 224 at E = 64 where all layers are plain, on a busy machine (CONTRIBUTING.md).
+    Cost: 35 us at E = 8 and 224 at E = 64 where all layers are plain, on a busy machine (results/FACTS.md).
     """
     path, modules = config.path, block.__dict__["_modules"]
     experts = modules["experts"]._modules
