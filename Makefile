@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= passive
 unexport MAKEFLAGS  # ninja, in tests too, takes make's job server for its own and fails
 QUIET := -q --disable-pip-version-check --no-input
 
-.PHONY: setup bench peers test test-host test-triton test-cuda fibers cuda lint clean native-test asan tsan
+.PHONY: setup bench peers test test-host test-triton test-cuda fibers cuda lint docs clean native-test asan tsan
 
 setup: $(INSTALLED)
 
@@ -61,6 +61,11 @@ fibers: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site, build/site: strict, so a dead link or an unknown name is an error; nothing in it comes from elsewhere.
+docs: setup
+	$(BIN)/python -m pip install $(QUIET) -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # The kernels without Python: a standalone binary, on every ISA level that this CPU runs.
 native-test asan tsan: setup

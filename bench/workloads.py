@@ -188,7 +188,7 @@ def _workload(
     kept, generator = graph(), torch.Generator().manual_seed(2)
     douts = [_draw(*y.shape, case=case, generator=generator).to(y) for y in kept]
     if case.mode != "bwd":
-        kept = []  # its saved tensors would lie about
+        kept = []  # else its saved tensors would stay allocated
 
     def run() -> Sequence[Tensor]:
         if case.mode == "bwd":

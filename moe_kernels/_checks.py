@@ -141,6 +141,6 @@ def refuse_nonfinite(token: int) -> None:
 
 
 def finite(probs: Tensor) -> None:
-    """Refuse the softmax of logits that were not finite, where looking makes nobody wait: not on a GPU."""
+    """Refuse the softmax of logits that were not finite, only on the CPU: on a GPU the check would force a sync."""
     if probs.device.type == "cpu" and not bool(probs.isfinite().all()):
         refuse_nonfinite(int((~probs.isfinite()).any(1).nonzero()[0]))

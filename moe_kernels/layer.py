@@ -34,7 +34,8 @@ class MoELayer(nn.Module):
         device, dtype: of the parameters; float32, bfloat16, float16 or float64.
         layout: how the parameters are stored, a name out of `moe_kernels.weights.LAYOUTS`: "up_gate" has rows
             [up; gate], "gate_up_in_out" gate_up_proj (E, H, 2I) and down_proj (E, I, H). Native reads all of them as
-            they are; other backends copy what is not "gate_up" in every call.
+            they are; triton and cuda read (out, in) in place where the widths are multiples of 64; else other
+            backends copy what is not "gate_up" in every call.
     Raises: TypeError, ValueError naming the argument; RuntimeError with the reason for a backend that cannot run here.
     """
 

@@ -83,7 +83,7 @@ class Runner:
         return self.noting(self.worker.call, method, **arguments)
 
     def noting(self, function: Callable, *args: Any, **arguments: Any) -> Any:
-        """Call a method of the worker; what befell it is kept as the reason, and raised."""
+        """Call a method of the worker; an error of it is kept as the reason, and raised."""
         try:
             return function(*args, **arguments)
         except WorkerError as error:
@@ -140,7 +140,7 @@ class Crew:
 def compete(
     case: Case, contenders: Sequence[Contender], crew: Crew, folder: Path, rounds: int, seconds: float
 ) -> list[dict]:
-    """Verify and time the contenders at one layer case; return a row of kind "contest" for each, whatever befell it.
+    """Verify and time the contenders at one layer case; return a row of kind "contest" for each, failures included.
 
     Args:
         case: of any backend. folder: for the results that travel to the judge. rounds, seconds: see

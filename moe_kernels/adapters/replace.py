@@ -31,13 +31,14 @@ def replace_moe(
     `gate.top_k`. Its class is not imported. The module objects, their hooks, their state_dict() keys and values, their
     named_parameters() and the Parameter objects stay; all that changes is the block's class, to a subclass of its own,
     and with it the forward. Weights, top_k and alpha are read at every call from the modules as they then are: swap
-    them, adapt them (LoRA), shard, offload, tie or re-allocate them, the next call sees it. README, "What you can do
-    with a replaced model", lists what works and what is refused. Train and eval take the same path, and both give
-    gradients (the original gives none in eval).
+    them, adapt them (LoRA), shard, offload, tie or re-allocate them, the next call sees it. What works and what is
+    refused: docs/replaced_model.md. Train and eval take the same path, and both give gradients (the original gives
+    none in eval).
 
     On a CUDA device the weights of a block are laid side by side once, each Parameter with a storage of its own over
-    its part: the kernels of `triton` and `cuda` then read them in place. Whatever moves them later is right too, but
-    costs a copy of the block's weights in every call: put a model on its GPU first.
+    its part: the kernels of `triton` and `cuda` then read them in place at any width. Where expert widths are multiples
+    of 64 they do so wherever the weights lie. At other widths, whatever moves them later is right too, but costs a copy
+    of the block's weights in every call: put a model on its GPU first.
 
     Args:
         model: any module, the block itself included.

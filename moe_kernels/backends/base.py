@@ -19,7 +19,7 @@ Gradient = Tensor | list[Tensor] | None
 
 @dataclass(frozen=True)
 class Case:
-    """What a call asks for, as far as a backend may have to say no to it. Token counts are not part of it."""
+    """What a call asks for: everything a backend may refuse by. Token counts are not part of it."""
 
     room: str  # "gating" | "dispatch" | "experts" | "combine" | "moe_mlp"
     dtype: torch.dtype

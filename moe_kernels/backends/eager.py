@@ -50,7 +50,7 @@ class EagerBackend(Backend):
 
     def dispatch(self, topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> RoutingPlan:
         T, K = topk_ids.shape
-        ids = topk_ids.reshape(-1).clamp(0, num_experts - 1)  # on a GPU nobody has looked at them, nor could raise
+        ids = topk_ids.reshape(-1).clamp(0, num_experts - 1)  # unchecked on a GPU
         row_expert, picks = ids.sort(stable=True)
         row_of_pick = torch.empty_like(picks).scatter_(0, picks, torch.arange(T * K, device=picks.device))
         expert_offsets = _offsets(row_expert, num_experts)

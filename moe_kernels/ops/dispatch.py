@@ -26,7 +26,7 @@ def dispatch(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, backend: 
         backend: "auto" or a name out of `backends()`.
     Returns: a RoutingPlan with R = T K rows; row_weight is float32 (float64 for float64 topk_weights).
     Raises: TypeError, ValueError naming the argument; ValueError for ids out of range (CPU only: it would make a GPU
-        wait; there backends clamp them to [0, E), lest the plan point anywhere).
+        wait; there backends clamp them to [0, E), so that no index is out of range).
     Cost: O(T K) reads and writes; no host syncs on a GPU.
     Source: reference.moe.moe loops over experts instead.
     """

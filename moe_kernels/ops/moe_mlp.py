@@ -62,10 +62,10 @@ def moe_mlp(
     Returns: (T, H) in the dtype of x, or of residual.
     Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
     Cost: 6 R H I + 6 T H Is FLOPs (swiglu), twice that backward (with recompute up to three times; on native less
-        where all weights of a kind are frozen). Backends other than native copy weights that are not stacked as
-        "gate_up", nor consecutive in memory. Saves x, gate_up
-        (R, 2I), shared gate_up (T, 2Is), the plan and the weights for backward; with a gate, the gate and y; nothing
-        else.
+        where all weights of a kind are frozen). Triton and cuda read (out, in) matrices in place wherever they lie, if
+        I and Is are multiples of 64. Else backends other than native copy weights that are neither stacked as
+        "gate_up" nor consecutive in memory. Saves x, gate_up (R, 2I), shared gate_up (T, 2Is), the plan and the
+        weights for backward; with a gate, the gate and y; nothing else.
     Source: reference.moe.moe; the backward identities are SonicMoE's (arXiv 2512.14080).
     """
     _checks.tensor("x", x, "T,H")
