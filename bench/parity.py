@@ -27,8 +27,8 @@ from bench.digits import Classifier, features, recognised
 from bench.training import sample
 from moe_kernels import RoutingPlan, TokenChoice
 from moe_kernels.weights import stack_dit_moe
-from reference.moe import expert_mlp, moe
-from reference.routing import token_choice
+from reference import rooms
+from reference.moe import moe
 
 PASS, FAIL = "pass", "fail"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -128,7 +128,7 @@ class Ladder:
         for layer, x in baseline.probes:
             exact = oracle_plan(x, baseline.model.blocks[layer])
             plan, rival = (route(m.blocks[layer], x) for m in (model, baseline.rival))
-            names = [f.name for f in dataclasses.fields(RoutingPlan) if f.name != "row_weight"]
+            names = [name for name in exact._fields if name != "row_weight"]
             same &= all(torch.equal(getattr(plan, name), getattr(exact, name)) for name in names)
             if same:
                 worst = max(worst, ratio(plan.row_weight, rival.row_weight, exact.row_weight))
@@ -147,7 +147,8 @@ class Ladder:
             outputs = max(outputs, ratio(ours, theirs, exact), rows_ratio(ours, theirs, exact))
             plan = even_plan(len(x), model.config.top_k, model.config.num_experts)
             counts = plan.expert_counts.tolist()
-            exact_rows = oracle_rows(x, plan, block).split(counts)
+            weights = exact_weights(block)
+            exact_rows = rooms.experts(x.double(), plan, weights["gate_up_proj"], weights["down_proj"]).split(counts)
             ours, theirs = (expert_rows(m.blocks[layer].moe, x, plan).split(counts) for m in (model, baseline.rival))
             slices = max([slices, *(ratio(*parts) for parts in zip(ours, theirs, exact_rows, strict=True))])
         passed = max(outputs, slices) <= 2
@@ -254,31 +255,16 @@ def near_ties(x: Tensor, gate_weight: Tensor, top_k: int) -> Tensor:
 
 
 @torch.no_grad()
-def oracle_plan(x: Tensor, block: nn.Module) -> RoutingPlan:
+def oracle_plan(x: Tensor, block: nn.Module) -> rooms.Plan:
     """Build the plan of the float64 router's picks."""
-    weights, ids, probs = token_choice(x.double(), block.moe.gate.weight.double(), block.moe.num_experts_per_tok)
-    return plan_of(ids, weights, probs.shape[1])
+    weights, ids, probs = rooms.gating(x.double(), block.moe.gate.weight.double(), block.moe.num_experts_per_tok)
+    return rooms.dispatch(ids, weights, probs.shape[1])
 
 
 def even_plan(T: int, K: int, E: int) -> RoutingPlan:
     """Send token t to experts t, t + 1, ... (modulo E) with weight 1: an idle expert's error shows, too."""
     ids = (torch.arange(T)[:, None] + torch.arange(K)) % E
-    return plan_of(ids, torch.ones(T, K), E)
-
-
-def plan_of(ids: Tensor, weights: Tensor, E: int) -> RoutingPlan:
-    """Build a plan from picks (T, K) by one stable sort."""
-    T, K = ids.shape
-    pick = ids.flatten().sort(stable=True).indices
-    counts = torch.bincount(ids.flatten(), minlength=E)
-    token = pick // K
-    integers = (
-        counts, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), token, pick, torch.arange(T + 1) * K,
-        token.sort(stable=True).indices,
-    )  # fmt: skip
-    counts, offsets, token, pick, token_offsets, token_rows = (v.int() for v in integers)
-    row_weight = weights.flatten()[pick.long()]
-    return RoutingPlan(counts, offsets, token, row_weight, pick, token_offsets, token_rows)
+    return RoutingPlan(*rooms.dispatch(ids, torch.ones(T, K), E))
 
 
 def route(block: nn.Module, x: Tensor) -> RoutingPlan:
@@ -297,16 +283,13 @@ def expert_rows(block: nn.Module, x: Tensor, plan: RoutingPlan) -> Tensor:
     return moe_kernels.experts(x, plan, w["gate_up_proj"], w["down_proj"], backend=block.moe_config.backend).double()
 
 
-def oracle_rows(x: Tensor, plan: RoutingPlan, block: nn.Module) -> Tensor:
-    w = {key: value.double() for key, value in stacked(block).items()}
-    rows = x.double()[plan.row_token.long()].split(plan.expert_counts.tolist())
-    parts = zip(rows, w["gate_up_proj"], w["down_proj"], strict=True)
-    return torch.cat([expert_mlp(r, gate_up, down, "swiglu") for r, gate_up, down in parts])
+def exact_weights(block: nn.Module) -> dict[str, Tensor]:
+    return {key: value.double() for key, value in stacked(block).items()}
 
 
 def oracle_layer(x: Tensor, block: nn.Module) -> Tensor:
-    w = {key: value.double() for key, value in stacked(block).items()}
-    weights, ids, _ = token_choice(x.double(), block.gate.weight.double(), block.num_experts_per_tok)
+    w = exact_weights(block)
+    weights, ids, _ = rooms.gating(x.double(), block.gate.weight.double(), block.num_experts_per_tok)
     shared = w.get("shared_gate_up_proj"), w.get("shared_down_proj")
     return moe(x.double(), weights, ids, w["gate_up_proj"], w["down_proj"], *shared)
 

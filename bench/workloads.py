@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 import moe_kernels
 from bench import measure, store
-from bench.cases import BACKENDS, ONLY_ON, PEERS, Case, make_inputs
+from bench.cases import BACKENDS, ONLY_ON, PEERS, ROOMS, Case, make_inputs
 from bench.peers import loops
-from bench.rooms import OPS
+from bench.rooms import OPS, PLAIN, ours
 from bench.verify import BOUND, Check, judge
+from moe_kernels.backends import base, registry
 from reference.diffusion import RectifiedFlow
 from reference.dit import DiTBlock, DiTMoE, DiTMoEConfig
 
@@ -47,19 +48,25 @@ class Workload:
 
 
 def why_not(case: Case) -> str | None:
-    """Say why a case cannot run here, or None: no such device, its backend is not available or not for its dtype."""
+    """Say why a case cannot run here, or None: no such device, or its backend refuses it."""
     if case.device == "cuda" and not torch.cuda.is_available():
         return "this machine has no CUDA device"
     if case.dtype == "tf32" and case.device != "cuda":
         return "only GPUs have TF32"
     if ONLY_ON.get(case.backend, case.device) != case.device:
         return f"backend {case.backend} runs on {ONLY_ON[case.backend]}"
-    reason = next((info.reason for info in _backends() if info.name == case.backend and not info.available), None)
-    if reason:
-        return f"backend {case.backend} is not available: {reason}"
-    if case.backend == "native" and case.dtype not in ("fp32", "bf16"):
-        return f"backend native does not take {case.dtype}"
+    if case.backend in BACKENDS:
+        try:
+            registry.choose(case.backend, _request(case))
+        except RuntimeError as refusal:
+            return str(refusal)
     return None
+
+
+def _request(case: Case) -> base.Case:
+    """Return the call that a backend is asked about; from the layer up, where it is several, the fused one."""
+    room, s = (case.level if case.level in ROOMS else "moe_mlp"), case.shape
+    return base.Case(room, case.torch_dtype, case.device, s.E, s.H, s.I, s.Is, s.activation)
 
 
 @contextmanager
@@ -77,11 +84,6 @@ def arithmetic(dtype: str) -> Iterator[None]:
     finally:
         for switch, value in zip(switches, before, strict=True):
             switch.allow_tf32 = value
-
-
-@cache
-def _backends() -> tuple[moe_kernels.BackendInfo, ...]:
-    return moe_kernels.backends()
 
 
 def build(case: Case, how: str | None = None) -> Workload:
@@ -113,8 +115,8 @@ def _build_op(case: Case, how: str) -> Workload:
     leaves = {name: getattr(p, name) for name in op.leaves if getattr(p, name) is not None}
     if how in PEERS:
         return build_loop(case, how)
-    forward = (lambda: op.ours(p, how)) if how in BACKENDS else (lambda: op.plain(p))
-    return _workload(case, how, forward, op.outputs, leaves)
+    rooms = ours(how) if how in BACKENDS else PLAIN
+    return _workload(case, how, lambda: op.call(p, rooms), op.outputs, leaves)
 
 
 def build_loop(case: Case, how: str, wrap: Callable[[Callable], Callable] = lambda call: call) -> Workload:

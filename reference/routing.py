@@ -53,15 +53,28 @@ def expert_choice(
     Cost: 2 T H E FLOPs and a sort of T E scores; one host sync.
     Source: EC-DIT, arXiv 2410.02098; Expert Choice, arXiv 2202.09368.
     """
-    (T, _), (E, _) = x.shape, gate_weight.shape
-    C = expert_capacity(tokens_per_group, capacity_factor, E)
-    if T % tokens_per_group:
-        raise ValueError(f"tokens_per_group: got {tokens_per_group}, expected a divisor of the {T} tokens in x")
+    C = expert_capacity(tokens_per_group, capacity_factor, gate_weight.shape[0])
     affinities = _router_probs(x, gate_weight)
+    return affinities, take_tokens(affinities, C, tokens_per_group)
+
+
+def take_tokens(affinities: Tensor, capacity: int, tokens_per_group: int) -> Tensor:
+    """Mark, for each expert and group of consecutive tokens, the `capacity` tokens of the largest affinities.
+
+    Args:
+        affinities: (T, E), any float dtype. capacity: 1..tokens_per_group. tokens_per_group: a divisor of T.
+    Returns:
+        picks (T, E) bool, no gradient. Of equal affinities the lower token index is picked.
+    Raises:
+        ValueError: tokens_per_group that does not divide T.
+    """
+    T, E = affinities.shape
+    if T % tokens_per_group:
+        raise ValueError(f"tokens_per_group: got {tokens_per_group}, expected a divisor of the {T} tokens")
     groups = affinities.detach().view(T // tokens_per_group, tokens_per_group, E)
-    best = groups.sort(dim=1, descending=True, stable=True).indices[:, :C]
+    best = groups.sort(dim=1, descending=True, stable=True).indices[:, :capacity]
     picks = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True)
-    return affinities, picks.view(T, E)
+    return picks.view(T, E)
 
 
 def expert_capacity(tokens_per_group: int, capacity_factor: float, num_experts: int) -> int:

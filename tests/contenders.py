@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import moe_kernels
 import reference.moe
-from moe_kernels import RoutingPlan, dispatch, dispatch_expert_choice
+import reference.rooms
+import reference.routing
+from bench import rooms
+from moe_kernels import RoutingPlan
 from moe_kernels.backends.base import Case
 from moe_kernels.backends.registry import get
 from tests.error_rule import judge
@@ -31,6 +34,7 @@ DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 SCALES = (1e-3, 1.0, 30.0)
+IN_TORCH = ("oracle", "loop")  # the code of reference/, in float64 and in the dtype of a case
 CONTENDERS = [
     pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
     for backend in BACKENDS
@@ -49,44 +53,25 @@ def each_trap(*left_out: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("trap", "scale"), params)
 
 
-def plan_of(problem: Problem, backend: str) -> RoutingPlan:
+def rooms_of(how: str) -> SimpleNamespace:
+    """Return the rooms of a backend, or those of reference/."""
+    return rooms.PLAIN if how in IN_TORCH else rooms.ours(how)
+
+
+def plan_of(problem: Problem, how: str) -> RoutingPlan | reference.rooms.Plan:
     trap = problem.trap
     if problem.topk_ids is None:
-        return dispatch_expert_choice(problem.routing, trap.capacity, max(trap.T, 1), backend=backend)
-    return dispatch(problem.topk_ids, problem.routing, trap.E, backend=backend)
-
-
-def mlp_loop(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str) -> Tensor:
-    """One expert in the dtype of x with nothing but plain torch calls."""
-    hidden = F.linear(x, gate_up_proj)
-    if activation == "gelu":
-        return F.linear(F.gelu(hidden), down_proj)
-    gate, up = hidden.chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down_proj)
-
-
-def experts_loop(problem: Problem, mlp=mlp_loop) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y_rows (R, H), unweighted, with the token and the weight of each row."""
-    rows = problem.rows()
-    token = torch.tensor([t for _, t, _ in rows], dtype=torch.long)
-    pick = torch.tensor([p for _, _, p in rows], dtype=torch.long)
-    counts = torch.bincount(torch.tensor([e for e, _, _ in rows], dtype=torch.long), minlength=problem.trap.E).tolist()
-    parts = zip(problem.x[token].split(counts), problem.gate_up_proj, problem.down_proj, strict=True)
-    y_rows = torch.cat([mlp(x, gate_up, down, problem.trap.activation) for x, gate_up, down in parts])
-    return y_rows, token, problem.routing.flatten()[pick]
-
-
-def combine_loop(y_rows: Tensor, token: Tensor, weight: Tensor, shared: Tensor | None, num_tokens: int) -> Tensor:
-    out = torch.zeros(num_tokens, y_rows.shape[1], dtype=torch.promote_types(y_rows.dtype, weight.dtype))
-    out = out.index_add(0, token, (weight[:, None] * y_rows).to(out.dtype))
-    return (out if shared is None else out + shared).to(y_rows.dtype)
+        return rooms_of(how).dispatch_expert_choice(problem.routing, trap.capacity, max(trap.T, 1))
+    return rooms_of(how).dispatch(problem.topk_ids, problem.routing, trap.E)
 
 
 def moe_loop(problem: Problem) -> Tensor:
-    shared = None
-    if problem.shared_down_proj is not None:
-        shared = mlp_loop(problem.x, problem.shared_gate_up_proj, problem.shared_down_proj, problem.trap.activation)
-    return combine_loop(*experts_loop(problem), shared, problem.trap.T)
+    """The layer room by room: unlike in `moe_oracle` the shared expert is added before the sum is rounded."""
+    p, activation, shared, plan = problem, problem.trap.activation, None, plan_of(problem, "loop")
+    if p.shared_down_proj is not None:
+        shared = reference.moe.expert_mlp(p.x, p.shared_gate_up_proj, p.shared_down_proj, activation)
+    y_rows = reference.rooms.experts(p.x, plan, p.gate_up_proj, p.down_proj, activation)
+    return reference.rooms.combine(y_rows, plan, shared)
 
 
 def moe_oracle(problem: Problem) -> Tensor:
@@ -94,7 +79,7 @@ def moe_oracle(problem: Problem) -> Tensor:
     if p.topk_ids is not None:
         shared = (p.shared_gate_up_proj, p.shared_down_proj)
         return reference.moe.moe(p.x, p.routing, p.topk_ids.long(), p.gate_up_proj, p.down_proj, *shared, activation)
-    picks = p.expert_choice_picks()
+    picks = reference.routing.take_tokens(p.routing, p.trap.capacity, max(p.trap.T, 1))
     out = reference.moe.moe_expert_choice(p.x, p.routing, picks, p.gate_up_proj, p.down_proj, activation)
     if p.shared_down_proj is None:
         return out

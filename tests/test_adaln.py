@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 import reference.moe
+import reference.rooms
 import reference.routing
 from moe_kernels import ExpertChoice, MoELayer, TokenChoice, modulated_gating, moe_mlp, replace_moe
 from reference.dit import modulate
 from reference.moe import SparseMoeBlock
-from tests.contenders import each_backend, each_contender, gradients, moe_loop, moe_oracle, plan_of, refusals
+from tests.contenders import IN_TORCH, each_backend, each_contender, gradients, moe_loop, moe_oracle, plan_of, refusals
 from tests.error_rule import judge
-from tests.test_gating import GATINGS, gating_loop
 from tests.trap_cases import BY_NAME, PLAIN, make_problem, sample
 
 SHAPES = {  # B, L, H, E, K
@@ -53,9 +53,9 @@ def compute_modulated(shape, dtype):
         inputs = draw(shape, dtype, seed)
         dtokens, dweights, dprobs = (sample(torch.randn, B * L, n, generator=g).to(dtype) for n in (H, K, E))
         inputs = [(t.double() if how == "oracle" else t).detach().requires_grad_() for t in inputs]
-        if how in GATINGS:
+        if how in IN_TORCH:
             tokens = prologue(*inputs[:3]).reshape(-1, H)
-            weights, ids, probs = GATINGS[how](tokens, inputs[3], K)
+            weights, ids, probs = reference.rooms.gating(tokens, inputs[3], K)
         else:
             tokens, weights, ids, probs = modulated_gating(*inputs, K, backend=how)
         loss = sum((t * d.to(t.dtype)).sum() for t, d in ((tokens, dtokens), (weights, dweights), (probs, dprobs)))
@@ -80,10 +80,8 @@ def test_modulated_gating_routes_the_tokens_that_it_returns(backend, seed):
     def compute(seed, how):
         *inputs, gate_weight = draw(SHAPES["plain"], torch.bfloat16, seed)
         tokens, *scores = modulated_gating(*inputs, gate_weight, 2, backend=backend)
-        if how == "oracle":
-            scores = reference.routing.token_choice(tokens.double(), gate_weight.double(), 2)
-        elif how != backend:
-            scores = gating_loop(tokens, gate_weight, 2)
+        if how != backend:
+            scores = reference.rooms.gating(tokens.double() if how == "oracle" else tokens, gate_weight, 2)
         return dict(zip(("topk_weights", "topk_ids", "probs"), scores, strict=True))
 
     judge("modulated_gating", compute, backend, torch.bfloat16, seed)
@@ -97,9 +95,9 @@ def test_gradients_through_one_output_only(which, backend, seed):
     def compute(seed, how):
         inputs = draw(SHAPES["plain"], torch.float32, seed)
         inputs = [(t.double() if how == "oracle" else t).requires_grad_() for t in inputs]
-        if how in GATINGS:
+        if how in IN_TORCH:
             tokens = prologue(*inputs[:3]).reshape(-1, 32)
-            outputs = tokens, *GATINGS[how](tokens, inputs[3], 2)
+            outputs = tokens, *reference.rooms.gating(tokens, inputs[3], 2)
         else:
             outputs = modulated_gating(*inputs, 2, backend=how)
         grads = torch.autograd.grad(outputs[index].square().sum(), inputs, allow_unused=True)
@@ -168,19 +166,19 @@ def layer_compute(router, dtype):
 
     def compute(seed, how):
         torch.manual_seed(seed)
-        named = "eager" if how in GATINGS else how
+        named = "eager" if how in IN_TORCH else how
         layer = MoELayer(32, 24, 5, 2, shared_intermediate_size=16, router=router, backend=named).to(dtype)
         x, shift, scale, gate_weight = draw(SHAPES["plain"], dtype, seed)
         with torch.no_grad():
             layer.gate_weight.copy_(gate_weight)
         gate = torch.randn(3, 32, dtype=torch.promote_types(dtype, torch.float32))
         leaves = {"x": x, "shift": shift, "scale": scale, "gate": gate, **dict(layer.named_parameters())}
-        if how in GATINGS:
+        if how in IN_TORCH:
             leaves = {name: t.detach().double() if how == "oracle" else t.detach() for name, t in leaves.items()}
         for leaf in leaves.values():
             leaf.requires_grad_()
-        if how in GATINGS:
-            out = block_by_hand(GATINGS[how], isinstance(router, ExpertChoice), *leaves.values())
+        if how in IN_TORCH:
+            out = block_by_hand(isinstance(router, ExpertChoice), *leaves.values())
         else:
             out = layer.forward_adaln(x, shift, scale, gate)
         return gradients(out, leaves, torch.ones_like(x))
@@ -188,7 +186,7 @@ def layer_compute(router, dtype):
     return compute
 
 
-def block_by_hand(gate_tokens, experts_choose, x, shift, scale, gate, gate_weight, gate_up, down, *shared):
+def block_by_hand(experts_choose, x, shift, scale, gate, gate_weight, gate_up, down, *shared):
     """The second half of reference.dit.DiTBlock from the functions of reference/, with the defaults of our routers."""
     tokens = prologue(x, shift, scale).reshape(-1, x.shape[2])
     if experts_choose:
@@ -196,7 +194,7 @@ def block_by_hand(gate_tokens, experts_choose, x, shift, scale, gate, gate_weigh
         y = reference.moe.moe_expert_choice(tokens, *scores, gate_up, down, "swiglu")
         y = y + reference.moe.expert_mlp(tokens, *shared, "swiglu")
     else:
-        topk_weights, ids, probs = gate_tokens(tokens, gate_weight, 2)
+        topk_weights, ids, probs = reference.rooms.gating(tokens, gate_weight, 2)
         y = reference.moe.moe(tokens, topk_weights, ids, gate_up, down, *shared)
         y = reference.moe.inject_aux(y, reference.routing.aux_loss(probs, ids, 0.01))
     return (x + gate[:, None] * y.view(x.shape)).to(x.dtype)
@@ -211,7 +209,7 @@ def test_replaced_blocks_have_it_too(backend, seed):
         gate = torch.randn(3, 32)
         if how == "oracle":
             block, (x, shift, scale, gate) = block.double(), (t.double() for t in (x, shift, scale, gate))
-        if how in GATINGS:
+        if how in IN_TORCH:
             return {"out": x + gate[:, None] * block(prologue(x, shift, scale))}
         replace_moe(block, backend=how)
         return {"out": block.forward_adaln(x, shift, scale, gate)}

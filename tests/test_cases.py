@@ -12,6 +12,7 @@ from bench import shapes, workloads
 from bench.__main__ import main
 from bench.cases import Case, all_cases, make_inputs, select
 from bench.shapes import MODEL_SHAPES, ROUTING_PRESETS
+from moe_kernels.backends import registry
 from reference.dit import DiTMoEConfig
 
 S2 = Case("layer", "native", MODEL_SHAPES["S/2-8E2A"], "uniform", 4096, "bf16", "fwd")
@@ -171,11 +172,23 @@ def test_race_yields_rows_that_compare_understands():
 
 
 def test_a_case_without_its_backend_says_why(monkeypatch):
-    info = workloads.moe_kernels.BackendInfo("native", False, "no compiled extension", ())
-    monkeypatch.setattr(workloads, "_backends", lambda: (info,))
-    assert workloads.why_not(TINY) == "backend native is not available: no compiled extension"
+    def refuse(name, request):
+        raise RuntimeError(f"backend {name!r} is not available: no compiled extension")
+
+    monkeypatch.setattr(registry, "choose", refuse)
+    assert workloads.why_not(TINY) == "backend 'native' is not available: no compiled extension"
     assert workloads.why_not(replace(TINY, backend="authors_tp2")) is None
     assert list(workloads.race([TINY])) == []
+
+
+def test_what_a_backend_computes_is_its_own_answer():
+    """Asked with the case's own dtype and widths, from the layer up about the fused call."""
+    for level in ("experts", "dispatch", "layer", "train_step"):
+        assert workloads.why_not(replace(TINY, level=level, dtype="fp16")) is None
+    assert "dtype torch.float64, expected" in workloads.why_not(replace(TINY, dtype="fp64"))
+    narrow = replace(TINY.shape, I=2)
+    assert "intermediate_size = 2" in workloads.why_not(replace(TINY, backend="grouped", shape=narrow))
+    assert workloads.why_not(replace(TINY, backend="grouped", level="gating", shape=narrow)) is None
 
 
 @pytest.mark.parametrize("change", [{"T": 17}, {"shape": MODEL_SHAPES["DSMoE-S-E48"]}])

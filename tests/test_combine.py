@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_kernels import combine
-from tests.contenders import combine_loop, each_backend, each_contender, each_trap, gradients, judge_trap, plan_of
+from tests.contenders import each_backend, each_contender, each_trap, gradients, judge_trap, plan_of, rooms_of
 from tests.trap_cases import LAYOUTS, Trap, make_problem, sample
 
 
@@ -13,7 +13,7 @@ def combine_compute(trap, dtype, scale=1.0):
     def compute(seed, how):
         problem = make_problem(trap, seed, dtype)
         g = torch.Generator().manual_seed(seed)
-        shapes = {"y_rows": len(problem.rows()), "shared": trap.T}
+        shapes = {"y_rows": plan_of(problem, "oracle").row_token.shape[0], "shared": trap.T}
         tensors = {
             n: (sample(torch.randn, rows, trap.H, generator=g) * scale * trap.magnitude).to(dtype)
             for n, rows in shapes.items()
@@ -23,13 +23,7 @@ def combine_compute(trap, dtype, scale=1.0):
             problem, tensors = problem.double(), {name: t.double() for name, t in tensors.items()}
         problem, leaves = problem.with_leaves()
         leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()} | {"routing": leaves["routing"]}
-        y_rows, shared = leaves["y_rows"], leaves.get("shared")
-        if how in ("oracle", "loop"):
-            rows = problem.rows()
-            token, pick = (torch.tensor([row[i] for row in rows], dtype=torch.long) for i in (1, 2))
-            out = combine_loop(y_rows, token, problem.routing.flatten()[pick], shared, trap.T)
-        else:
-            out = combine(y_rows, plan_of(problem, how), shared, backend=how)
+        out = rooms_of(how).combine(leaves["y_rows"], plan_of(problem, how), leaves.get("shared"))
         return gradients(out, leaves, problem.dout)
 
     return compute

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-import reference.moe
-from moe_kernels import experts
-from tests.contenders import each_contender, each_trap, experts_loop, gradients, judge_trap, plan_of
+from tests.contenders import each_contender, each_trap, gradients, judge_trap, plan_of, rooms_of
 from tests.trap_cases import make_problem, sample
 
 LEAVES = ("x", "gate_up_proj", "down_proj")
@@ -16,13 +14,8 @@ def experts_compute(trap, dtype, scale=1.0):
     def compute(seed, how):
         problem = make_problem(trap, seed, dtype, scale)
         problem, leaves = (problem.double() if how == "oracle" else problem).with_leaves()
-        if how == "oracle":
-            y_rows = experts_loop(problem, reference.moe.expert_mlp)[0]
-        elif how == "loop":
-            y_rows = experts_loop(problem)[0]
-        else:
-            weights = (problem.gate_up_proj, problem.down_proj)
-            y_rows = experts(problem.x, plan_of(problem, how), *weights, activation=trap.activation, backend=how)
+        weights = problem.gate_up_proj, problem.down_proj
+        y_rows = rooms_of(how).experts(problem.x, plan_of(problem, how), *weights, trap.activation)
         g = torch.Generator().manual_seed(seed)
         dy_rows = sample(torch.randn, y_rows.shape, generator=g, dtype=torch.float64).to(dtype)
         if trap.layout == "expanded_dout":

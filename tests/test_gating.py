@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import reference.routing
 from moe_kernels import aux_loss, gating
-from tests.contenders import SCALES, each_backend, each_contender, refusals
+from tests.contenders import IN_TORCH, SCALES, each_backend, each_contender, refusals, rooms_of
 from tests.error_rule import judge
 from tests.trap_cases import draw_router, sample, strided
 
@@ -24,16 +24,6 @@ SHAPES = {  # T, H, E, K
 }
 
 
-def gating_loop(x, gate_weight, top_k):
-    wide = torch.promote_types(x.dtype, torch.float32)
-    probs = (x.to(wide) @ gate_weight.to(wide).T).softmax(-1)
-    weights, ids = probs.sort(dim=-1, descending=True, stable=True)
-    return weights[:, :top_k], ids[:, :top_k], probs
-
-
-GATINGS = {"oracle": reference.routing.token_choice, "loop": gating_loop}
-
-
 def gating_compute(shape, dtype, scale=1.0, layout=lambda t: t):
     T, H, E, K = shape
 
@@ -44,7 +34,7 @@ def gating_compute(shape, dtype, scale=1.0, layout=lambda t: t):
         if how == "oracle":
             x, gate_weight = x.double(), gate_weight.double()
         x, gate_weight = x.detach().requires_grad_(), gate_weight.detach().requires_grad_()
-        weights, ids, probs = GATINGS.get(how, lambda *args: gating(*args, backend=how))(x, gate_weight, K)
+        weights, ids, probs = rooms_of(how).gating(x, gate_weight, K)
         loss = (weights * dweights.to(weights.dtype)).sum() + (probs * dprobs.to(probs.dtype)).sum()
         dx, dgate_weight = torch.autograd.grad(loss, (x, gate_weight))
         return {"topk_weights": weights, "probs": probs, "dx": dx, "dgate_weight": dgate_weight, "topk_ids": ids}
@@ -118,8 +108,8 @@ def test_aux_loss_value_and_gradient(backend, seed):
         x, gate_weight = draw_router(37, 32, 5, 2, torch.float32, 1.0, seed)
         x, gate_weight = (x.double(), gate_weight.double()) if how == "oracle" else (x, gate_weight)
         gate_weight.requires_grad_()
-        _, ids, probs = GATINGS.get(how, lambda *args: gating(*args, backend=how))(x, gate_weight, 2)
-        if how in GATINGS:
+        _, ids, probs = rooms_of(how).gating(x, gate_weight, 2)
+        if how in IN_TORCH:
             loss = {"oracle": reference.routing.aux_loss, "loop": aux_loss_loop}[how](probs, ids, 0.01)
         else:
             loss = aux_loss(probs, torch.bincount(ids.flatten(), minlength=5).int(), 2, 0.01)

@@ -16,6 +16,7 @@ import moe_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("reference", "moe_kernels", "bench", "tests")
+FLOORS = ("reference", "moe_kernels/ops", "csrc/cpu", "csrc/cuda", "moe_kernels/backends/triton", "bench", "tests")
 FORBIDDEN = {  # room -> what it must not import
     "reference": {"moe_kernels", "bench", "tests", "conftest"},
     "moe_kernels": {"reference", "bench", "tests", "conftest"},
@@ -56,6 +57,15 @@ def imported(text: str, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("word", ["gating", "dispatch", "experts", "combine"])
+@pytest.mark.parametrize("floor", FLOORS)
+def test_every_room_has_its_name_on_every_floor(floor, word):
+    """Whoever greps the word finds what defines it: a file of that name, or a function or class in one."""
+    files = [path for path in sources() if path.is_relative_to(ROOT / floor)]
+    defines = re.compile(rf"^(def|class) {word}\b", re.MULTILINE)
+    assert any(path.stem.removeprefix("test_") == word or defines.search(path.read_text()) for path in files)
 
 
 @pytest.mark.parametrize("room", ROOMS)

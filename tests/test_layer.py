@@ -9,12 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference.moe
+import reference.rooms
 from moe_kernels import ExpertChoice, MoELayer, TokenChoice, dispatch
 from moe_kernels.backends import registry
 from moe_kernels.weights import stack_dit_moe, unstack_dit_moe
 from tests.contenders import each_backend, each_contender, moe_loop
 from tests.error_rule import judge
-from tests.test_gating import aux_loss_loop, gating_loop
+from tests.test_gating import aux_loss_loop
 from tests.trap_cases import Problem, Trap, draw_router, sample
 
 TRAP = Trap("layer", "", T=36, H=32, I=24, Is=16, E=5, K=2)
@@ -52,7 +53,7 @@ def layer_compute(dtype, scale=1.0, training=True):
 
     def loop(layer, x):
         tokens = x.flatten(0, 1)
-        weights, ids, probs = gating_loop(tokens, layer.gate_weight, TRAP.K)
+        weights, ids, probs = reference.rooms.gating(tokens, layer.gate_weight, TRAP.K)
         aux = aux_loss_loop(probs, ids, layer.router.aux_loss_alpha)
         slabs = [getattr(layer, name) for name in PARAMETERS[1:]]
         out = moe_loop(Problem(TRAP, tokens, weights, ids, *slabs, dout=x)).view(x.shape)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -12,8 +10,10 @@ from bench.checkpoints import Recipe
 from bench.digits import Dataset, load_digits, train_classifier
 from bench.load import count_load, mutual_information
 from bench.parity import DTYPES, SABOTAGES, Case, Ladder, replaced
+from moe_kernels import RoutingPlan
+from reference import rooms
 from reference.dit import DiTMoE
-from reference.moe import moe
+from reference.moe import expert_mlp
 from tests.contenders import each_backend
 from tests.trap_cases import DEVICE
 
@@ -110,13 +110,11 @@ def test_oracle_plan_is_valid_and_the_oracle_layer_is_its_sum(ladder):
     block = ladder.model.blocks[0]
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     plan = parity.oracle_plan(x, block)
-    dataclasses.replace(plan, row_weight=plan.row_weight.float()).validate()
-    rows = plan.row_weight[:, None] * parity.oracle_rows(x, plan, block.moe)
-    routed = torch.zeros(50, 32, dtype=torch.float64).index_add(0, plan.row_token.long(), rows)
-    w = {key: value.double() for key, value in parity.stacked(block.moe).items()}
-    none = torch.zeros(50, 1, dtype=torch.float64), torch.zeros(50, 1, dtype=torch.long)
-    shared = (w["shared_gate_up_proj"], w["shared_down_proj"])
-    expected = routed + moe(x.double(), *none, w["gate_up_proj"], w["down_proj"], *shared)
+    RoutingPlan(*plan).validate()
+    w = parity.exact_weights(block.moe)
+    y_rows = rooms.experts(x.double(), plan, w["gate_up_proj"], w["down_proj"])
+    shared = expert_mlp(x.double(), w["shared_gate_up_proj"], w["shared_down_proj"], "swiglu")
+    expected = rooms.combine(y_rows, plan, shared)
     assert (parity.oracle_layer(x, block.moe) - expected).norm() <= 1e-13 * expected.norm()
 
 

@@ -207,8 +207,8 @@ def test_the_seat_counts_calls_and_saved_bytes_and_refuses_another_package():
     assert fixed["saved_bytes"] >= 4 * case.T * case.shape.H, "at least the input"
     with pytest.raises(RuntimeError, match="another moe_kernels"):
         Seat(case.id, "/nowhere")
-    with pytest.raises(LookupError, match="native does not take fp16"):
-        Seat(case.id.replace("eager", "native").replace("fp32", "fp16"), str(ROOT))
+    with pytest.raises(LookupError, match=r"'native' does not support this call .*torch\.float64"):
+        Seat(case.id.replace("eager", "native").replace("fp32", "fp64"), str(ROOT))
 
 
 def test_instructions_are_the_same_again_or_have_a_reason(tmp_path, monkeypatch):

@@ -21,9 +21,12 @@ def test_a_step_of_a_shallow_model_is_raced_and_kept(tmp_path, capsys):
 
 def test_modes_and_dtypes_are_crossed_and_what_cannot_run_is_left_out(tmp_path):
     out = tmp_path / "times.jsonl"
-    argv = ["experts", "--shapes", "digits", "--tokens", "32,64", "--dtypes", "fp32,fp16", "--backends", "native,eager"]
-    assert main(["time", *argv, "--threads", "1", "--rounds", "3", "--seconds", "0", "--out", str(out)]) == 0
-    assert len({row["race"] for row in store.read(out)}) == 4
+    argv = ["experts", "--shapes", "digits", "--tokens", "32,64", "--dtypes", "fp32,fp16"]
+    argv += ["--backends", "native,triton,eager", "--threads", "1", "--rounds", "3", "--seconds", "0"]
+    assert main(["time", *argv, "--out", str(out)]) == 0
+    rows = store.read(out)
+    assert len({row["race"] for row in rows}) == 4
+    assert [row["backend"] for row in rows] == ["native", "eager"] * 4 and not any(row["wrong"] for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -99,21 +99,6 @@ class Problem:
         leaves = {n: getattr(fresh, n).requires_grad_() for n in LEAVES if getattr(fresh, n) is not None}
         return fresh, leaves
 
-    def rows(self) -> list[tuple[int, int, int]]:
-        """Return (expert, token, index into routing.flatten()) of every routed row, in the order of a plan."""
-        if self.topk_ids is not None:
-            K = self.trap.K
-            rows = [(e, i // K, i) for i, e in enumerate(self.topk_ids.flatten().tolist())]
-        else:
-            E = self.trap.E
-            rows = [(e, t, t * E + e) for t, e in self.expert_choice_picks().nonzero().tolist()]
-        return sorted(rows)
-
-    def expert_choice_picks(self) -> Tensor:
-        """Return (T, E) bool: the `capacity` largest affinities of each expert, the lower token first on a tie."""
-        order = self.routing.detach().sort(dim=0, descending=True, stable=True).indices[: self.trap.capacity]
-        return torch.zeros_like(self.routing, dtype=torch.bool).scatter(0, order, True)
-
 
 def sample(draw: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
     """Call torch.rand, torch.randn ... with a CPU generator; the same numbers, then moved to DEVICE, everywhere."""

@@ -159,7 +159,7 @@ _ROOMS = ("gating", "dispatch", "experts", "combine", "layer")
 CONTENDERS = (
     Contender("triton", package="moe-kernels", levels=_ROOMS, device="cuda"),
     Contender("cuda", package="moe-kernels", levels=_ROOMS, device="cuda"),
-    Contender("native", package="moe-kernels", levels=_ROOMS, device="cpu", dtypes=("fp32", "bf16")),
+    Contender("native", package="moe-kernels", levels=_ROOMS, device="cpu"),
     Contender("grouped", package="moe-kernels", levels=_ROOMS),
     Contender("eager", package="moe-kernels", levels=_ROOMS),
     Contender("authors_tp1"),

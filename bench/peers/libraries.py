@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bench import store, workloads
 from bench.cases import Case
-from bench.rooms import OPS
+from bench.rooms import OPS, ours
 from moe_kernels.ops.moe_mlp import pack_weights
 
 Compute = Callable[[], Tensor]
@@ -277,7 +277,7 @@ def native_packed(p: SimpleNamespace) -> workloads.Run:
     release = pack_weights(weights, p.shape.activation, "gate_up", "native")
 
     def forward() -> Sequence[Tensor]:
-        return OPS["layer"].ours(p, "native")
+        return OPS["layer"].call(p, ours("native"))
 
     weakref.finalize(forward, release)  # with the seat: the next case's weights may lie at the same address
     return forward
