@@ -1,4 +1,4 @@
-"""python -m bench run|fid|fid-coverage|peers|time|gpu|tune|list|compare|report|history|record|static-gate|env"""
+"""python -m bench COMMAND: the main job, races, judgements and reports; --help lists the commands."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit
     "fid-coverage": ("bench.fid.coverage", "simulate how often the interval of fid covers the truth"),
     "peers": ("bench.peers.contest", "the contest: native against every public MoE implementation for CPUs"),
     "time": ("bench.timing", "time one level of a model: contenders verified, interleaved, compared"),
+    "replaced": ("bench.replaced", "what replace_moe costs beside the kernels: reading modules, LoRA adapters"),
     "gpu": ("bench.gpu.command", "everything for the half hour with a GPU: build, test, bench, e2e, profile"),
     "tune": ("bench.gpu.tune", "choose tile sizes of the Triton kernels on the GPU at hand"),
     "list": ("bench.cases", "print the ids of the benchmark cases"),
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     name = next((word for word in argv if word in COMMANDS), None)
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, (_, description) in COMMANDS.items():
         subparser = subparsers.add_parser(command, help=description, description=description)
         if command == name:

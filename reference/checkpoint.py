@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-CONTAINERS = ("ema", "model", "module")  # in the order of preference
+CONTAINERS = ("ema", "model_ema", "model", "module", "state_dict")  # in the order of preference
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
 def load_state_dict(path: str | Path, trusted: bool = False) -> dict[str, Tensor]:
     """Read a state dict onto the CPU without executing code from the file.
 
-    Understood: safetensors (by suffix); torch.save of a bare state dict, or of a dict that holds one as "ema", "model"
-    or "module" next to optimizer state and an argparse.Namespace.
+    Understood: safetensors (by suffix); torch.save of a bare state dict, or of a dict that holds one, not empty, under
+    a name of CONTAINERS next to optimizer state and an argparse.Namespace. A prefix of PREFIXES that all keys have is
+    stripped, and a warning says so.
 
     Args:
         path: the file.
@@ -34,13 +37,24 @@ def load_state_dict(path: str | Path, trusted: bool = False) -> dict[str, Tensor
     except ImportError:
         raise
     except Exception as error:  # truncated files raise anything from EOFError to KeyError
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: truncated, no checkpoint, or not readable without trusted=True: {reason}") from error
     if isinstance(content, dict):
-        content = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), content)
+        held = (content[key] for key in CONTAINERS if isinstance(content.get(key), dict) and content[key])
+        content = next(held, content)
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{path}: got {_describe(content)}, expected a state dict, bare or under one of {CONTAINERS}")
-    return dict(content)
+    return _without_prefixes(content, path)
+
+
+def _without_prefixes(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    stripped = ""
+    while found := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), ""):
+        stripped += found
+        state = {key.removeprefix(found): value for key, value in state.items()}
+    if stripped:
+        warnings.warn(f"{path}: stripped {stripped!r} off every key", stacklevel=3)
+    return dict(state)
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, trusted: bool = False) -> None:

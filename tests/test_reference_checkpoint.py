@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,11 +42,25 @@ class RunsCode:
         {"ema": STATE},
         {"model": STATE},
         {"module": STATE},
+        {"state_dict": STATE},
+        {"model_ema": STATE, "state_dict": OTHER},
+        {"ema": {}, "model": STATE},
         {"model": OTHER, "ema": STATE, "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}},
         {"model": STATE, "args": argparse.Namespace(model="DiT-MoE-S/2-8E2A", lr=1e-4, rf=True)},
         {"ema": STATE, "args": argparse.Namespace(nested=argparse.Namespace(a=[1, "b", None]))},
     ],
-    ids=["bare", "ema", "model", "module", "ema before model", "namespace", "nested namespace"],
+    ids=[
+        "bare",
+        "ema",
+        "model",
+        "module",
+        "state_dict",
+        "model_ema",
+        "empty ema",
+        "ema before model",
+        "namespace",
+        "nested namespace",
+    ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickled_containers(tmp_path, content, zipped):
@@ -55,6 +70,21 @@ def test_pickled_containers(tmp_path, content, zipped):
     model = tiny()
     load_checkpoint(model, path)
     assert same(model.state_dict(), STATE)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_stripped_aloud(tmp_path, prefix):
+    torch.save({"model": {prefix + key: value for key, value in STATE.items()}}, tmp_path / "wrapped.pt")
+    with pytest.warns(UserWarning, match=rf"wrapped\.pt: stripped '{prefix}' off every key"):
+        assert same(load_state_dict(tmp_path / "wrapped.pt"), STATE)
+
+
+def test_a_refused_class_is_named(tmp_path):
+    """Training scripts keep numpy's state of random numbers; torch names the class in the last lines of its message."""
+    torch.save({"model": STATE, "rng": np.random.get_state()}, tmp_path / "rng.pt")  # noqa: NPY002
+    with pytest.raises(ValueError, match=r"rng\.pt.*trusted=True.*numpy.*_reconstruct"):
+        load_state_dict(tmp_path / "rng.pt")
+    assert same(load_state_dict(tmp_path / "rng.pt", trusted=True), STATE)
 
 
 def test_a_real_training_checkpoint(tmp_path):

@@ -1,0 +1,120 @@
+"""What a replaced model costs beside the kernels: reading its modules at every call, and LoRA adapters on them."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import moe_kernels
+from bench import arguments, measure, stats, store
+from bench.progress import say
+from bench.shapes import MODEL_SHAPES
+from bench.verify import Check, judge
+from moe_kernels.adapters.block import read
+from reference.moe import SparseMoeBlock
+
+EXPERTS = (8, 64)
+YARDSTICK = "torch.add"  # of two numbers: what an operator costs at least, on this machine, now
+TARGETS = ["gate_proj", "up_proj", "down_proj"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", choices=("tiny", "default"), default="default", help="tiny: seconds, for CI")
+    parser.add_argument("--shape", choices=list(MODEL_SHAPES), default="S/2-8E2A", help="of the block with adapters")
+    parser.add_argument("--tokens", type=arguments.counts, default="256,1024,4096", help="comma-separated")
+    parser.add_argument("--rank", type=arguments.count, default=16, help="of the adapters, on every expert")
+    parser.add_argument("--seconds", type=arguments.seconds, default=20.0, help="for each race")
+    parser.add_argument("--out", type=Path, default=Path("report/replaced.jsonl"), help="row file, added to")
+
+
+def reading(num_experts: int, seconds: float) -> dict:
+    """Return a row: microseconds to read the modules of a block with a shared expert, and of an operator of torch."""
+    block = SparseMoeBlock(32, 64, num_experts, 2, 64)
+    moe_kernels.replace_moe(block, backend="native")
+    a, b = torch.ones(1), torch.ones(1)
+    calls = {"read": lambda: read(block, block.moe_config), YARDSTICK: lambda: torch.add(a, b)}
+    samples = measure.interleave(calls, 15, seconds)
+    figures = {f"{name}_us": samples[name].summary().median * 1e6 for name in calls}
+    return store.row("reading_modules", case=f"E{num_experts}", figures=figures, wrong=None)
+
+
+def adapting(shape_name: str, tokens: int, rank: int, seconds: float) -> dict:
+    """Return a row: forward, backward and AdamW of a replaced block with LoRA on all its experts, against without.
+
+    What is timed has first given the outputs and the adapters' gradients that the plain block gives, by the error rule.
+    """
+    shape = MODEL_SHAPES[shape_name]
+    torch.manual_seed(0)
+    plain = SparseMoeBlock(shape.H, shape.I, shape.E, shape.K, shape.Is)
+    adapted = _with_lora(copy.deepcopy(plain), rank)
+    x = torch.randn(1, tokens, shape.H)
+    check = _check(adapted, x)
+    blocks = {"lora": adapted, "weights": plain}
+    for block in blocks.values():
+        moe_kernels.replace_moe(block, backend="native")
+    figures: dict[str, Any] = {}
+    if not check.wrong:
+        samples = measure.interleave({name: _step(block, x) for name, block in blocks.items()}, 9, seconds)
+        ratio = stats.by_round(samples["lora"].times(), samples["weights"].times())
+        figures = {f"{name}_us": s.summary().median * 1e6 for name, s in samples.items()}
+        figures |= {"cost": ratio.value, "cost_low": ratio.low, "cost_high": ratio.high}
+    case = f"{shape.model}-T{tokens}-r{rank}-fp32-t1"
+    return store.row("lora", case=case, figures=figures, errors=check.errors, wrong=check.wrong)
+
+
+def _with_lora(block: nn.Module, rank: int) -> nn.Module:
+    peft = importlib.import_module("peft")
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights=False)
+    return peft.inject_adapter_in_model(config, block)
+
+
+def _check(block: nn.Module, x: Tensor) -> Check:
+    """Hold the block after replace_moe against itself before, in float32 and in float64, by the error rule."""
+    replaced, exact = copy.deepcopy(block), copy.deepcopy(block).double()
+    moe_kernels.replace_moe(replaced, backend="native")
+    got, theirs, oracle = (_results(b, x.to(next(b.parameters()).dtype)) for b in (replaced, block, exact))
+    return judge(got, oracle, theirs, slices=False)
+
+
+def _results(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    y = block(x)
+    names, parameters = zip(*((n, p) for n, p in block.named_parameters() if "lora" in n), strict=True)
+    gradients = torch.autograd.grad(y.square().mean(), parameters)
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def _step(block: nn.Module, x: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW([p for p in block.parameters() if p.requires_grad], lr=1e-6, fused=True)
+    x = x.clone().requires_grad_()  # there are layers before this one
+
+    def step() -> None:
+        block(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print and keep the rows; returns 1 where a result is wrong."""
+    if args.size == "tiny":
+        args.shape, args.tokens, args.seconds = "digits", [64], 0.2
+    rows = []
+    with measure.threads(1):
+        for num_experts in EXPERTS:
+            rows.append(reading(num_experts, min(args.seconds, 5.0)))
+        for tokens in args.tokens:
+            rows.append(adapting(args.shape, tokens, args.rank, args.seconds))
+    for row in rows:
+        store.append(args.out, row)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in row["figures"].items())
+        say(f"{row['kind']} {row['case']}: {row['wrong'] or shown}")
+    say(f"rows: {args.out}")
+    return int(any(row["wrong"] for row in rows))
