@@ -14,7 +14,7 @@ COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit
     "fid-coverage": ("bench.fid.coverage", "simulate how often the interval of fid covers the truth"),
     "peers": ("bench.peers.contest", "the contest: native against every public MoE implementation for CPUs"),
     "time": ("bench.timing", "time one level of a model: contenders verified, interleaved, compared"),
-    "replaced": ("bench.replaced", "what replace_moe costs beside the kernels: reading modules, LoRA adapters"),
+    "overhead": ("bench.overhead", "what a call costs beside its kernels: ops, reading replaced modules, LoRA"),
     "gpu": ("bench.gpu.command", "everything for the half hour with a GPU: build, test, bench, e2e, profile"),
     "tune": ("bench.gpu.tune", "choose tile sizes of the Triton kernels on the GPU at hand"),
     "list": ("bench.cases", "print the ids of the benchmark cases"),

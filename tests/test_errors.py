@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import moe_kernels
+from bench.verify import whole_error
 from moe_kernels import (
     ExpertChoice,
     MoELayer,
@@ -206,7 +207,9 @@ def test_tokens_that_are_not_finite_go_through_where_that_is_asked_for(backend, 
     finally:
         moe_kernels.set_nonfinite("raise")
     others = torch.arange(9) != 4
-    assert y[4].isnan().all() and torch.equal(y[others], expected[others])
+    assert y[4].isnan().all()
+    # The token changes experts, and with them the sizes of torch's products, whose bits depend on those.
+    assert whole_error(y[others], expected[others].double()) < (1e-30 if backend == "native" else 1e-6)
     with pytest.raises(ValueError, match="mode: got 'ignore', expected 'raise' or 'propagate'"):
         moe_kernels.set_nonfinite("ignore")
 

@@ -164,6 +164,11 @@ def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
         for save in (False, True):
             _, gate_up, shared_gate_up = backend.moe_mlp(x, plan, weights, shape.activation, save)
         backend.moe_mlp_bwd(x, x, plan, weights, gate_up, shared_gate_up, shape.activation)
+        memory = [new(E, *matrix) for matrix in ((I, H), (H, I), (Is, H), (H, Is))]
+        indexed = MoEWeights(*memory, new(parts * (E + 1), dtype=torch.int32), new(E + 1, dtype=torch.int32))
+        for save in (False, True):
+            backend.moe_mlp(x, plan, indexed, shape.activation, save)
+        backend.moe_mlp_bwd(x, x, plan, indexed, gate_up, shared_gate_up, shape.activation)
         L = min(T, shape.tokens_per_image)
         images, vector = x.view(T // L, L, H), new(T // L, H)
         *_, moments = backend.modulated_gating(images, vector, vector, gate_weight, K, 1e-6, x.dtype)

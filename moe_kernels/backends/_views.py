@@ -22,7 +22,9 @@ def view(module: ModuleType, t: Tensor | None):
     """Return the module's view of a tensor, None for None."""
     if t is None:
         return None
-    readable = t.untyped_storage().nbytes() - t.storage_offset() * t.element_size()
+    readable = t.nbytes
+    if not t.is_contiguous():
+        readable = t.untyped_storage().nbytes() - t.storage_offset() * t.element_size()
     return module.Tensor(t.data_ptr(), TAGS[t.dtype], t.shape, t.stride(), readable)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,9 +21,15 @@ _FLOATS = torch.float32, torch.bfloat16, torch.float16
 
 
 def _view(t: Tensor | None):
+    return view(_extension(), t)
+
+
+@cache
+def _extension() -> ModuleType:
+    """Return the extension, loaded after torch: both share one libgomp then."""
     from .. import _C
 
-    return view(_C, t)
+    return _C
 
 
 def _new(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -29,9 +37,7 @@ def _new(shape: tuple[int, ...], like: Tensor) -> Tensor:
     nbytes = math.prod(shape) * like.element_size()
     if nbytes < _POOLED_BYTES:
         return torch.empty(shape, dtype=like.dtype)
-    from .. import _C
-
-    return torch.frombuffer(_C.Block(nbytes), dtype=like.dtype).view(shape)
+    return torch.frombuffer(_extension().Block(nbytes), dtype=like.dtype).view(shape)
 
 
 def _new_alike(kind: Sequence[Tensor]) -> list[Tensor]:
@@ -40,18 +46,15 @@ def _new_alike(kind: Sequence[Tensor]) -> list[Tensor]:
     count, size = first.numel(), first.element_size()
     if len(kind) == 1 or len(kind) * count * size < _POOLED_BYTES:
         return [_new(t.shape, t) for t in kind]
-    from .. import _C
-
-    block = _C.Block(len(kind) * count * size)
+    block = _extension().Block(len(kind) * count * size)
     parts = range(0, len(kind) * count * size, count * size)
     return [torch.frombuffer(block, dtype=first.dtype, count=count, offset=at).view(first.shape) for at in parts]
 
 
 def _matrices(w: LayerWeights) -> list:
     """Return the tables of gate, up, down and those of the shared expert, as the extension takes them."""
-    from .. import _C
-
-    return [m and _C.Matrices(*m[:-1], TAGS[m.dtype]) for m in w.matrices()]
+    table = _extension().Matrices
+    return [m and table(*m[:-1], TAGS[m.dtype]) for m in w.matrices()]
 
 
 def _views(plan: RoutingPlan) -> list:
@@ -86,9 +89,7 @@ class NativeBackend(Backend):
     reads = "addresses"
 
     def __init__(self) -> None:
-        from .. import _C
-
-        self._c = _C
+        self._c = _extension()
         self._packed: dict[int, _Packed] = {}  # by the address of the first down_proj
 
     def supports(self, case: Case) -> str | None:

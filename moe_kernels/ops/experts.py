@@ -23,7 +23,7 @@ from ._expert_weights import (
     gate_up_width,
     gradients_of,
 )
-from ._library import register
+from ._library import needs_input_grad, register
 
 
 def experts(
@@ -99,7 +99,7 @@ def _backward(ctx: Any, dy_rows: Tensor | None, dgate_up: None):
     require_saved(ctx.saved)
     x, gate_up, *rest = ctx.saved_tensors
     plan, weights = rest[:7], rest[7:]
-    lists, needed = (weights[: ctx.num_gate_up], weights[ctx.num_gate_up :]), any_needed(ctx.needs_input_grad[2:4])
+    lists, needed = (weights[: ctx.num_gate_up], weights[ctx.num_gate_up :]), any_needed(needs_input_grad(ctx)[2:4])
     dx, gradients = None, [[None] * len(kind) for kind in lists]
     if dy_rows is not None:
         how = ctx.activation, ctx.layout, needed, ctx.backend

@@ -23,7 +23,7 @@ from ._expert_weights import (
     gate_up_width,
     gradients_of,
 )
-from ._library import register
+from ._library import needs_input_grad, register
 from .experts import contiguous_plan, require_saved
 
 
@@ -199,7 +199,7 @@ def _backward(ctx: Any, dout: Tensor | None, dgate_up: None, dshared_gate_up: No
     weights = [[next(flat) for _ in range(length)] for length in ctx.lengths[:4]]
     gate = next(flat, None)
     dgated = [None] * ctx.lengths[4]
-    needed = any_needed(ctx.needs_input_grad[2:6])
+    needed = any_needed(needs_input_grad(ctx)[2:6])
     dx, drow_weight, dweights = None, None, [[None] * len(kind) for kind in weights]
     if dout is not None:
         if gate is not None:

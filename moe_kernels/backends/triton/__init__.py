@@ -53,6 +53,7 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
+    reads = "indexed"
 
     def why_not(self) -> str:
         if _INTERPRETED or torch.cuda.is_available():
@@ -183,8 +184,9 @@ class TritonBackend(Backend):
     def _backward(dout: Tensor, x: Tensor, plan: RoutingPlan, w: MoEWeights, gate_up: launches.Pair, combined: bool):
         """Return what moe_mlp_bwd returns; without `combined` dout is (R, H), the gradient of y_rows."""
         dgate_up, act, parts = launches.dact(dout, x, plan, w[1::2], gate_up, combined)
-        dgate_up_proj, pending = launches.dweight(dgate_up, (x, x), plan, w[::2], gather=(False, True))
-        ddown_proj, more = launches.dweight((dout, dout), act, plan, w[1::2], gather=(combined, False))
+        shapes = w.stacked_shapes(plan.num_experts)
+        dgate_up_proj, pending = launches.dweight(dgate_up, (x, x), plan, shapes[::2], gather=(False, True))
+        ddown_proj, more = launches.dweight((dout, dout), act, plan, shapes[1::2], gather=(combined, False))
         launches.sum_in_order(*pending, *more)
         dx_rows = launches.rows_times(dgate_up, w[::2], plan, x, k_inner=False)
         drow_weight = torch.empty_like(plan.row_weight)

@@ -3,9 +3,11 @@
 Persistent programs walk the tiles in the order of groups.py. Rows past a group's end are computed on a valid row in
 their place and never stored; columns likewise. Only what is summed over is masked.
 
-With TMA the weights, and rows that are not gathered, come as tensor descriptors: weights (E, N, K) or (E, K, N), the
-shared expert's (1, ...), rows (R, K). Which of two descriptors a tile reads is chosen outside of its loop, so that both
-go through the same buffers.
+A weight is memory (n, N, K) or (n, K, N), a matrix every `step` elements. Which slices are the matrices of a group says
+its number, or, if INDEXED, a table: those of expert 0, of expert 1, ..., of the shared expert, whose memory is another.
+
+With TMA the weights, and rows that are not gathered, come as tensor descriptors: memory, and rows (R, K). Which of two
+descriptors a tile reads is chosen outside of its loop, so that both go through the same buffers.
 """
 
 from __future__ import annotations
@@ -33,9 +35,17 @@ def either(first, condition, second):
 
 
 @triton.jit
-def block(weight, expert, i, j, M: tl.constexpr, N: tl.constexpr):
-    """Load (M, N) of an expert's weight through its descriptor, zeros beyond its sizes."""
-    return tl.reshape(weight.load([expert, i, j]), (M, N))
+def slice_of(index, group, part, E: tl.constexpr, PARTS: tl.constexpr, INDEXED: tl.constexpr):
+    """Return which slice of its memory the matrix `part`, of PARTS, of a group is; group E is the shared expert."""
+    if INDEXED:
+        return tl.load(index + group * PARTS + part)
+    return tl.where(group == E, 0, group * PARTS) + part
+
+
+@triton.jit
+def block(weight, matrix, i, j, M: tl.constexpr, N: tl.constexpr):
+    """Load (M, N) of a slice of a weight's memory through its descriptor, zeros beyond its sizes."""
+    return tl.reshape(weight.load([matrix, i, j]), (M, N))
 
 
 @triton.jit
@@ -118,6 +128,9 @@ def experts_fwd_up(
     x,
     gate_up_proj,
     shared_gate_up_proj,
+    index,
+    step,
+    shared_step,
     expert_offsets,
     row_token,
     act,
@@ -132,6 +145,7 @@ def experts_fwd_up(
     E_PADDED: tl.constexpr,
     GELU: tl.constexpr,
     SAVE: tl.constexpr,
+    INDEXED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -154,26 +168,30 @@ def experts_fwd_up(
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         x_at = x + tokens[:, None] * H + k[None, :]
+        gate_slice = slice_of(index, group, 0, E, PARTS, INDEXED)
+        up_slice = slice_of(index, group, PARTS - 1, E, PARTS, INDEXED)
         if TMA:
-            weight, expert = either(shared_gate_up_proj, shared, gate_up_proj), tl.where(shared, 0, group)
+            weight = either(shared_gate_up_proj, shared, gate_up_proj)
         else:
-            weight = tl.where(shared, shared_gate_up_proj, gate_up_proj + group.to(tl.int64) * (PARTS * I * H))
+            one = tl.where(shared, shared_step, step).to(tl.int64)
+            weight = tl.where(shared, shared_gate_up_proj, gate_up_proj) + gate_slice * one
             gate_at = weight + tl.minimum(columns, width - 1)[None, :].to(tl.int64) * H + k[:, None]
+            up_at = gate_at + (up_slice - gate_slice) * one
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for first in tl.range(0, H, BLOCK_K, warp_specialize=SPECIALIZE):
             live = first + k < H
             x_tile = load(x_at + first, live[None, :], H % BLOCK_K)
             if TMA:
-                gate_tile = tl.trans(block(weight, expert, n * BLOCK_N, first, BLOCK_N, BLOCK_K))
+                gate_tile = tl.trans(block(weight, gate_slice, n * BLOCK_N, first, BLOCK_N, BLOCK_K))
             else:
                 gate_tile = load(gate_at + first, live[:, None], H % BLOCK_K)
             gate = multiply(x_tile, gate_tile, gate, PRECISION)
             if not GELU:
                 if TMA:
-                    up_tile = tl.trans(block(weight, expert, width + n * BLOCK_N, first, BLOCK_N, BLOCK_K))
+                    up_tile = tl.trans(block(weight, up_slice, n * BLOCK_N, first, BLOCK_N, BLOCK_K))
                 else:
-                    up_tile = load(gate_at + width * H + first, live[:, None], H % BLOCK_K)
+                    up_tile = load(up_at + first, live[:, None], H % BLOCK_K)
                 up = multiply(x_tile, up_tile, up, PRECISION)
         out, saved = tl.where(shared, shared_act, act), tl.where(shared, shared_gate_up, gate_up)
         gates, ups = quarters(gate, BLOCK_M, BLOCK_N), quarters(up, BLOCK_M, BLOCK_N)
@@ -188,6 +206,9 @@ def experts_rows_times(
     shared_in,
     weight,
     shared_weight,
+    index,
+    step,
+    shared_step,
     expert_offsets,
     rows_out,
     shared_out,
@@ -198,6 +219,8 @@ def experts_rows_times(
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
     K_INNER: tl.constexpr,
+    PARTS: tl.constexpr,
+    INDEXED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -206,7 +229,10 @@ def experts_rows_times(
     TMA: tl.constexpr,
     SPECIALIZE: tl.constexpr,
 ):
-    """rows_out_r = rows_in_r W_e^T for a weight (E, N, K) (K_INNER: down_proj), else rows_in_r W_e (gate_up_proj)."""
+    """rows_out_r = rows_in_r W_e^T for a weight (n, N, K) (K_INNER: down_proj), else rows_in_r W_e (gate_up_proj).
+
+    W_e has K rows; of PARTS matrices, one behind the other, each has K / PARTS, a multiple of BLOCK_K.
+    """
     start, stop = expert_rows(expert_offsets, E, E_PADDED)
     MASKED: tl.constexpr = K % BLOCK_K or SHARED_K % BLOCK_K or (N % BLOCK_N and not K_INNER)
     num_n = tl.cdiv(N, BLOCK_N)
@@ -218,27 +244,33 @@ def experts_rows_times(
         rows = row + tl.arange(0, BLOCK_M)
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
+        matrix = slice_of(index, group, 0, E, PARTS, INDEXED)
+        second = slice_of(index, group, PARTS - 1, E, PARTS, INDEXED)
         if TMA:
             a, b = either(shared_in, shared, rows_in), either(shared_weight, shared, weight)
-            expert = tl.where(shared, 0, group)
         else:
             a = tl.where(shared, shared_in, rows_in) + tl.minimum(rows, last - 1).to(tl.int64)[:, None] * depth
-            b = tl.where(shared, shared_weight, weight + group.to(tl.int64) * (K * N))
+            one = tl.where(shared, shared_step, step).to(tl.int64)
+            b = tl.where(shared, shared_weight, weight) + matrix * one
             if K_INNER:
                 b += tl.minimum(columns, N - 1)[None, :].to(tl.int64) * depth + k[:, None]
             else:
                 b += k.to(tl.int64)[:, None] * N + columns[None, :]
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for first in tl.range(0, depth, BLOCK_K, warp_specialize=SPECIALIZE):
+            b_slice, b_first = matrix, first
+            if PARTS > 1:
+                beyond = first >= depth // PARTS
+                b_slice, b_first = tl.where(beyond, second, matrix), first - tl.where(beyond, depth // PARTS, 0)
             if TMA:
                 a_tile = a.load([row, first])
                 if K_INNER:
-                    b_tile = tl.trans(block(b, expert, n * BLOCK_N, first, BLOCK_N, BLOCK_K))
+                    b_tile = tl.trans(block(b, b_slice, n * BLOCK_N, first, BLOCK_N, BLOCK_K))
                 else:
-                    b_tile = block(b, expert, first, n * BLOCK_N, BLOCK_K, BLOCK_N)
+                    b_tile = block(b, b_slice, b_first, n * BLOCK_N, BLOCK_K, BLOCK_N)
             else:
                 live = first + k < depth
-                b_step = first if K_INNER else tl.cast(first, tl.int64) * N
+                b_step = first if K_INNER else tl.cast(b_first, tl.int64) * N + (b_slice - matrix) * one
                 a_tile = load(a + first + k[None, :], live[None, :], MASKED)
                 b_tile = load(b + b_step, live[:, None] & (columns < N)[None, :], MASKED)
             total = multiply(a_tile, b_tile, total, PRECISION)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .experts import block, either, load, multiply, quarters
+from .experts import block, either, load, multiply, quarters, slice_of
 from .groups import expert_rows, locate, num_tiles, swizzle
 
 
@@ -56,6 +56,9 @@ def experts_bwd_dact(
     dout,
     down_proj,
     shared_down_proj,
+    index,
+    step,
+    shared_step,
     gate_up,
     shared_gate_up,
     expert_offsets,
@@ -74,6 +77,7 @@ def experts_bwd_dact(
     E_PADDED: tl.constexpr,
     GELU: tl.constexpr,
     COMBINED: tl.constexpr,
+    INDEXED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -102,17 +106,19 @@ def experts_bwd_dact(
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         d_at = dout + source.to(tl.int64)[:, None] * H + k[None, :]
+        matrix = slice_of(index, group, 0, E, 1, INDEXED)
         if TMA:
-            matrix, expert = either(shared_down_proj, shared, down_proj), tl.where(shared, 0, group)
+            memory = either(shared_down_proj, shared, down_proj)
         else:
-            matrix = tl.where(shared, shared_down_proj, down_proj + group.to(tl.int64) * (H * I))
-            w_at = matrix + k.to(tl.int64)[:, None] * width + columns[None, :]
+            memory = tl.where(shared, shared_down_proj, down_proj)
+            memory += matrix * tl.where(shared, shared_step, step).to(tl.int64)
+            w_at = memory + k.to(tl.int64)[:, None] * width + columns[None, :]
         dact = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for first in tl.range(0, H, BLOCK_K, warp_specialize=SPECIALIZE):
             live = first + k < H
             d_tile = load(d_at + first, live[None, :], H % BLOCK_K if TMA else MASKED)
             if TMA:
-                w_tile = block(matrix, expert, first, n * BLOCK_N, BLOCK_K, BLOCK_N)
+                w_tile = block(memory, matrix, first, n * BLOCK_N, BLOCK_K, BLOCK_N)
             else:
                 w_step = tl.cast(first, tl.int64) * width
                 w_tile = load(w_at + w_step, live[:, None] & (columns < width)[None, :], MASKED)

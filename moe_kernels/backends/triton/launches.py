@@ -14,9 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...weights import WHOLE
 from . import adaln, combine, dispatch, experts, experts_bwd, gating, sums, tiles
 
 Pair = tuple[Tensor, Tensor | None]  # of the routed experts and of the shared one
+Weight = tuple[Tensor, Tensor | None, Tensor | None]  # a kind of MoEWeights: the two memories, and the index
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 HISTOGRAM = 4096  # elements of the (picks, experts) table of a dispatch program
 CHOOSING = 2048  # tokens that a program of expert choice looks at together
@@ -143,7 +145,7 @@ def _grid(x: Tensor, plan, tile: tiles.Tile, num_n: int, shared_num_n: int) -> t
 
 
 def _width(shared: Tensor | None) -> int:
-    return 0 if shared is None else shared.shape[1]
+    return 0 if shared is None else shared.shape[-1]
 
 
 def _or(t: Tensor | None, stand_in: Tensor) -> Tensor:
@@ -151,79 +153,118 @@ def _or(t: Tensor | None, stand_in: Tensor) -> Tensor:
     return stand_in if t is None else t
 
 
-def _operands(tile: tiles.Tile, *pairs: tuple[Pair, tuple[int, ...]]) -> tuple[bool, list[Any]]:
-    """Return whether descriptors are used, and what a kernel gets for (operand, block): descriptors, or tensors.
+def _operands(tile: tiles.Tile, *operands: tuple[Any, ...]) -> tuple[bool, list[Any]]:
+    """Return whether descriptors are used, and what a kernel gets for each (tensor, block, parts) or (None, ...): its
+    descriptor, or itself; what is None looks like the one before.
 
     The copy engine wants rows and addresses of 16 bytes: where a tensor has others, all go as tensors.
     """
-    tensors = [(_or(t, pair[0]), block) for pair, block in pairs for t in pair]
+    filled = []
+    for t, *how in operands:
+        filled.append(filled[-1] if t is None else (t, *how))
     tma = tile.tma and all(
-        t.numel() and t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0 for t, _ in tensors
+        t.numel() and t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0 for t, *_ in filled
     )
-    return tma, [_descriptor(t, block) if tma else t for t, block in tensors]
+    return tma, [_descriptor(*operand) if tma else operand[0] for operand in filled]
 
 
-def _descriptor(t: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
-    """Describe a tensor as blocks of its last sizes; one that lacks sizes in front gets ones."""
-    missing = len(block) - t.dim()
-    sizes, strides = [1] * missing + list(t.shape), [t.numel()] * missing + list(t.stride())
+def _descriptor(t: Tensor, block: tuple[int, ...], parts: int = 1) -> TensorDescriptor:
+    """Describe a tensor as blocks of its last sizes; matrices that are `parts` in one as so many."""
+    sizes, strides = list(t.shape), list(t.stride())
+    if len(sizes) < len(block):
+        sizes, strides = [1, *sizes], [t.numel(), *strides]
+    if parts > 1:
+        sizes[:2] = sizes[0] * parts, sizes[1] // parts
+        strides[0] = sizes[1] * strides[1]
     return TensorDescriptor(t, sizes, strides, list(block))
 
 
-def up(x: Tensor, plan, gate_up_proj: Pair, down_proj: Pair, save: bool) -> tuple[Pair, Pair]:
+def _step(memory: Tensor | None, parts: int) -> int:
+    """Return the elements from one matrix of a weight to the next; (n, rows, columns) or the shared expert's one."""
+    if memory is None:
+        return 0
+    return memory.stride(0) if memory.dim() == 3 and parts == 1 else memory.stride(-2) * (memory.shape[-2] // parts)
+
+
+def _weight(weight: Weight, parts: int) -> tuple[bool, list[Any], int]:
+    """Return whether a weight is indexed, what kernels call index, step and shared_step, and the parts that are one in
+    its memory: an indexed one has each matrix by itself."""
+    *memories, index = weight
+    within = parts if index is None else 1
+    steps = [_step(memory, within) for memory in memories]
+    return index is not None, [_or(index, memories[0]), *steps], within
+
+
+def _parts(gate_up_proj: Weight, down_proj: Weight, E: int) -> int:
+    """Return how many matrices an expert has beside down_proj: gate and up, or up alone."""
+    memory, shared, index = gate_up_proj
+    if index is None:
+        return memory.shape[1] // down_proj[0].shape[-1]
+    return index.numel() // (E + (shared is not None))
+
+
+def up(x: Tensor, plan, gate_up_proj: Weight, down_proj: Weight, save: bool) -> tuple[Pair, Pair]:
     """Return act (R, I) and gate_up (R, 2I), each with the shared expert's; gate_up is (0,) unless `save`."""
-    (T, H), R, (E, _, I), Is = x.shape, plan.num_rows, down_proj[0].shape, _width(down_proj[1])
-    parts = gate_up_proj[0].shape[1] // I
+    (T, H), R, E, I = x.shape, plan.num_rows, plan.num_experts, down_proj[0].shape[-1]
+    Is, parts = _width(down_proj[1]), _parts(gate_up_proj, down_proj, E)
     act, shared_act = x.new_empty((R, I)), x.new_empty((T if Is else 0, Is))
     gate_up = x.new_empty((R, parts * I) if save else 0)
     shared_gate_up = x.new_empty((T, parts * Is) if save and Is else 0)
     tile = _tile("up", x, plan, I, H)
     grid = _grid(x, plan, tile, triton.cdiv(I, tile.n), triton.cdiv(Is, tile.n))
-    tma, weights = _operands(tile, (gate_up_proj, (1, tile.n, tile.k)))
+    indexed, where, within = _weight(gate_up_proj, parts)
+    tma, weights = _operands(tile, *((t, (1, tile.n, tile.k), within) for t in gate_up_proj[:2]))
     launch(
-        experts.experts_fwd_up, grid, x, *weights, plan.expert_offsets, plan.row_token, act, shared_act, gate_up,
-        shared_gate_up, T, H, I, Is, E, padded(E), parts == 1, save, _input_precision(x), TMA=tma,
+        experts.experts_fwd_up, grid, x, *weights, *where, plan.expert_offsets, plan.row_token, act, shared_act,
+        gate_up, shared_gate_up, T, H, I, Is, E, padded(E), parts == 1, save, indexed, _input_precision(x), TMA=tma,
         SPECIALIZE=tile.specialize, **tile.arguments(),
     )  # fmt: skip
     return (act, shared_act), (gate_up, shared_gate_up)
 
 
-def rows_times(rows: Pair, weight: Pair, plan, x: Tensor, k_inner: bool) -> Pair:
+def rows_times(rows: Pair, weight: Weight, plan, x: Tensor, k_inner: bool) -> Pair:
     """Return rows_e W_e^T (k_inner, W (N, K)) or rows_e W_e (W (K, N)), (R, N), and the shared expert's (T, N)."""
     K, Ks, N, E = rows[0].shape[1], 0 if weight[1] is None else rows[1].shape[1], x.shape[1], plan.num_experts
     out, shared_out = x.new_empty((plan.num_rows, N)), torch.empty_like(x) if Ks else None
     tile = _tile("rows_times", x, plan, N, K)
     num_n = triton.cdiv(N, tile.n)
+    indexed, where, _ = _weight(weight, 1)
+    parts = K // weight[0].shape[-1 if k_inner else -2]
+    if parts > 1:
+        tile = tile._replace(k=min(tile.k, WHOLE))
     block = (1, tile.n, tile.k) if k_inner else (1, tile.k, tile.n)
-    tma, operands = _operands(tile, ((rows[0], rows[1] if Ks else None), (tile.m, tile.k)), (weight, block))
+    blocks = (tile.m, tile.k), (tile.m, tile.k), block, block
+    tma, operands = _operands(tile, *zip((rows[0], rows[1] if Ks else None, *weight[:2]), blocks, strict=True))
     launch(
-        experts.experts_rows_times, _grid(x, plan, tile, num_n, num_n if Ks else 0), *operands, plan.expert_offsets,
-        out, _or(shared_out, out), x.shape[0], K, Ks, N, E, padded(E), k_inner, _input_precision(x), TMA=tma,
-        SPECIALIZE=tile.specialize, **tile.arguments(),
+        experts.experts_rows_times, _grid(x, plan, tile, num_n, num_n if Ks else 0), *operands, *where,
+        plan.expert_offsets, out, _or(shared_out, out), x.shape[0], K, Ks, N, E, padded(E), k_inner, parts, indexed,
+        _input_precision(x), TMA=tma, SPECIALIZE=tile.specialize, **tile.arguments(),
     )  # fmt: skip
     return out, shared_out
 
 
-def dact(dout: Tensor, x: Tensor, plan, down_proj: Pair, gate_up: Pair, combined: bool) -> tuple[Pair, Pair, Tensor]:
+def dact(dout: Tensor, x: Tensor, plan, down_proj: Weight, gate_up: Pair, combined: bool) -> tuple[Pair, Pair, Tensor]:
     """Return dgate_up (R, 2I) and row_weight act (R, I), with the shared expert's, and the parts of drow_weight."""
-    (T, H), R, (E, _, I), Is = x.shape, plan.num_rows, down_proj[0].shape, _width(down_proj[1])
+    (T, H), R, E, I = x.shape, plan.num_rows, plan.num_experts, down_proj[0].shape[-1]
+    Is = _width(down_proj[1])
     dgate_up, shared_dgate_up = (torch.empty_like(t) for t in gate_up)
     act, shared_act = x.new_empty((R, I)), x.new_empty((T if Is else 0, Is))
     tile = _tile("dact", x, plan, I, H)
     num_n = triton.cdiv(I, tile.n)
     parts = x.new_empty((R, num_n if combined else 0), dtype=torch.float32)
-    tma, weights = _operands(tile, (down_proj, (1, tile.k, tile.n)))
+    indexed, where, _ = _weight(down_proj, 1)
+    tma, weights = _operands(tile, *((t, (1, tile.k, tile.n)) for t in down_proj[:2]))
     launch(
-        experts_bwd.experts_bwd_dact, _grid(x, plan, tile, num_n, triton.cdiv(Is, tile.n)), dout, *weights, *gate_up,
-        plan.expert_offsets, plan.row_token, plan.row_weight, dgate_up, shared_dgate_up, act, shared_act, parts, T, H,
-        I, Is, E, padded(E), gate_up[0].shape[1] == I, combined, _input_precision(x), TMA=tma,
+        experts_bwd.experts_bwd_dact, _grid(x, plan, tile, num_n, triton.cdiv(Is, tile.n)), dout, *weights, *where,
+        *gate_up, plan.expert_offsets, plan.row_token, plan.row_weight, dgate_up, shared_dgate_up, act, shared_act,
+        parts, T, H, I, Is, E, padded(E), gate_up[0].shape[1] == I, combined, indexed, _input_precision(x), TMA=tma,
         SPECIALIZE=tile.specialize, **tile.arguments(),
     )  # fmt: skip
     return (dgate_up, shared_dgate_up), (act, shared_act), parts
 
 
 def dweight(
-    left: Pair, right: Pair, plan, weight: Pair, gather: tuple[bool, bool]
+    left: Pair, right: Pair, plan, shapes: Sequence[tuple[int, ...]], gather: tuple[bool, bool]
 ) -> tuple[Pair, list[tuple[Tensor, Tensor]]]:
     """Compute the gradients of a weight (E, M, N) and of its shared counterpart: sums over rows of left^T right.
 
@@ -232,8 +273,8 @@ def dweight(
     gather: which side has a row per token instead of a row per routed row. The rows of a group are split into parts,
     summed in order, where there are few tiles; the shared expert has more rows than a routed one, and more parts.
     """
-    (E, M, N), (shared_m, shared_n) = weight[0].shape, (0, 0) if weight[1] is None else weight[1].shape
-    out, shared_out = torch.empty_like(weight[0]), None if weight[1] is None else torch.empty_like(weight[1])
+    (E, M, N), (shared_m, shared_n) = shapes[0], shapes[1] if len(shapes) > 1 else (0, 0)
+    out, shared_out = left[0].new_empty(shapes[0]), left[0].new_empty(shapes[1]) if len(shapes) > 1 else None
     tile, T = _tile("dweight", out, plan, M, N), plan.num_tokens
     programs = tile.programs * tiles.device_of(out).processors
     area = E * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)

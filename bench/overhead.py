@@ -1,4 +1,4 @@
-"""What a replaced model costs beside the kernels: reading its modules at every call, and LoRA adapters on them."""
+"""What a call costs beside its kernels: the ops themselves, reading a replaced model's modules, LoRA on its experts."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from moe_kernels.adapters.block import read
 from reference.moe import SparseMoeBlock
 
 EXPERTS = (8, 64)
+NARROW = 16, 16, 8, 2  # H, I, E, K
 YARDSTICK = "torch.add"  # of two numbers: what an operator costs at least, on this machine, now
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 
@@ -31,15 +32,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=arguments.counts, default="256,1024,4096", help="comma-separated")
     parser.add_argument("--rank", type=arguments.count, default=16, help="of the adapters, on every expert")
     parser.add_argument("--seconds", type=arguments.seconds, default=20.0, help="for each race")
-    parser.add_argument("--out", type=Path, default=Path("report/replaced.jsonl"), help="row file, added to")
+    parser.add_argument("--out", type=Path, default=Path("report/overhead.jsonl"), help="row file, added to")
+
+
+def calling(backend: str, seconds: float) -> dict:
+    """Return a row: microseconds of a layer so narrow that its kernels take next to nothing."""
+    layer = moe_kernels.MoELayer(*NARROW, shared_intermediate_size=NARROW[1], backend=backend)
+    x = torch.randn(16, NARROW[0], requires_grad=True)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return layer(x)
+
+    calls = {
+        "forward": forward,
+        "forward_backward": lambda: torch.autograd.grad(layer(x).sum(), (x, *layer.parameters())),
+        YARDSTICK: _operator(),
+    }
+    samples = measure.interleave(calls, 15, seconds)
+    figures = {f"{name}_us": samples[name].summary().median * 1e6 for name in calls}
+    return store.row("calling", case=f"layer-{backend}-E{NARROW[2]}", figures=figures, wrong=None)
+
+
+def _operator() -> Callable[[], Tensor]:
+    a, b = torch.ones(1), torch.ones(1)
+    return lambda: torch.add(a, b)
 
 
 def reading(num_experts: int, seconds: float) -> dict:
     """Return a row: microseconds to read the modules of a block with a shared expert, and of an operator of torch."""
     block = SparseMoeBlock(32, 64, num_experts, 2, 64)
     moe_kernels.replace_moe(block, backend="native")
-    a, b = torch.ones(1), torch.ones(1)
-    calls = {"read": lambda: read(block, block.moe_config), YARDSTICK: lambda: torch.add(a, b)}
+    calls = {"read": lambda: read(block, block.moe_config), YARDSTICK: _operator()}
     samples = measure.interleave(calls, 15, seconds)
     figures = {f"{name}_us": samples[name].summary().median * 1e6 for name in calls}
     return store.row("reading_modules", case=f"E{num_experts}", figures=figures, wrong=None)
@@ -108,6 +132,7 @@ def main(args: argparse.Namespace) -> int:
         args.shape, args.tokens, args.seconds = "digits", [64], 0.2
     rows = []
     with measure.threads(1):
+        rows.append(calling("native", min(args.seconds, 5.0)))
         for num_experts in EXPERTS:
             rows.append(reading(num_experts, min(args.seconds, 5.0)))
         for tokens in args.tokens:
