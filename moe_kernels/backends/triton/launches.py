@@ -186,13 +186,12 @@ def _step(memory: Tensor | None, parts: int) -> int:
     return memory.stride(0) if memory.dim() == 3 and parts == 1 else memory.stride(-2) * (memory.shape[-2] // parts)
 
 
-def _weight(weight: Weight, parts: int) -> tuple[bool, list[Any], int]:
-    """Return whether a weight is indexed, what kernels call index, step and shared_step, and the parts that are one in
-    its memory: an indexed one has each matrix by itself."""
+def _where(weight: Weight, parts: int, tma: bool) -> tuple[Tensor, int, int]:
+    """Return what kernels call index, step and shared_step; descriptors know the steps, and another one might compile
+    the kernel anew."""
     *memories, index = weight
-    within = parts if index is None else 1
-    steps = [_step(memory, within) for memory in memories]
-    return index is not None, [_or(index, memories[0]), *steps], within
+    steps = (0, 0) if tma else (_step(memory, parts) for memory in memories)
+    return _or(index, memories[0]), *steps
 
 
 def _parts(gate_up_proj: Weight, down_proj: Weight, E: int) -> int:
@@ -212,8 +211,10 @@ def up(x: Tensor, plan, gate_up_proj: Weight, down_proj: Weight, save: bool) -> 
     shared_gate_up = x.new_empty((T, parts * Is) if save and Is else 0)
     tile = _tile("up", x, plan, I, H)
     grid = _grid(x, plan, tile, triton.cdiv(I, tile.n), triton.cdiv(Is, tile.n))
-    indexed, where, within = _weight(gate_up_proj, parts)
+    indexed = gate_up_proj[2] is not None
+    within = 1 if indexed else parts
     tma, weights = _operands(tile, *((t, (1, tile.n, tile.k), within) for t in gate_up_proj[:2]))
+    where = _where(gate_up_proj, within, tma)
     launch(
         experts.experts_fwd_up, grid, x, *weights, *where, plan.expert_offsets, plan.row_token, act, shared_act,
         gate_up, shared_gate_up, T, H, I, Is, E, padded(E), parts == 1, save, indexed, _input_precision(x), TMA=tma,
@@ -228,13 +229,13 @@ def rows_times(rows: Pair, weight: Weight, plan, x: Tensor, k_inner: bool) -> Pa
     out, shared_out = x.new_empty((plan.num_rows, N)), torch.empty_like(x) if Ks else None
     tile = _tile("rows_times", x, plan, N, K)
     num_n = triton.cdiv(N, tile.n)
-    indexed, where, _ = _weight(weight, 1)
     parts = K // weight[0].shape[-1 if k_inner else -2]
     if parts > 1:
         tile = tile._replace(k=min(tile.k, WHOLE))
     block = (1, tile.n, tile.k) if k_inner else (1, tile.k, tile.n)
     blocks = (tile.m, tile.k), (tile.m, tile.k), block, block
     tma, operands = _operands(tile, *zip((rows[0], rows[1] if Ks else None, *weight[:2]), blocks, strict=True))
+    indexed, where = weight[2] is not None, _where(weight, 1, tma)
     launch(
         experts.experts_rows_times, _grid(x, plan, tile, num_n, num_n if Ks else 0), *operands, *where,
         plan.expert_offsets, out, _or(shared_out, out), x.shape[0], K, Ks, N, E, padded(E), k_inner, parts, indexed,
@@ -252,8 +253,8 @@ def dact(dout: Tensor, x: Tensor, plan, down_proj: Weight, gate_up: Pair, combin
     tile = _tile("dact", x, plan, I, H)
     num_n = triton.cdiv(I, tile.n)
     parts = x.new_empty((R, num_n if combined else 0), dtype=torch.float32)
-    indexed, where, _ = _weight(down_proj, 1)
     tma, weights = _operands(tile, *((t, (1, tile.k, tile.n)) for t in down_proj[:2]))
+    indexed, where = down_proj[2] is not None, _where(down_proj, 1, tma)
     launch(
         experts_bwd.experts_bwd_dact, _grid(x, plan, tile, num_n, triton.cdiv(Is, tile.n)), dout, *weights, *where,
         *gate_up, plan.expert_offsets, plan.row_token, plan.row_weight, dgate_up, shared_dgate_up, act, shared_act,
