@@ -110,7 +110,11 @@ __device__ void multiply_tile(const Product& product, const Tile& tile, char* me
   LoaderB<Product> b(product, tile, tile.n * LoaderB<Product>::kSize);
   const auto load = [&](int step) {
     char* stage = memory + step % kStages * kStageBytes;
-    if (step < steps) a.load(stage, tile.k_begin + step * kK), b.load(stage + kOperandBytes, tile.k_begin + step * kK);
+    const int k = tile.k_begin + step * kK;
+    if (step < steps) {
+      product.enter(tile, k, b.first.matrix);
+      a.load(stage, k), b.load(stage + kOperandBytes, k);
+    }
     commit_chunks();
   };
 #pragma unroll
