@@ -84,7 +84,7 @@ template <class Product>
 __device__ TileSlices slices_of(const Product& product, const Tile& tile) {
   if constexpr (Product::kA == Summed::kInner) {
     const int first = product.slice(tile, 0);
-    return {first, product.from.index && product.parts == 2 ? product.slice(tile, 1) : first};
+    return {first, product.from.index && product.matrices == 2 ? product.slice(tile, 1) : first};
   }
   return {};
 }
@@ -248,7 +248,7 @@ TensorMap rows_map(const T* data, int64_t rows, int64_t cols, int box_rows) {
   return tensor_map(dtype_of(T{}), data, {cols, rows, 1, 1}, strides, {64, box_rows, 1, 1});
 }
 
-// Slices of weights: (halves n, k), or (k, n) where they lie kOuter; with an index (n, k), or (k / parts, n).
+// Slices of weights: (halves n, k), or (k, n) where they lie kOuter; with an index (n, k), or (k / matrices, n).
 template <class Product, int N>
 TensorMap weights_map(const Product& p, const Slices& of, int64_t n, int64_t k) {
   const Dtype dtype = dtype_of(typename Product::T{});
@@ -256,7 +256,7 @@ TensorMap weights_map(const Product& p, const Slices& of, int64_t n, int64_t k) 
   if (Product::kB == Summed::kInner)
     return tensor_map(dtype, of.data, {k, n, halves, of.count}, {1, k, n * k, of.step},
                       {64, N / Product::kHalves, halves, 1});
-  const int64_t rows = p.from.index ? k / p.parts : k;
+  const int64_t rows = p.from.index ? k / p.matrices : k;
   return tensor_map(dtype, of.data, {n, rows, 1, of.count}, {1, n, n * rows, of.step}, {64, 64, 1, 1});
 }
 

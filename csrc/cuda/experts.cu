@@ -63,9 +63,9 @@ Pair<T> take(Scratch& scratch, const MoeSizes& s, int64_t routed, int64_t shared
 
 template <class T>
 void set_operands(RowsTimesWeights<T>& p, Pair<const T> rows, const int32_t* row_token, const Weights& from,
-                  int64_t parts, int64_t K, int64_t Ks, int64_t N, int64_t Ns) {
+                  int64_t matrices, int64_t K, int64_t Ks, int64_t N, int64_t Ns) {
   p.rows = rows.routed, p.shared_rows = rows.shared, p.row_token = row_token;
-  p.from = from, p.parts = int(parts);
+  p.from = from, p.matrices = int(matrices);
   p.K = int(K), p.Ks = int(Ks), p.N = int(N), p.Ns = int(Ns);
 }
 
@@ -85,12 +85,12 @@ void up(const Call& call, const ExpertWeights& w, const T* x, Pair<T> act, Pair<
 }
 
 template <class T, Summed WEIGHTS>
-void rows_times(const Call& call, Pair<T> rows, const Weights& from, int64_t parts, int64_t K, int64_t Ks,
+void rows_times(const Call& call, Pair<T> rows, const Weights& from, int64_t matrices, int64_t K, int64_t Ks,
                 Pair<T> out) {
   RowsTimes<T, WEIGHTS> p{};
-  set_operands<T>(p, {rows.routed, rows.shared}, nullptr, from, parts, K, Ks, call.s.H, call.s.H);
+  set_operands<T>(p, {rows.routed, rows.shared}, nullptr, from, matrices, K, Ks, call.s.H, call.s.H);
   p.out = out.routed, p.shared_out = out.shared;
-  const bool splits = from.index && parts == 2;
+  const bool splits = from.index && matrices == 2;
   p.split = splits ? p.K / 2 : -1, p.shared_split = splits ? p.Ks / 2 : -1;
   call.run_rows(p, call.tiling(K, call.s.H));
 }

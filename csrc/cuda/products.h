@@ -101,8 +101,8 @@ struct RowsTimesWeights {
   const T* rows;         // (R, K), or (T, K) with row_token
   const T* shared_rows;  // (T, Ks)
   const int32_t* row_token;
-  Weights from;  // slices (halves N, K), or (K, N); of an index (N, K), or (K / parts, N)
-  int parts;     // matrices of an expert
+  Weights from;  // slices (halves N, K), or (K, N); of an index (N, K), or (K / matrices, N)
+  int matrices;  // of an expert
   int K, Ks, N, Ns;
 
   __device__ int width(const Tile& tile) const { return tile.shared ? Ns : N; }
@@ -116,7 +116,7 @@ struct RowsTimesWeights {
   }
   // The slice that holds matrix `part` of a tile's expert.
   __device__ int slice(const Tile& tile, int part) const {
-    if (from.index) return from.index[tile.group * parts + part];
+    if (from.index) return from.index[tile.group * matrices + part];
     return tile.shared ? 0 : tile.group;
   }
   template <Summed SUMMED>
