@@ -191,7 +191,8 @@ def test_an_index_copies_nothing(trap, place, seed):
 def test_an_index_finds_every_matrix(trap, place, seed):
     problem = make_problem(trap, seed, torch.bfloat16)
     torch.manual_seed(seed)
-    found = layer_weights(problem, place).indexed()
+    w = layer_weights(problem, place)  # an index keeps no weights alive
+    found = w.indexed()
     for kind, index in ((0, found.gate_up_index), (1, found.down_index)):
         names = [name for name in KINDS[kind::2] if getattr(problem, name) is not None]
         if index is None:
@@ -224,7 +225,8 @@ NARROW = Trap("narrow", "widths that end within a step of a sum", **SIZES | {"I"
 def test_what_has_no_index_is_stacked(trap, place, seed):
     problem = make_problem(trap, seed, torch.float32)
     torch.manual_seed(seed)
-    found = layer_weights(problem, place).indexed()
+    w = layer_weights(problem, place)
+    found = w.indexed()
     assert found.gate_up_index is None
     assert found.down_index is None
     assert all(torch.equal(getattr(found, name), getattr(problem, name)) for name in KINDS)
