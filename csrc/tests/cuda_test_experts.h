@@ -20,7 +20,7 @@ struct Scattered {
     std::shuffle(order.begin(), order.end(), rng);
     for (const int32_t i : order) {
       numbers[i] = int32_t(count);
-      count += int64_t((bytes + unit - 1) / unit + rng() % 3);
+      count += int64_t((bytes + unit - 1) / unit + 1 + rng() % 3);
     }
     count = numbers[order.back()] + 1;
     memory.bytes.assign(size_t(count - 1) * unit + bytes, char(0xFF));
