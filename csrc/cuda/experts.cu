@@ -90,8 +90,7 @@ void rows_times(const Call& call, Pair<T> rows, const Weights& from, int64_t mat
   RowsTimes<T, WEIGHTS> p{};
   set_operands<T>(p, {rows.routed, rows.shared}, nullptr, from, matrices, K, Ks, call.s.H, call.s.H);
   p.out = out.routed, p.shared_out = out.shared;
-  const bool splits = from.index && matrices == 2;
-  p.split = splits ? p.K / 2 : -1, p.shared_split = splits ? p.Ks / 2 : -1;
+  p.split = matrices == 2 ? p.K / 2 : -1, p.shared_split = matrices == 2 ? p.Ks / 2 : -1;
   call.run_rows(p, call.tiling(K, call.s.H));
 }
 

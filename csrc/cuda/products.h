@@ -179,11 +179,12 @@ struct RowsTimes : RowsTimesWeights<T_> {
   static constexpr bool kRowSum = false, kLongEpilogue = false;
   T* out;
   T* shared_out;
-  int split, shared_split;  // where K goes on in the second matrix of an expert, with an index; else -1
+  int split, shared_split;  // with an index: where K goes on in the second matrix of an expert, or -1
 
   __device__ Matrix<T> b(const Tile& tile, int) const { return this->template weights<WEIGHTS>(tile, 0); }
   __device__ int split_of(const Tile& tile) const {
-    return WEIGHTS == Summed::kInner ? -1 : tile.shared ? shared_split : split;
+    if (WEIGHTS == Summed::kInner || !this->from.index) return -1;
+    return tile.shared ? shared_split : split;
   }
   // Called before each step of K, which ascend: rows k and following of b are then those of the matrix that holds them.
   __device__ void enter(const Tile& tile, int k, Matrix<T>& b) const {
