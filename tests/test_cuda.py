@@ -119,6 +119,24 @@ def test_bindings_check_what_they_get():
         cuda._c.dispatch(cuda.view(ids), cuda.view(weights), 3, cuda.views(plan), cuda.view(torch.zeros(1)), 0)
 
 
+@on_fibers
+def test_weights_by_themselves_come_with_an_index(monkeypatch):
+    seen, forward = [], cuda.CudaBackend._forward
+
+    def watched(self, x, plan, w, *rest):
+        seen.append(w)
+        return forward(self, x, plan, w, *rest)
+
+    monkeypatch.setattr(cuda.CudaBackend, "_forward", watched)
+    gate_up, down = torch.randn(4, 64, 8), torch.randn(2, 8, 64)
+    plan = dispatch(torch.tensor([[0], [1]], dtype=torch.int32), torch.ones(2, 1), 2, backend="cuda")
+    moe_mlp(torch.randn(2, 8), plan, [gate_up[i] for i in (2, 0, 3, 1)], [down[1], down[0]], backend="cuda")
+    (w,) = seen
+    assert w.gate_up_index.tolist() == [2, 0, 3, 1]
+    assert w.down_index.tolist() == [1, 0]
+    assert w.gate_up_proj.data_ptr() == gate_up.data_ptr()
+
+
 def indexed_weights(I: int = 64) -> MoEWeights:
     """Two experts and a shared one, H = 8, Is = 64: eight slices that overlap."""
     memory = torch.zeros(16 * 7 + 64 * 8)
