@@ -45,37 +45,6 @@ inline PlanOut out_of(const Plan& plan, int64_t T, int64_t E, int64_t R) {
           plan[4].as<int32_t>(), plan[5].as<int32_t>(), plan[6].as<int32_t>()};
 }
 
-// Sizes read off the weights (no tokens, no rows), every weight checked against them.
-inline MoeSizes sizes_of(const Tensor& gate_up_proj, const Tensor& down_proj, const Tensor& shared_gate_up_proj,
-                         const Tensor& shared_down_proj, const std::string& activation, int threads) {
-  expect_float("down_proj", down_proj);
-  MOE_CHECK(down_proj.sizes.size() == 3, "down_proj: ", down_proj.sizes.size(), " dimensions, expected 3");
-  MOE_CHECK(threads > 0, "threads: ", threads, ", expected at least 1");
-  MoeSizes s{};
-  s.E = down_proj.sizes[0], s.H = down_proj.sizes[1], s.I = down_proj.sizes[2];
-  s.Is = shared_down_proj.present() ? shared_down_proj.sizes.at(1) : 0;
-  s.dtype = down_proj.dtype, s.activation = activation_of(activation), s.threads = threads;
-  gate_up_proj.expect("gate_up_proj", s.dtype, {s.E, s.halves() * s.I, s.H});
-  down_proj.expect("down_proj", s.dtype, {s.E, s.H, s.I});
-  if (s.Is > 0) {
-    shared_gate_up_proj.expect("shared_gate_up_proj", s.dtype, {s.halves() * s.Is, s.H});
-    shared_down_proj.expect("shared_down_proj", s.dtype, {s.H, s.Is});
-  }
-  return s;
-}
-
-// The same with x and the plan.
-inline MoeSizes sizes_of(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
-                         const Tensor& shared_gate_up_proj, const Tensor& shared_down_proj,
-                         const std::string& activation, int threads) {
-  MoeSizes s = sizes_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj, activation, threads);
-  MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
-  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
-  s.T = x.sizes[0], s.R = plan[2].sizes.at(0);
-  x.expect("x", s.dtype, {s.T, s.H});
-  return s;
-}
-
 inline DProbs dprobs_of(const std::optional<Tensor>& t, const GatingSizes& s) {
   if (!t) return {};
   const bool one_row = t->sizes.at(0) == 1;

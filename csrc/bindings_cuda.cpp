@@ -2,6 +2,9 @@
 // Kernels go to the caller's stream on the device of use_device; scratch memory is the caller's, sized by *_workspace_bytes.
 #include "bindings.h"
 
+#include <algorithm>
+#include <array>
+
 #include "cuda/combine.h"
 #include "cuda/context.h"
 #include "cuda/dispatch.h"
@@ -19,6 +22,7 @@ namespace {
 
 using Maybe = std::optional<Tensor>;
 constexpr int64_t kAlignment = 16;  // bytes of one access of the kernels
+constexpr int64_t kWhole = 64;      // elements: no engine's step of a sum begins in one matrix and ends in the next
 
 cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
@@ -168,77 +172,122 @@ void py_dispatch_bwd(const Tensor& drow_weight, const Tensor& row_pick, const Te
   cuda::dispatch_bwd(R, count, drow_weight.as<float>(), row_pick.as<int32_t>(), out.as<float>(), stream_of(stream));
 }
 
-// Sizes of a call of the experts, with what the kernels ask of widths and addresses.
-MoeSizes moe_sizes(const Tensor& x, const Plan& plan, const std::vector<Tensor>& w, const std::string& activation,
+using WeightViews = std::array<Maybe, 6>;  // MoEWeights, in order
+struct Shape {
+  int64_t rows, cols;
+};
+struct Experts {
+  MoeSizes s;
+  ExpertWeights w;
+};
+
+// Stacked weights, a slice for each expert; the shared expert's have two dimensions.
+Slices stacked(const std::string& name, const Tensor& t, Dtype dtype, const std::vector<int64_t>& sizes) {
+  t.expect(name.c_str(), dtype, sizes);
+  expect_aligned(name.c_str(), t);
+  const size_t last = sizes.size() - 1;
+  return {t.data, sizes[last - 1] * sizes[last], last == 2 ? sizes[0] : 1};
+}
+
+// Matrices wherever each begins, slices of one tensor.
+Slices slices(const std::string& name, const Tensor& t, Dtype dtype, Shape matrix) {
+  MOE_CHECK(t.sizes.size() == 3 && t.strides.size() == 3, name, ": ", t.sizes.size(), " dimensions, expected 3");
+  const int64_t count = t.sizes[0], step = t.strides[0], size = dtype_bytes(dtype);
+  MOE_CHECK(step > 0 && step * size % kAlignment == 0, name, ": stride ", step, " in dimension 0, expected a multiple ",
+            "of ", kAlignment, " bytes");
+  Tensor one = t;
+  one.sizes[0] = 1;
+  one.expect(name.c_str(), dtype, {1, matrix.rows, matrix.cols});
+  const int64_t most = (t.nbytes - matrix.rows * matrix.cols * size) / (step * size) + 1;
+  MOE_CHECK(count > 0 && count <= std::min(most, int64_t(1) << 31), name, ": ", count, " slices, expected 1 to ", most,
+            " in ", t.nbytes, " bytes, and at most 2^31");
+  expect_aligned(name.c_str(), t);
+  return {t.data, step, count};
+}
+
+// Weights of one kind, `parts` matrices an expert. What an index says is not checked: it is on the GPU.
+Weights weights_of(const std::string& kind, const Tensor& routed, const Tensor& shared, const Maybe& index,
+                   const MoeSizes& s, int64_t parts, Shape matrix, Shape shared_matrix) {
+  const std::string name = kind + "_proj", shared_name = "shared_" + name;
+  Weights w{};
+  if (!index) {
+    w.routed = stacked(name, routed, s.dtype, {s.E, parts * matrix.rows, matrix.cols});
+    if (s.Is) w.shared = stacked(shared_name, shared, s.dtype, {parts * shared_matrix.rows, shared_matrix.cols});
+    return w;
+  }
+  MOE_CHECK(s.I % kWhole == 0 && s.Is % kWhole == 0, kind, "_index: widths of ", s.I, " and ", s.Is,
+            ", expected multiples of ", kWhole);
+  index->expect((kind + "_index").c_str(), I32, {(s.E + (s.Is > 0)) * parts});
+  w.routed = slices(name, routed, s.dtype, matrix), w.index = index->as<int32_t>();
+  if (s.Is) w.shared = slices(shared_name, shared, s.dtype, shared_matrix);
+  return w;
+}
+
+// Sizes and weights of a call of the experts, with what the kernels ask of widths and addresses.
+Experts experts_of(const Tensor& x, const Plan& plan, const WeightViews& views, const std::string& activation,
                    bool tf32) {
-  MOE_CHECK(w.size() == 4, "weights: ", w.size(), ", expected 4");
-  MoeSizes s = sizes_of(x, plan, w[0], w[1], w[2], w[3], activation, 1);
-  s.tf32 = tf32;
+  const auto& [gate_up, down, shared_gate_up, shared_down, gate_up_index, down_index] = views;
+  MOE_CHECK(gate_up && down, "gate_up_proj, down_proj: missing");
+  MOE_CHECK(!shared_gate_up == !shared_down, "shared weights: one of two, expected both or none");
+  MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
+  MOE_CHECK(down->sizes.size() == 3, "down_proj: ", down->sizes.size(), " dimensions, expected 3");
+  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  expect_float("x", x);
+  MoeSizes s{};
+  s.T = x.sizes[0], s.H = x.sizes[1], s.E = plan[0].sizes.at(0), s.R = plan[2].sizes.at(0);
+  s.I = down->sizes.at(2), s.Is = shared_down ? shared_down->sizes.at(down_index ? 2 : 1) : 0;
+  s.dtype = x.dtype, s.activation = activation_of(activation), s.threads = 1, s.tf32 = tf32;
+  x.expect("x", s.dtype, {s.T, s.H});
   expect_width("x", s.H);
   expect_width("down_proj", s.I);
   expect_width("shared_down_proj", s.Is);
   expect_aligned("x", x);
-  for (const Tensor& t : w) expect_aligned("weights", t);
-  return s;
+  ExpertWeights w{};
+  w.gate_up_proj = weights_of("gate_up", *gate_up, optional(shared_gate_up), gate_up_index, s, s.halves(), {s.I, s.H},
+                              {s.Is, s.H});
+  w.down_proj = weights_of("down", *down, optional(shared_down), down_index, s, 1, {s.H, s.I}, {s.H, s.Is});
+  return {s, w};
 }
 
-std::vector<Tensor> weights_of(const Tensor& gate_up_proj, const Tensor& down_proj, const Maybe& shared_gate_up_proj,
-                               const Maybe& shared_down_proj) {
-  return {gate_up_proj, down_proj, optional(shared_gate_up_proj), optional(shared_down_proj)};
+int64_t py_moe_mlp_fwd_workspace_bytes(const Tensor& x, const Plan& plan, const WeightViews& weights,
+                                       const std::string& activation, bool tf32) {
+  return cuda::moe_mlp_fwd_workspace_bytes(experts_of(x, plan, weights, activation, tf32).s);
 }
 
-ExpertWeights pointers(const std::vector<Tensor>& w) { return {w[0].data, w[1].data, w[2].data, w[3].data}; }
-
-int64_t py_moe_mlp_fwd_workspace_bytes(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj,
-                                       const Tensor& down_proj, const Maybe& shared_gate_up_proj,
-                                       const Maybe& shared_down_proj, const std::string& activation, bool tf32) {
-  const auto w = weights_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj);
-  return cuda::moe_mlp_fwd_workspace_bytes(moe_sizes(x, plan, w, activation, tf32));
+int64_t py_moe_mlp_bwd_workspace_bytes(const Tensor& x, const Plan& plan, const WeightViews& weights,
+                                       const std::string& activation, bool tf32, bool recompute) {
+  return cuda::moe_mlp_bwd_workspace_bytes(experts_of(x, plan, weights, activation, tf32).s, recompute);
 }
 
-int64_t py_moe_mlp_bwd_workspace_bytes(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj,
-                                       const Tensor& down_proj, const Maybe& shared_gate_up_proj,
-                                       const Maybe& shared_down_proj, const std::string& activation, bool tf32,
-                                       bool recompute) {
-  const auto w = weights_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj);
-  return cuda::moe_mlp_bwd_workspace_bytes(moe_sizes(x, plan, w, activation, tf32), recompute);
-}
-
-void py_experts_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
-                    const std::string& activation, bool tf32, const Tensor& y_rows, const Maybe& gate_up,
-                    const Tensor& workspace, uintptr_t stream) {
-  const auto w = weights_of(gate_up_proj, down_proj, {}, {});
-  const MoeSizes s = moe_sizes(x, plan, w, activation, tf32);
+void py_experts_fwd(const Tensor& x, const Plan& plan, const WeightViews& weights, const std::string& activation,
+                    bool tf32, const Tensor& y_rows, const Maybe& gate_up, const Tensor& workspace, uintptr_t stream) {
+  const auto [s, w] = experts_of(x, plan, weights, activation, tf32);
   y_rows.expect("y_rows", s.dtype, {s.R, s.H});
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
-  cuda::experts_fwd(s, plan_view(plan, s.T, s.E), pointers(w), x.data, y_rows.data, optional(gate_up).data,
+  cuda::experts_fwd(s, plan_view(plan, s.T, s.E), w, x.data, y_rows.data, optional(gate_up).data,
                     scratch_of(workspace, cuda::experts_fwd_workspace_bytes(s)), stream_of(stream));
 }
 
 void py_experts_bwd(const Tensor& dy_rows, const Tensor& x, const Plan& plan, const Tensor& gate_up,
-                    const Tensor& gate_up_proj, const Tensor& down_proj, const std::string& activation, bool tf32,
-                    const Tensor& dx, const Tensor& dgate_up_proj, const Tensor& ddown_proj, const Tensor& workspace,
-                    uintptr_t stream) {
-  const auto w = weights_of(gate_up_proj, down_proj, {}, {});
-  const MoeSizes s = moe_sizes(x, plan, w, activation, tf32);
+                    const WeightViews& weights, const std::string& activation, bool tf32, const Tensor& dx,
+                    const Tensor& dgate_up_proj, const Tensor& ddown_proj, const Tensor& workspace, uintptr_t stream) {
+  const auto [s, w] = experts_of(x, plan, weights, activation, tf32);
   dy_rows.expect("dy_rows", s.dtype, {s.R, s.H});
   gate_up.expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   expect_aligned("dy_rows", dy_rows);
   dx.expect("dx", s.dtype, x.sizes);
-  dgate_up_proj.expect("dgate_up_proj", s.dtype, gate_up_proj.sizes);
-  ddown_proj.expect("ddown_proj", s.dtype, down_proj.sizes);
-  cuda::experts_bwd(s, plan_view(plan, s.T, s.E), pointers(w), x.data, dy_rows.data, gate_up.data, dx.data,
+  dgate_up_proj.expect("dgate_up_proj", s.dtype, {s.E, s.halves() * s.I, s.H});
+  ddown_proj.expect("ddown_proj", s.dtype, {s.E, s.H, s.I});
+  cuda::experts_bwd(s, plan_view(plan, s.T, s.E), w, x.data, dy_rows.data, gate_up.data, dx.data,
                     {dgate_up_proj.data, ddown_proj.data, nullptr, nullptr},
                     scratch_of(workspace, cuda::experts_bwd_workspace_bytes(s)), stream_of(stream));
 }
 
-void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_proj, const Tensor& down_proj,
-                    const Maybe& shared_gate_up_proj, const Maybe& shared_down_proj, const std::string& activation,
+void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const WeightViews& weights, const std::string& activation,
                     bool tf32, const Tensor& out, const Maybe& gate_up, const Maybe& shared_gate_up,
                     const Maybe& residual, const Maybe& gate, const Maybe& y, const Tensor& workspace,
                     uintptr_t stream) {
-  const auto w = weights_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj);
-  const MoeSizes s = moe_sizes(x, plan, w, activation, tf32);
+  const auto [s, w] = experts_of(x, plan, weights, activation, tf32);
   out.expect("out", residual ? residual->dtype : s.dtype, x.sizes);
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   if (shared_gate_up) shared_gate_up->expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
@@ -253,33 +302,31 @@ void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Tensor& gate_up_pro
     expect_aligned("gate", *gate);
     around = {residual->data, gate->data, residual->dtype, gate->dtype, gate->sizes[0], y->data};
   }
-  cuda::moe_mlp_fwd(s, plan_view(plan, s.T, s.E), pointers(w), x.data, out.data, optional(gate_up).data,
+  cuda::moe_mlp_fwd(s, plan_view(plan, s.T, s.E), w, x.data, out.data, optional(gate_up).data,
                     optional(shared_gate_up).data, residual ? &around : nullptr,
                     scratch_of(workspace, cuda::moe_mlp_fwd_workspace_bytes(s)), stream_of(stream));
 }
 
-void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const Tensor& gate_up_proj,
-                    const Tensor& down_proj, const Maybe& shared_gate_up_proj, const Maybe& shared_down_proj,
+void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const WeightViews& weights,
                     const Maybe& gate_up, const Maybe& shared_gate_up, const std::string& activation, bool tf32,
                     const Tensor& dx, const Tensor& drow_weight, const Tensor& dgate_up_proj, const Tensor& ddown_proj,
                     const Maybe& dshared_gate_up_proj, const Maybe& dshared_down_proj, const Tensor& workspace,
                     uintptr_t stream) {
-  const auto w = weights_of(gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj);
-  const MoeSizes s = moe_sizes(x, plan, w, activation, tf32);
+  const auto [s, w] = experts_of(x, plan, weights, activation, tf32);
   dout.expect("dout", s.dtype, x.sizes);
   expect_aligned("dout", dout);
   dx.expect("dx", s.dtype, x.sizes);
   drow_weight.expect("drow_weight", F32, {s.R});
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   if (shared_gate_up) shared_gate_up->expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
-  dgate_up_proj.expect("dgate_up_proj", s.dtype, gate_up_proj.sizes);
-  ddown_proj.expect("ddown_proj", s.dtype, down_proj.sizes);
+  dgate_up_proj.expect("dgate_up_proj", s.dtype, {s.E, s.halves() * s.I, s.H});
+  ddown_proj.expect("ddown_proj", s.dtype, {s.E, s.H, s.I});
   if (s.Is > 0) {
-    optional(dshared_gate_up_proj).expect("dshared_gate_up_proj", s.dtype, w[2].sizes);
-    optional(dshared_down_proj).expect("dshared_down_proj", s.dtype, w[3].sizes);
+    optional(dshared_gate_up_proj).expect("dshared_gate_up_proj", s.dtype, {s.halves() * s.Is, s.H});
+    optional(dshared_down_proj).expect("dshared_down_proj", s.dtype, {s.H, s.Is});
   }
   const bool recompute = !gate_up && !shared_gate_up;
-  cuda::moe_mlp_bwd(s, plan_view(plan, s.T, s.E), pointers(w), x.data, dout.data, optional(gate_up).data,
+  cuda::moe_mlp_bwd(s, plan_view(plan, s.T, s.E), w, x.data, dout.data, optional(gate_up).data,
                     optional(shared_gate_up).data, dx.data, drow_weight.as<float>(),
                     {dgate_up_proj.data, ddown_proj.data, optional(dshared_gate_up_proj).data,
                      optional(dshared_down_proj).data},

@@ -12,10 +12,12 @@ from pathlib import Path
 import pybind11
 import pytest
 import torch
+from torch import Tensor
 
 from moe_kernels import ExpertChoice, MoELayer, dispatch, gating, moe_mlp
 from moe_kernels.backends import cuda, registry
 from moe_kernels.backends.eager import EagerBackend
+from moe_kernels.weights import MoEWeights
 from tests.contenders import BACKENDS, judge_trap, moe_compute
 from tests.error_rule import judge
 from tests.trap_cases import DEVICE, PLAIN, Trap, make_problem
@@ -115,6 +117,80 @@ def test_bindings_check_what_they_get():
         plan = cuda.empty_plan(torch.device("cpu"), 4, 3, 8)
         ids, weights = picks[1], picks[0]
         cuda._c.dispatch(cuda.view(ids), cuda.view(weights), 3, cuda.views(plan), cuda.view(torch.zeros(1)), 0)
+
+
+@on_fibers
+def test_weights_by_themselves_come_with_an_index(monkeypatch):
+    seen, forward = [], cuda.CudaBackend._forward
+
+    def watched(self, x, plan, w, *rest):
+        seen.append(w)
+        return forward(self, x, plan, w, *rest)
+
+    monkeypatch.setattr(cuda.CudaBackend, "_forward", watched)
+    gate_up, down = torch.randn(4, 64, 8), torch.randn(2, 8, 64)
+    plan = dispatch(torch.tensor([[0], [1]], dtype=torch.int32), torch.ones(2, 1), 2, backend="cuda")
+    moe_mlp(torch.randn(2, 8), plan, [gate_up[i] for i in (2, 0, 3, 1)], [down[1], down[0]], backend="cuda")
+    (w,) = seen
+    assert w.gate_up_index.tolist() == [2, 0, 3, 1]
+    assert w.down_index.tolist() == [1, 0]
+    assert w.gate_up_proj.data_ptr() == gate_up.data_ptr()
+
+
+def indexed_weights(I: int = 64) -> MoEWeights:
+    """Two experts and a shared one, H = 8, Is = 64: eight slices that overlap."""
+    memory = torch.zeros(16 * 7 + 64 * 8)
+    gate_up, down = (memory.as_strided((8, *shape), (16, shape[1], 1)) for shape in ((I, 8), (8, I)))
+    shared = (memory.as_strided((8, *shape), (16, shape[1], 1)) for shape in ((64, 8), (8, 64)))
+    return MoEWeights(gate_up, down, *shared, torch.zeros(6, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))
+
+
+def cut(t: Tensor, nbytes: int) -> Tensor:
+    """Return zeros of the sizes and strides of t that end too early."""
+    out = torch.zeros(t.untyped_storage().nbytes() // 4).as_strided(t.shape, t.stride())
+    out.untyped_storage().resize_(nbytes)
+    return out
+
+
+def bytes_for(w: MoEWeights) -> int:
+    """Ask for the workspace of a forward, which checks all arguments and computes nothing."""
+    plan = cuda.empty_plan(torch.device("cpu"), 4, 2, 8)
+    views = cuda.view(torch.zeros(4, 8)), cuda.views(plan), cuda.weights(w)
+    return cuda._c.moe_mlp_fwd_workspace_bytes(*views, "swiglu", False)
+
+
+@on_fibers
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("gate_up_index", lambda t: t[:5], "gate_up_index: size 5 in dimension 0, expected 6"),
+        ("gate_up_index", lambda t: t.float(), "gate_up_index: dtype tag 0, expected 3"),
+        ("down_index", lambda t: t.repeat(2)[::2], "down_index: stride 2 in dimension 0, expected 1"),
+        ("gate_up_index", lambda t: None, r"gate_up_proj: size 8 in dimension 0, expected 2"),
+        ("gate_up_proj", lambda t: t.bfloat16(), "gate_up_proj: dtype tag 1, expected 0"),
+        ("gate_up_proj", lambda t: t[:, :56], "gate_up_proj: size 56 in dimension 1, expected 64"),
+        ("gate_up_proj", lambda t: t[0], "gate_up_proj: 2 dimensions, expected 3"),
+        ("gate_up_proj", lambda t: t[:0], "gate_up_proj: null pointer"),
+        ("gate_up_proj", lambda t: t.as_strided(t.shape, (16, 1, 64)), "gate_up_proj: stride 64 in dimension 2, exp"),
+        ("gate_up_proj", lambda t: t.as_strided(t.shape, (2, 8, 1)), "stride 2 in dimension 0, expected a multiple of"),
+        ("shared_down_proj", lambda t: t.as_strided(t.shape, (0, 64, 1)), "shared_down_proj: stride 0 in dimension 0"),
+        ("down_proj", lambda t: cut(t, 2480), "down_proj: 8 slices, expected 1 to 7 in 2480 bytes"),
+        ("down_proj", lambda t: cut(t, 2032), "down_proj: buffer of 2032 bytes, expected at least 2048"),
+        ("down_proj", lambda t: t.as_strided((7, 8, 64), (16, 64, 1), 1), "down_proj: address .* multiple of 16"),
+        ("shared_gate_up_proj", lambda t: None, "shared weights: one of two, expected both or none"),
+    ],
+)
+def test_bindings_check_weights_with_an_index(name, change, match):
+    w = indexed_weights()
+    assert bytes_for(w) > 0
+    with pytest.raises(ValueError, match=match):
+        bytes_for(w._replace(**{name: change(getattr(w, name))}))
+
+
+@on_fibers
+def test_an_index_needs_whole_steps():
+    with pytest.raises(ValueError, match="gate_up_index: widths of 56 and 64, expected multiples of 64"):
+        bytes_for(indexed_weights(I=56))
 
 
 @on_fibers

@@ -50,11 +50,23 @@ struct MoeSizes {
   int64_t halves() const { return activation == Activation::kSwiGLU ? 2 : 1; }
 };
 
+// Slices of one tensor, `step` elements apart; they may overlap.
+struct Slices {
+  const void* data;
+  int64_t step, count;
+};
+
+// Weights of one kind on a GPU. Without an index slice e of `routed` is all of expert e, and `shared` is one slice. With
+// one every matrix is a slice: of gate_0, up_0, gate_1, ... number i is slice index[i] of `routed`; those of the shared
+// expert come last, out of `shared`.
+struct Weights {
+  Slices routed, shared;  // shared.data: null without a shared expert
+  const int32_t* index;   // on the GPU, or null
+};
+
 struct ExpertWeights {
-  const void* gate_up_proj;         // (E, halves * I, H)
-  const void* down_proj;            // (E, H, I)
-  const void* shared_gate_up_proj;  // (halves * Is, H) or null
-  const void* shared_down_proj;     // (H, Is) or null
+  Weights gate_up_proj;  // slices (halves * I, H); (I, H) with an index
+  Weights down_proj;     // (H, I)
 };
 
 struct ExpertGrads {

@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_simt(const Product produc
     for (int k = tile.k_begin; k < tile.k_end; k += kK) {
       a_share.put_into(a_block, 0), b_share.put_into(b_block, 0);
       __syncthreads();
+      product.enter(tile, k + kK, b[0]);
       a_share.fetch_from(a, m, k + kK), b_share.fetch_half(b, n, k + kK);
 #pragma unroll
       for (int step = 0; step < kK; ++step)

@@ -110,7 +110,11 @@ __device__ void multiply_tile(const Product& product, const Tile& tile, char* me
   LoaderB<Product> b(product, tile, tile.n * LoaderB<Product>::kSize);
   const auto load = [&](int step) {
     char* stage = memory + step % kStages * kStageBytes;
-    if (step < steps) a.load(stage, tile.k_begin + step * kK), b.load(stage + kOperandBytes, tile.k_begin + step * kK);
+    const int k = tile.k_begin + step * kK;
+    if (step < steps) {
+      product.enter(tile, k, b.first.matrix);
+      a.load(stage, k), b.load(stage + kOperandBytes, k);
+    }
     commit_chunks();
   };
 #pragma unroll
@@ -126,8 +130,12 @@ __device__ void multiply_tile(const Product& product, const Tile& tile, char* me
   __syncthreads();
 }
 
-template <class Product>
-__global__ void __launch_bounds__(kThreads) product_sm80(const Product product) {
+// Whether there is an index is known when this is compiled: told apart at run time it took the stacked kernels from 127
+// registers to 168 (bf16 rows times weights), and one block a processor instead of two.
+template <class Product, bool INDEXED>
+__global__ void __launch_bounds__(kThreads) product_sm80(const Product given) {
+  Product product = given;
+  if constexpr (Product::kA == Summed::kInner && !INDEXED) product.from.index = nullptr;
   MOE_DYNAMIC_SHARED(memory);
   int* table = reinterpret_cast<int*>(memory + kStages * kStageBytes);
   product.tiles.template prepare<kM>(table);
@@ -145,13 +153,20 @@ __global__ void __launch_bounds__(kThreads) product_sm80(const Product product) 
   }
 }
 
-template <class Product>
-void run(const Product& product, const Launch& on) {
+template <bool INDEXED, class Product>
+void run_kernel(const Product& product, const Launch& on) {
   const int shared = kStages * kStageBytes + int(sizeof(int)) * Product::Tiles::table_size(product.tiles.groups.E);
   MOE_CHECK(shared <= kSharedBytes, "experts: ", product.tiles.groups.E, ", which need ", shared,
             " bytes of shared memory, expected at most ", kSharedBytes);
-  launch(product_sm80<Product>, dim3(unsigned(std::min(on.tiles, on.device.processors))), kThreads, size_t(shared),
-         on.stream, product);
+  launch(product_sm80<Product, INDEXED>, dim3(unsigned(std::min(on.tiles, on.device.processors))), kThreads,
+         size_t(shared), on.stream, product);
+}
+
+template <class Product>
+void run(const Product& product, const Launch& on) {
+  if constexpr (Product::kA == Summed::kInner)
+    if (product.from.index) return run_kernel<true>(product, on);
+  run_kernel<false>(product, on);
 }
 
 }  // namespace moe::cuda::sm80

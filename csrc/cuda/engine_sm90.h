@@ -62,31 +62,56 @@ struct Shared {
   __device__ int* table() const { return reinterpret_cast<int*>(&full(2 * C::kStages)); }
 };
 
-// Boxes of an operand: `outer` is the coordinate along the tile, `row` what is added to the coordinate of rows, e the
-// expert. Rows are a 2-D tensor; weights have the expert as the last dimension.
+// Boxes of an operand: `outer` is the coordinate along the tile, `row` what is added to the coordinate of rows. Rows are
+// a 2-D tensor; weights have the slice as the last dimension.
 template <Summed LIES, int SIZE>
-__device__ void load_boxes(const TensorMap& map, Barrier& barrier, char* shared, int k, int outer, int row, int e) {
+__device__ void load_boxes(const TensorMap& map, Barrier& barrier, char* shared, int k, int outer, int row,
+                           int slice) {
   if (LIES == Summed::kInner) {
-    load_box(map, barrier, shared, k, row + outer, 0, e);
+    load_box(map, barrier, shared, k, row + outer, 0, slice);
   } else {
 #pragma unroll
     for (int slab = 0; slab < SIZE / 64; ++slab)
-      load_box(map, barrier, shared + slab * kSlab, outer + slab * 64, row + k, 0, e);
+      load_box(map, barrier, shared + slab * kSlab, outer + slab * 64, row + k, 0, slice);
   }
+}
+
+// The slices that a tile's weights are in: one, or with an index one for each matrix of its expert.
+struct TileSlices {
+  int first, second;
+};
+template <class Product>
+__device__ TileSlices slices_of(const Product& product, const Tile& tile) {
+  if constexpr (Product::kA == Summed::kInner) {
+    const int first = product.slice(tile, 0);
+    return {first, product.from.index && product.matrices == 2 ? product.slice(tile, 1) : first};
+  }
+  return {};
+}
+
+// Boxes of weights. Two stacked halves are one box; with an index a box each, which lands where the one has its halves.
+template <class Product, int N>
+__device__ void load_weights(const Product& product, const Tile& tile, TileSlices slices, const TensorMap& map,
+                             Barrier& barrier, char* shared, int k, int n) {
+  const int split = product.split_of(tile);
+  const bool second = split >= 0 && k >= split;
+  load_boxes<Product::kB, N>(map, barrier, shared, second ? k - split : k, n, 0, second ? slices.second : slices.first);
+  if (Product::kHalves == 2 && product.from.index)
+    load_box(map, barrier, shared + N / 2 * kLine, k, n, 0, slices.second);
 }
 
 template <class Product, int N>
 __device__ void load_tiles(const Product& product, const Maps& maps, const Shared<Product, N>& shared, int count) {
   using C = Config<Product, N>;
   using T = typename Product::T;
-  constexpr bool kWeights = Product::kA == Summed::kInner;  // B is weights, not rows
   constexpr bool kGatherA = Product::kGathered == Gathered::kA;
   const bool leads = threadIdx.x == 0;
   Ring<C::kStages> ring;
   for (int index = blockIdx.x; index < count; index += gridDim.x) {
     Tile tile = product.tiles.template locate<kM>(shared.table(), index);
     product.sum_range(tile);
-    const int m = tile.m * kM, n = tile.n * (N / Product::kHalves), e = kWeights && !tile.shared ? tile.group : 0;
+    const int m = tile.m * kM, n = tile.n * (N / Product::kHalves);
+    const TileSlices slices = slices_of(product, tile);
     const TensorMap& a = tile.shared ? maps.shared_a : maps.a;
     const TensorMap& b = tile.shared ? maps.shared_b : maps.b;
     Loader<T, kGatherA ? Product::kA : Product::kB, kGatherA ? kM : N, kGroup> gather(
@@ -97,8 +122,10 @@ __device__ void load_tiles(const Product& product, const Maps& maps, const Share
       if (leads) {
         arrive_announcing(full, C::kBoxBytes);
         if (!kGatherA) load_boxes<Product::kA, kM>(a, full, shared.a(ring.stage), k, m, tile.first, 0);
-        if (Product::kGathered != Gathered::kB)
-          load_boxes<Product::kB, N>(b, full, shared.b(ring.stage), k, n, kWeights ? 0 : tile.first, e);
+        if constexpr (Product::kA == Summed::kInner)  // B is weights, not rows
+          load_weights<Product, N>(product, tile, slices, b, full, shared.b(ring.stage), k, n);
+        else if constexpr (Product::kGathered != Gathered::kB)
+          load_boxes<Product::kB, N>(b, full, shared.b(ring.stage), k, n, tile.first, 0);
       }
       if constexpr (C::kGathers) {
         gather.load(kGatherA ? shared.a(ring.stage) : shared.b(ring.stage), k);
@@ -221,31 +248,33 @@ TensorMap rows_map(const T* data, int64_t rows, int64_t cols, int box_rows) {
   return tensor_map(dtype_of(T{}), data, {cols, rows, 1, 1}, strides, {64, box_rows, 1, 1});
 }
 
-// Weights (E, halves n, k), or (E, k, n) where they lie kOuter.
+// Slices of weights: (halves n, k), or (k, n) where they lie kOuter; with an index (n, k), or (k / matrices, n).
 template <class Product, int N>
-TensorMap weights_map(const typename Product::T* data, int64_t E, int64_t n, int64_t k) {
-  constexpr int kHalves = Product::kHalves;
+TensorMap weights_map(const Product& p, const Slices& of, int64_t n, int64_t k) {
+  const Dtype dtype = dtype_of(typename Product::T{});
+  const int halves = p.from.index ? 1 : Product::kHalves;
   if (Product::kB == Summed::kInner)
-    return tensor_map(dtype_of(typename Product::T{}), data, {k, n, kHalves, E}, {1, k, n * k, kHalves * n * k},
-                      {64, N / kHalves, kHalves, 1});
-  return tensor_map(dtype_of(typename Product::T{}), data, {n, k, 1, E}, {1, n, n * k, n * k}, {64, 64, 1, 1});
+    return tensor_map(dtype, of.data, {k, n, halves, of.count}, {1, k, n * k, of.step},
+                      {64, N / Product::kHalves, halves, 1});
+  const int64_t rows = p.from.index ? k / p.matrices : k;
+  return tensor_map(dtype, of.data, {n, rows, 1, of.count}, {1, n, n * rows, of.step}, {64, 64, 1, 1});
 }
 
 template <int N, class T, bool GELU, template <class, bool> class Kind>
 Maps maps_of(const Kind<T, GELU>& p, int64_t) {  // Up and Dact: rows are gathered
   Maps maps{};
-  if (p.N) maps.b = weights_map<Kind<T, GELU>, N>(p.weight, p.tiles.groups.E, p.N, p.K);
-  if (p.Ns) maps.shared_b = weights_map<Kind<T, GELU>, N>(p.shared_weight, 1, p.Ns, p.Ks);
+  if (p.N) maps.b = weights_map<Kind<T, GELU>, N>(p, p.from.routed, p.N, p.K);
+  if (p.Ns) maps.shared_b = weights_map<Kind<T, GELU>, N>(p, p.from.shared, p.Ns, p.Ks);
   return maps;
 }
 
 template <int N, class T, Summed WEIGHTS>
 Maps maps_of(const RowsTimes<T, WEIGHTS>& p, int64_t rows) {
   using Product = RowsTimes<T, WEIGHTS>;
-  Maps maps{rows_map(p.rows, rows, p.K, kM), {}, weights_map<Product, N>(p.weight, p.tiles.groups.E, p.N, p.K), {}};
+  Maps maps{rows_map(p.rows, rows, p.K, kM), {}, weights_map<Product, N>(p, p.from.routed, p.N, p.K), {}};
   if (p.tiles.groups.T) {
     maps.shared_a = rows_map(p.shared_rows, p.tiles.groups.T, p.Ks, kM);
-    maps.shared_b = weights_map<Product, N>(p.shared_weight, 1, p.Ns, p.Ks);
+    maps.shared_b = weights_map<Product, N>(p, p.from.shared, p.Ns, p.Ks);
   }
   return maps;
 }

@@ -62,10 +62,10 @@ Pair<T> take(Scratch& scratch, const MoeSizes& s, int64_t routed, int64_t shared
 }
 
 template <class T>
-void set_operands(RowsTimesWeights<T>& p, Pair<const T> rows, const int32_t* row_token, const void* weight,
-                  const void* shared_weight, int64_t K, int64_t Ks, int64_t N, int64_t Ns) {
+void set_operands(RowsTimesWeights<T>& p, Pair<const T> rows, const int32_t* row_token, const Weights& from,
+                  int64_t matrices, int64_t K, int64_t Ks, int64_t N, int64_t Ns) {
   p.rows = rows.routed, p.shared_rows = rows.shared, p.row_token = row_token;
-  p.weight = static_cast<const T*>(weight), p.shared_weight = static_cast<const T*>(shared_weight);
+  p.from = from, p.matrices = int(matrices);
   p.K = int(K), p.Ks = int(Ks), p.N = int(N), p.Ns = int(Ns);
 }
 
@@ -73,7 +73,7 @@ template <class T, bool GELU>
 void up(const Call& call, const ExpertWeights& w, const T* x, Pair<T> act, Pair<T> gate_up) {
   const MoeSizes& s = call.s;
   Up<T, GELU> p{};
-  set_operands<T>(p, {x, x}, call.plan.row_token, w.gate_up_proj, w.shared_gate_up_proj, s.H, s.H, s.I, s.Is);
+  set_operands<T>(p, {x, x}, call.plan.row_token, w.gate_up_proj, s.halves(), s.H, s.H, s.I, s.Is);
   p.act = act.routed, p.shared_act = act.shared, p.gate_up = gate_up.routed, p.shared_gate_up = gate_up.shared;
   call.run_rows(p, call.up_tiling());
 }
@@ -85,11 +85,12 @@ void up(const Call& call, const ExpertWeights& w, const T* x, Pair<T> act, Pair<
 }
 
 template <class T, Summed WEIGHTS>
-void rows_times(const Call& call, Pair<T> rows, const void* weight, const void* shared_weight, int64_t K, int64_t Ks,
+void rows_times(const Call& call, Pair<T> rows, const Weights& from, int64_t matrices, int64_t K, int64_t Ks,
                 Pair<T> out) {
   RowsTimes<T, WEIGHTS> p{};
-  set_operands<T>(p, {rows.routed, rows.shared}, nullptr, weight, shared_weight, K, Ks, call.s.H, call.s.H);
+  set_operands<T>(p, {rows.routed, rows.shared}, nullptr, from, matrices, K, Ks, call.s.H, call.s.H);
   p.out = out.routed, p.shared_out = out.shared;
+  p.split = matrices == 2 ? p.K / 2 : -1, p.shared_split = matrices == 2 ? p.Ks / 2 : -1;
   call.run_rows(p, call.tiling(K, call.s.H));
 }
 
@@ -118,8 +119,7 @@ template <class T, bool GELU>
 void dact(const Call& call, const ExpertWeights& w, const T* dout, bool combined, const Backward<T>& b) {
   const MoeSizes& s = call.s;
   Dact<T, GELU> p{};
-  set_operands<T>(p, {dout, dout}, combined ? call.plan.row_token : nullptr, w.down_proj, w.shared_down_proj, s.H, s.H,
-                  s.I, s.Is);
+  set_operands<T>(p, {dout, dout}, combined ? call.plan.row_token : nullptr, w.down_proj, 1, s.H, s.H, s.I, s.Is);
   p.row_weight = combined ? call.plan.row_weight : nullptr;
   p.gate_up = b.gate_up.routed, p.shared_gate_up = b.gate_up.shared;
   p.dgate_up = b.dgate_up.routed, p.shared_dgate_up = b.dgate_up.shared;
@@ -189,7 +189,7 @@ void backward(const Call& call, const ExpertWeights& w, const T* x, const T* dou
   dweight<T, Gathered::kB>(call, {b.dgate_up.routed, b.dgate_up.shared}, {x, x}, true, u * s.I, u * s.Is, s.H, s.H,
                            grads.dgate_up_proj, grads.dshared_gate_up_proj, b.partials[1], sums);
   ordered_sums(sums.data(), int(sums.size()), call.stream);
-  rows_times<T, Summed::kOuter>(call, b.dgate_up, w.gate_up_proj, w.shared_gate_up_proj, u * s.I, u * s.Is, b.dx);
+  rows_times<T, Summed::kOuter>(call, b.dgate_up, w.gate_up_proj, u, u * s.I, u * s.Is, b.dx);
   CombineArgs sum{};
   sum.T = s.T, sum.H = s.H, sum.dtype = s.dtype, sum.rows = b.dx.routed, sum.out = dx;
   sum.token_row_offsets = call.plan.token_row_offsets, sum.token_rows = call.plan.token_rows;
@@ -215,7 +215,7 @@ void experts_fwd(const MoeSizes& s, const PlanView& plan, const ExpertWeights& w
     using T = decltype(tag);
     const Pair<T> act{static_cast<T*>(workspace), nullptr};
     up<T>(call, w, static_cast<const T*>(x), act, pair<T>(gate_up, nullptr));
-    rows_times<T, Summed::kInner>(call, act, w.down_proj, nullptr, s.I, 0, pair<T>(y_rows, nullptr));
+    rows_times<T, Summed::kInner>(call, act, w.down_proj, 1, s.I, 0, pair<T>(y_rows, nullptr));
   });
 }
 
@@ -261,7 +261,7 @@ void moe_mlp_fwd(const MoeSizes& s, const PlanView& plan, const ExpertWeights& w
     Scratch scratch(workspace);
     const Forward<T> f = take_forward<T>(scratch, s);
     up<T>(call, w, static_cast<const T*>(x), f.act, pair<T>(gate_up, shared_gate_up));
-    rows_times<T, Summed::kInner>(call, f.act, w.down_proj, w.shared_down_proj, s.I, s.Is, f.y);
+    rows_times<T, Summed::kInner>(call, f.act, w.down_proj, 1, s.I, s.Is, f.y);
     CombineArgs sum{};
     sum.T = s.T, sum.H = s.H, sum.dtype = s.dtype, sum.rows = f.y.routed, sum.row_weight = plan.row_weight;
     sum.token_row_offsets = plan.token_row_offsets, sum.token_rows = plan.token_rows;

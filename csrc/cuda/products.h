@@ -101,8 +101,8 @@ struct RowsTimesWeights {
   const T* rows;         // (R, K), or (T, K) with row_token
   const T* shared_rows;  // (T, Ks)
   const int32_t* row_token;
-  const T* weight;  // (E, halves N, K), or (E, K, N)
-  const T* shared_weight;
+  Weights from;  // slices (halves N, K), or (K, N); of an index (N, K), or (K / matrices, N)
+  int matrices;  // of an expert
   int K, Ks, N, Ns;
 
   __device__ int width(const Tile& tile) const { return tile.shared ? Ns : N; }
@@ -114,13 +114,22 @@ struct RowsTimesWeights {
     if (row_token) return {rows, k, row_token + tile.first, tile.rows, k};
     return {rows + int64_t(tile.first) * k, k, nullptr, tile.rows, k};
   }
-  template <Summed SUMMED>
-  __device__ Matrix<T> weights(const Tile& tile, int half, int halves) const {
-    const int n = width(tile), k = depth(tile);
-    const T* base = tile.shared ? shared_weight : weight + int64_t(tile.group) * halves * n * k;
-    if (SUMMED == Summed::kInner) return {base + int64_t(half) * n * k, k, nullptr, n, k};
-    return {base, n, nullptr, k, n};
+  // The slice that holds matrix `part` of a tile's expert.
+  __device__ int slice(const Tile& tile, int part) const {
+    if (from.index) return from.index[tile.group * matrices + part];
+    return tile.shared ? 0 : tile.group;
   }
+  template <Summed SUMMED>
+  __device__ Matrix<T> weights(const Tile& tile, int part) const {
+    const int n = width(tile), k = depth(tile);
+    const void* data = tile.shared ? from.shared.data : from.routed.data;
+    const int64_t step = tile.shared ? from.shared.step : from.routed.step;
+    const T* first = static_cast<const T*>(data) + slice(tile, part) * step;
+    if (SUMMED == Summed::kInner) return {first + (from.index ? 0 : int64_t(part) * n * k), k, nullptr, n, k};
+    return {first, n, nullptr, k, n};
+  }
+  __device__ int split_of(const Tile&) const { return -1; }
+  __device__ void enter(const Tile&, int, Matrix<T>&) const {}
 };
 
 // act_r = activation(x[token of r] gate_up_proj_e^T); gate_up is kept where it is not null.
@@ -138,9 +147,7 @@ struct Up : RowsTimesWeights<T_> {
   T* gate_up;
   T* shared_gate_up;
 
-  __device__ Matrix<T> b(const Tile& tile, int half) const {
-    return this->template weights<Summed::kInner>(tile, half, kHalves);
-  }
+  __device__ Matrix<T> b(const Tile& tile, int part) const { return this->template weights<Summed::kInner>(tile, part); }
   __device__ Kept kept(const Tile&, int, int) const { return {}; }
   __device__ float store(const Tile& tile, int row, int col, const float (&gate)[8], const float (&up)[8],
                          const Kept&) const {
@@ -172,8 +179,18 @@ struct RowsTimes : RowsTimesWeights<T_> {
   static constexpr bool kRowSum = false, kLongEpilogue = false;
   T* out;
   T* shared_out;
+  int split, shared_split;  // with an index: where K goes on in the second matrix of an expert, or -1
 
-  __device__ Matrix<T> b(const Tile& tile, int) const { return this->template weights<WEIGHTS>(tile, 0, 1); }
+  __device__ Matrix<T> b(const Tile& tile, int) const { return this->template weights<WEIGHTS>(tile, 0); }
+  __device__ int split_of(const Tile& tile) const {
+    if (WEIGHTS == Summed::kInner || !this->from.index) return -1;
+    return tile.shared ? shared_split : split;
+  }
+  // Called before each step of K, which ascend: rows k and following of b are then those of the matrix that holds them.
+  __device__ void enter(const Tile& tile, int k, Matrix<T>& b) const {
+    if (WEIGHTS == Summed::kOuter && k == split_of(tile))
+      b.data = this->template weights<WEIGHTS>(tile, 1).data - k * b.stride;
+  }
   __device__ Kept kept(const Tile&, int, int) const { return {}; }
   __device__ float store(const Tile& tile, int row, int col, const float (&values)[8], const float (&)[8],
                          const Kept&) const {
@@ -207,7 +224,7 @@ struct Dact : RowsTimesWeights<T_> {
   float* parts;
   int part_columns, num_parts;
 
-  __device__ Matrix<T> b(const Tile& tile, int) const { return this->template weights<Summed::kOuter>(tile, 0, 1); }
+  __device__ Matrix<T> b(const Tile& tile, int) const { return this->template weights<Summed::kOuter>(tile, 0); }
   __device__ Kept kept(const Tile& tile, int row, int col) const {
     const int n = this->width(tile);
     const int64_t r = int64_t(tile.first) + row;
@@ -321,6 +338,7 @@ struct Dweight {
   __device__ Matrix<T> b(const Tile& tile, int) const {
     return side(tile, right, shared_right, tile.shared ? Ns : N, GATHERED == Gathered::kB);
   }
+  __device__ void enter(const Tile&, int, Matrix<T>&) const {}
   __device__ Kept kept(const Tile&, int, int) const { return {}; }
   __device__ float store(const Tile& tile, int row, int col, const float (&values)[8], const float (&)[8],
                          const Kept&) const {

@@ -88,4 +88,27 @@ void expect_close(const Floats& got, const Doubles& want, Dtype dtype, const std
   expect(error <= fp32 + share * unit_roundoff(dtype), what + ": error " + std::to_string(error));
 }
 
+struct Plan {
+  Ints counts, offsets, row_token, row_pick, token_row_offsets, token_rows;
+  Floats row_weight;
+  Plan(int64_t T, int64_t E, int64_t R)
+      : counts(E, -7), offsets(E + 1, -7), row_token(R, -7), row_pick(R, -7), token_row_offsets(T + 1, -7),
+        token_rows(R, -7), row_weight(poisoned(R)) {}
+  PlanOut out() {
+    return {counts.data(),   offsets.data(),           row_token.data(), row_weight.data(),
+            row_pick.data(), token_row_offsets.data(), token_rows.data()};
+  }
+  void take_tokens_rows(const std::vector<Ints>& rows_of) {
+    token_row_offsets[0] = 0;
+    for (size_t t = 0; t < rows_of.size(); ++t) {
+      token_row_offsets[t + 1] = token_row_offsets[t] + int32_t(rows_of[t].size());
+      std::copy(rows_of[t].begin(), rows_of[t].end(), token_rows.begin() + token_row_offsets[t]);
+    }
+  }
+  bool operator==(const Plan& o) const {
+    return counts == o.counts && offsets == o.offsets && row_token == o.row_token && row_pick == o.row_pick &&
+           token_row_offsets == o.token_row_offsets && token_rows == o.token_rows && row_weight == o.row_weight;
+  }
+};
+
 }  // namespace

@@ -53,6 +53,10 @@ def views(plan: RoutingPlan) -> list:
     return [view(t) for t in plan.tensors()]
 
 
+def weights(w: MoEWeights) -> list:
+    return [view(t) for t in w]
+
+
 def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
     """Launch on the device of the tensors and on its current stream; operands start at multiples of 16 bytes."""
 
@@ -71,8 +75,8 @@ def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
 def _aligned(value: Any) -> Any:
     if isinstance(value, MoEWeights):
         return MoEWeights(*map(_aligned, value))
-    if not isinstance(value, Tensor) or value.data_ptr() % ALIGNMENT == 0:
-        return value
+    if not isinstance(value, Tensor) or value.data_ptr() % ALIGNMENT == 0 or not value.is_contiguous():
+        return value  # of weights with an index a copy would hold all slices, which overlap, one by one
     return value.clone()
 
 
@@ -96,6 +100,7 @@ class CudaBackend(Backend):
     """
 
     name = "cuda"
+    reads = "indexed"
 
     def why_not(self) -> str:
         if _c is None:
@@ -208,12 +213,12 @@ class CudaBackend(Backend):
     def experts(
         self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor]:
-        R, I = plan.num_rows, w.down_proj.shape[2]
-        y_rows, gate_up = x.new_empty((R, x.shape[1])), x.new_empty((R, w.gate_up_proj.shape[1]) if save else 0)
+        R, I, width = plan.num_rows, w.down_proj.shape[2], w.stacked_shapes(plan.num_experts)[0][1]
+        y_rows, gate_up = x.new_empty((R, x.shape[1])), x.new_empty((R, width) if save else 0)
         workspace = _workspace(R * I * x.element_size(), x)
         _c.experts_fwd(
-            view(x), views(plan), view(w.gate_up_proj), view(w.down_proj), activation, _tf32(x), view(y_rows),
-            view(gate_up) if save else None, view(workspace), _stream(x),
+            view(x), views(plan), weights(w), activation, _tf32(x), view(y_rows), view(gate_up) if save else None,
+            view(workspace), _stream(x),
         )  # fmt: skip
         return y_rows, gate_up
 
@@ -228,11 +233,11 @@ class CudaBackend(Backend):
         activation: str,
         needed: Sequence[bool] = (True, True),
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dx, dgate_up_proj, ddown_proj = (torch.empty_like(t) for t in (x, *w[:2]))
-        inputs, weights, how = (view(x), views(plan)), [view(t) for t in w[:2]], (activation, _tf32(x))
-        workspace = _workspace(_c.moe_mlp_bwd_workspace_bytes(*inputs, *weights, None, None, *how, False), x)
+        dx, dgate_up_proj, ddown_proj = map(x.new_empty, (x.shape, *w.stacked_shapes(plan.num_experts)))
+        inputs, seen, how = (view(x), views(plan)), weights(w), (activation, _tf32(x))
+        workspace = _workspace(_c.moe_mlp_bwd_workspace_bytes(*inputs, seen, *how, False), x)
         _c.experts_bwd(
-            view(dy_rows), *inputs, view(gate_up), *weights, *how, view(dx), view(dgate_up_proj), view(ddown_proj),
+            view(dy_rows), *inputs, view(gate_up), seen, *how, view(dx), view(dgate_up_proj), view(ddown_proj),
             view(workspace), _stream(x),
         )  # fmt: skip
         return dx, dgate_up_proj, ddown_proj
@@ -262,12 +267,13 @@ class CudaBackend(Backend):
         return self._forward(x, plan, w, activation, save, residual, gate)
 
     def _forward(self, x, plan, w, activation, save, residual=None, gate=None):
-        kept = save and w.shared_gate_up_proj is not None
+        shapes = w.stacked_shapes(plan.num_experts)
+        kept = save and len(shapes) == 4
         out = torch.empty_like(x if residual is None else residual)
         y = None if residual is None else torch.empty_like(x)
-        gate_up = x.new_empty((plan.num_rows, w.gate_up_proj.shape[1]) if save else 0)
-        shared_gate_up = x.new_empty((x.shape[0], w.shared_gate_up_proj.shape[0]) if kept else 0)
-        call = view(x), views(plan), *map(view, w), activation, _tf32(x)
+        gate_up = x.new_empty((plan.num_rows, shapes[0][1]) if save else 0)
+        shared_gate_up = x.new_empty((x.shape[0], shapes[2][0]) if kept else 0)
+        call = view(x), views(plan), weights(w), activation, _tf32(x)
         workspace = _workspace(_c.moe_mlp_fwd_workspace_bytes(*call), x)
         _c.moe_mlp_fwd(
             *call, view(out), view(gate_up) if save else None, view(shared_gate_up) if kept else None, view(residual),
@@ -288,9 +294,10 @@ class CudaBackend(Backend):
         needed: Sequence[bool] = (True,) * 4,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
-        grads = [None if t is None else torch.empty_like(t) for t in w]
+        shapes = w.stacked_shapes(plan.num_experts)
+        grads = [*map(x.new_empty, shapes), *[None] * (4 - len(shapes))]
         saved = [view(t) if t.numel() else None for t in (gate_up, shared_gate_up)]
-        inputs, how = (view(x), views(plan), *map(view, w)), (activation, _tf32(x))
+        inputs, how = (view(x), views(plan), weights(w)), (activation, _tf32(x))
         workspace = _workspace(_c.moe_mlp_bwd_workspace_bytes(*inputs, *how, saved == [None, None]), x)
         _c.moe_mlp_bwd(
             view(dout), *inputs, *saved, *how, view(dx), view(drow_weight),
