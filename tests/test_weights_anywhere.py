@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import experts, moe_mlp
 from moe_kernels.backends.registry import get
-from moe_kernels.weights import LayerWeights
+from moe_kernels.weights import LayerWeights, indexed
 from tests.contenders import BACKENDS, plan_of
 from tests.trap_cases import Problem, Trap, make_problem, poison
 
@@ -240,3 +240,40 @@ def test_narrow_weights_have_the_bits_of_the_stack(place, backend, seed):
     expected = run(moe_mlp, problem, backend, [[getattr(problem, n)] for n in KINDS], "gate_up")
     got = run(moe_mlp, problem, backend, lists_of(problem, place), PLACES[place][1])
     assert [i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if not torch.equal(a, b)] == []
+
+
+@pytest.fixture
+def tables(monkeypatch) -> indexed._Tables:
+    monkeypatch.setattr(indexed, "MOST_TABLES", 3)
+    return indexed._Tables()
+
+
+def test_tables_are_kept_and_old_ones_given_up(tables):
+    cpu = torch.device("cpu")
+    first = tables.get((2, 0, 1), cpu)
+    assert first.tolist() == [2, 0, 1] and first.dtype == torch.int32
+    assert tables.get((2, 0, 1), cpu) is first
+    for n in range(3):
+        tables.get((n,), cpu)
+    assert len(tables.kept) == 3 and tables.get((2, 0, 1), cpu) is not first
+
+
+def test_a_graph_being_captured_uploads_nothing_and_keeps_what_it_reads(tables, monkeypatch):
+    """An upload would become part of the graph, and a replay would read host memory that is another's by then."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    gpu, table = torch.device("cuda:0"), torch.tensor([1, 0], dtype=torch.int32)
+    assert tables.get((1, 0), gpu) is None and not tables.kept
+    tables.kept[gpu, (1, 0)] = (table, None, None)  # as a call before the capture leaves it
+    assert tables.get((1, 0), gpu) is table
+    tables.kept.clear()
+    assert tables.get((1, 0), gpu) is table
+
+
+def test_without_a_table_weights_are_copied(monkeypatch):
+    """As in that capture: still right."""
+    problem = make_problem(TRAPS[0], 0, torch.float32)
+    w = LayerWeights(*(in_turn(problem, name) for name in KINDS))
+    monkeypatch.setattr(indexed.tables, "get", lambda numbers, device: None)
+    got = w.indexed()
+    assert got.gate_up_index is None and got.down_index is None
+    assert all(map(torch.equal, got[:4], w.stacked()[:4]))
