@@ -17,6 +17,8 @@ from ._views import TAGS, empty_plan, view
 from .base import Backend, Case
 
 _POOLED_BYTES = 4 << 20  # from here on malloc maps fresh pages, and page faults cost up to 10 % of a backward
+_MOST_TABLES = 1024  # a few kilobytes each
+_tables: dict[tuple, list] = {}
 _FLOATS = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -52,9 +54,19 @@ def _new_alike(kind: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _matrices(w: LayerWeights) -> list:
-    """Return the tables of gate, up, down and those of the shared expert, as the extension takes them."""
-    table = _extension().Matrices
-    return [m and table(*m[:-1], TAGS[m.dtype]) for m in w.matrices()]
+    """Return the tables of gate, up, down and those of the shared expert, as the extension takes them.
+
+    They say where matrices lie and nothing of what is there, so those of the last calls serve again: making them takes
+    a tenth of a small call.
+    """
+    key = w.name, *map(len, w.kinds), *((t.data_ptr(), t.shape, t.stride(), t.dtype) for kind in w.kinds for t in kind)
+    found = _tables.get(key)
+    if found is None:
+        if len(_tables) >= _MOST_TABLES:
+            _tables.clear()
+        table = _extension().Matrices
+        found = _tables[key] = [m and table(*m[:-1], TAGS[m.dtype]) for m in w.matrices()]
+    return list(found)
 
 
 def _views(plan: RoutingPlan) -> list:
