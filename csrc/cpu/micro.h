@@ -74,7 +74,7 @@ void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, flo
       for (const int64_t stop = min64(end, k + kWalk); k < stop; ++k) {
         const vf b0 = loadu<vf>(b), b1 = loadu<vf>(b + W);
         __builtin_prefetch(b + kNear * NR);
-        __builtin_prefetch(b + kNear * NR + W);
+        if (NR * 4 > kLine) __builtin_prefetch(b + kNear * NR + W);
         if (kWalks) __builtin_prefetch(ahead, 0, 2);
         ahead += step;
 #pragma GCC unroll 16
