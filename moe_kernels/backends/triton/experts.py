@@ -3,8 +3,9 @@
 Persistent programs walk the tiles in the order of groups.py. Rows past a group's end are computed on a valid row in
 their place and never stored; columns likewise. Only what is summed over is masked.
 
-A weight is memory (n, N, K) or (n, K, N), a matrix every `step` elements. Which slices are the matrices of a group says
-its number, or, if INDEXED, a table: those of expert 0, of expert 1, ..., of the shared expert, whose memory is another.
+A weight is memory (n, N, K) or (n, K, N), a slice every `step` elements: one for each expert, of all its matrices, or,
+if INDEXED, one for each matrix, and a table says where: those of expert 0, of expert 1, ..., of the shared expert,
+whose memory is another.
 
 With TMA the weights, and rows that are not gathered, come as tensor descriptors: memory, and rows (R, K). Which of two
 descriptors a tile reads is chosen outside of its loop, so that both go through the same buffers.
@@ -36,10 +37,10 @@ def either(first, condition, second):
 
 @triton.jit
 def slice_of(index, group, part, E: tl.constexpr, PARTS: tl.constexpr, INDEXED: tl.constexpr):
-    """Return which slice of its memory the matrix `part`, of PARTS, of a group is; group E is the shared expert."""
+    """Return which slice of its memory the matrix `part`, of PARTS, of a group is in; group E is the shared expert."""
     if INDEXED:
         return tl.load(index + group * PARTS + part)
-    return tl.where(group == E, 0, group * PARTS) + part
+    return tl.where(group == E, 0, group)
 
 
 @triton.jit
@@ -170,13 +171,14 @@ def experts_fwd_up(
         x_at = x + tokens[:, None] * H + k[None, :]
         gate_slice = slice_of(index, group, 0, E, PARTS, INDEXED)
         up_slice = slice_of(index, group, PARTS - 1, E, PARTS, INDEXED)
+        up_row = 0 if INDEXED else width
         if TMA:
             weight = either(shared_gate_up_proj, shared, gate_up_proj)
         else:
             one = tl.where(shared, shared_step, step).to(tl.int64)
             weight = tl.where(shared, shared_gate_up_proj, gate_up_proj) + gate_slice * one
             gate_at = weight + tl.minimum(columns, width - 1)[None, :].to(tl.int64) * H + k[:, None]
-            up_at = gate_at + (up_slice - gate_slice) * one
+            up_at = gate_at + ((up_slice - gate_slice) * one + up_row * H)
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for first in tl.range(0, H, BLOCK_K, warp_specialize=SPECIALIZE):
@@ -189,7 +191,7 @@ def experts_fwd_up(
             gate = multiply(x_tile, gate_tile, gate, PRECISION)
             if not GELU:
                 if TMA:
-                    up_tile = tl.trans(block(weight, up_slice, n * BLOCK_N, first, BLOCK_N, BLOCK_K))
+                    up_tile = tl.trans(block(weight, up_slice, up_row + n * BLOCK_N, first, BLOCK_N, BLOCK_K))
                 else:
                     up_tile = load(up_at + first, live[:, None], H % BLOCK_K)
                 up = multiply(x_tile, up_tile, up, PRECISION)

@@ -153,44 +153,33 @@ def _or(t: Tensor | None, stand_in: Tensor) -> Tensor:
     return stand_in if t is None else t
 
 
-def _operands(tile: tiles.Tile, *operands: tuple[Any, ...]) -> tuple[bool, list[Any]]:
-    """Return whether descriptors are used, and what a kernel gets for each (tensor, block, parts) or (None, ...): its
+def _operands(tile: tiles.Tile, *operands: tuple[Tensor | None, tuple[int, ...]]) -> tuple[bool, list[Any]]:
+    """Return whether descriptors are used, and what a kernel gets for each (tensor, block) or (None, block): its
     descriptor, or itself; what is None looks like the one before.
 
     The copy engine wants rows and addresses of 16 bytes: where a tensor has others, all go as tensors.
     """
     filled = []
-    for t, *how in operands:
-        filled.append(filled[-1] if t is None else (t, *how))
+    for operand in operands:
+        filled.append(filled[-1] if operand[0] is None else operand)
     tma = tile.tma and all(
-        t.numel() and t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0 for t, *_ in filled
+        t.numel() and t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0 for t, _ in filled
     )
     return tma, [_descriptor(*operand) if tma else operand[0] for operand in filled]
 
 
-def _descriptor(t: Tensor, block: tuple[int, ...], parts: int = 1) -> TensorDescriptor:
-    """Describe a tensor as blocks of its last sizes; matrices that are `parts` in one as so many."""
-    sizes, strides = list(t.shape), list(t.stride())
-    if len(sizes) < len(block):
-        sizes, strides = [1, *sizes], [t.numel(), *strides]
-    if parts > 1:
-        sizes[:2] = sizes[0] * parts, sizes[1] // parts
-        strides[0] = sizes[1] * strides[1]
+def _descriptor(t: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """Describe a tensor as blocks of its last sizes; one that lacks sizes in front gets ones."""
+    missing = len(block) - t.dim()
+    sizes, strides = [1] * missing + list(t.shape), [t.numel()] * missing + list(t.stride())
     return TensorDescriptor(t, sizes, strides, list(block))
 
 
-def _step(memory: Tensor | None, parts: int) -> int:
-    """Return the elements from one matrix of a weight to the next; (n, rows, columns) or the shared expert's one."""
-    if memory is None:
-        return 0
-    return memory.stride(0) if memory.dim() == 3 and parts == 1 else memory.stride(-2) * (memory.shape[-2] // parts)
-
-
-def _where(weight: Weight, parts: int, tma: bool) -> tuple[Tensor, int, int]:
+def _where(weight: Weight, tma: bool) -> tuple[Tensor, int, int]:
     """Return what kernels call index, step and shared_step; descriptors know the steps, and another one might compile
     the kernel anew."""
     *memories, index = weight
-    steps = (0, 0) if tma else (_step(memory, parts) for memory in memories)
+    steps = (0 if tma or t is None or t.dim() < 3 else t.stride(0) for t in memories)
     return _or(index, memories[0]), *steps
 
 
@@ -211,10 +200,8 @@ def up(x: Tensor, plan, gate_up_proj: Weight, down_proj: Weight, save: bool) -> 
     shared_gate_up = x.new_empty((T, parts * Is) if save and Is else 0)
     tile = _tile("up", x, plan, I, H)
     grid = _grid(x, plan, tile, triton.cdiv(I, tile.n), triton.cdiv(Is, tile.n))
-    indexed = gate_up_proj[2] is not None
-    within = 1 if indexed else parts
-    tma, weights = _operands(tile, *((t, (1, tile.n, tile.k), within) for t in gate_up_proj[:2]))
-    where = _where(gate_up_proj, within, tma)
+    tma, weights = _operands(tile, *((t, (1, tile.n, tile.k)) for t in gate_up_proj[:2]))
+    indexed, where = gate_up_proj[2] is not None, _where(gate_up_proj, tma)
     launch(
         experts.experts_fwd_up, grid, x, *weights, *where, plan.expert_offsets, plan.row_token, act, shared_act,
         gate_up, shared_gate_up, T, H, I, Is, E, padded(E), parts == 1, save, indexed, _input_precision(x), TMA=tma,
@@ -235,7 +222,7 @@ def rows_times(rows: Pair, weight: Weight, plan, x: Tensor, k_inner: bool) -> Pa
     block = (1, tile.n, tile.k) if k_inner else (1, tile.k, tile.n)
     blocks = (tile.m, tile.k), (tile.m, tile.k), block, block
     tma, operands = _operands(tile, *zip((rows[0], rows[1] if Ks else None, *weight[:2]), blocks, strict=True))
-    indexed, where = weight[2] is not None, _where(weight, 1, tma)
+    indexed, where = weight[2] is not None, _where(weight, tma)
     launch(
         experts.experts_rows_times, _grid(x, plan, tile, num_n, num_n if Ks else 0), *operands, *where,
         plan.expert_offsets, out, _or(shared_out, out), x.shape[0], K, Ks, N, E, padded(E), k_inner, parts, indexed,
@@ -254,7 +241,7 @@ def dact(dout: Tensor, x: Tensor, plan, down_proj: Weight, gate_up: Pair, combin
     num_n = triton.cdiv(I, tile.n)
     parts = x.new_empty((R, num_n if combined else 0), dtype=torch.float32)
     tma, weights = _operands(tile, *((t, (1, tile.k, tile.n)) for t in down_proj[:2]))
-    indexed, where = down_proj[2] is not None, _where(down_proj, 1, tma)
+    indexed, where = down_proj[2] is not None, _where(down_proj, tma)
     launch(
         experts_bwd.experts_bwd_dact, _grid(x, plan, tile, num_n, triton.cdiv(Is, tile.n)), dout, *weights, *where,
         *gate_up, plan.expert_offsets, plan.row_token, plan.row_weight, dgate_up, shared_dgate_up, act, shared_act,
