@@ -1,9 +1,6 @@
 // The CUDA backend's Python module: every buffer checked as in bindings.cpp, except for contents, which are on a GPU.
 // Kernels go to the caller's stream on the device of use_device; scratch memory is the caller's, sized by *_workspace_bytes.
-#include "bindings.h"
-
-#include <algorithm>
-#include <array>
+#include "bindings_cuda.h"
 
 #include "cuda/combine.h"
 #include "cuda/context.h"
@@ -20,20 +17,7 @@ using namespace moe;
 
 namespace {
 
-using Maybe = std::optional<Tensor>;
-constexpr int64_t kAlignment = 16;  // bytes of one access of the kernels
-constexpr int64_t kWhole = 64;      // elements: no engine's step of a sum begins in one matrix and ends in the next
-
 cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
-
-void expect_aligned(const char* name, const Tensor& t) {
-  MOE_CHECK(reinterpret_cast<uintptr_t>(t.data) % kAlignment == 0, name, ": address ", t.data,
-            ", expected a multiple of ", kAlignment);
-}
-
-void expect_width(const char* name, int64_t width) {
-  MOE_CHECK(width % 8 == 0, name, ": ", width, ", expected a multiple of 8");
-}
 
 void* scratch_of(const Tensor& workspace, int64_t bytes) {
   MOE_CHECK(workspace.nbytes >= bytes, "workspace: ", workspace.nbytes, " bytes, expected at least ", bytes);
@@ -170,83 +154,6 @@ void py_dispatch_bwd(const Tensor& drow_weight, const Tensor& row_pick, const Te
   row_pick.expect("row_pick", I32, {R});
   out.expect("out", F32, {count});
   cuda::dispatch_bwd(R, count, drow_weight.as<float>(), row_pick.as<int32_t>(), out.as<float>(), stream_of(stream));
-}
-
-using WeightViews = std::array<Maybe, 6>;  // MoEWeights, in order
-struct Shape {
-  int64_t rows, cols;
-};
-struct Experts {
-  MoeSizes s;
-  ExpertWeights w;
-};
-
-// Stacked weights, a slice for each expert; the shared expert's have two dimensions.
-Slices stacked(const std::string& name, const Tensor& t, Dtype dtype, const std::vector<int64_t>& sizes) {
-  t.expect(name.c_str(), dtype, sizes);
-  expect_aligned(name.c_str(), t);
-  const size_t last = sizes.size() - 1;
-  return {t.data, sizes[last - 1] * sizes[last], last == 2 ? sizes[0] : 1};
-}
-
-// Matrices wherever each begins, slices of one tensor.
-Slices slices(const std::string& name, const Tensor& t, Dtype dtype, Shape matrix) {
-  MOE_CHECK(t.sizes.size() == 3 && t.strides.size() == 3, name, ": ", t.sizes.size(), " dimensions, expected 3");
-  const int64_t count = t.sizes[0], step = t.strides[0], size = dtype_bytes(dtype);
-  MOE_CHECK(step > 0 && step * size % kAlignment == 0, name, ": stride ", step, " in dimension 0, expected a multiple ",
-            "of ", kAlignment, " bytes");
-  Tensor one = t;
-  one.sizes[0] = 1;
-  one.expect(name.c_str(), dtype, {1, matrix.rows, matrix.cols});
-  const int64_t most = (t.nbytes - matrix.rows * matrix.cols * size) / (step * size) + 1;
-  MOE_CHECK(count > 0 && count <= std::min(most, int64_t(1) << 31), name, ": ", count, " slices, expected 1 to ", most,
-            " in ", t.nbytes, " bytes, and at most 2^31");
-  expect_aligned(name.c_str(), t);
-  return {t.data, step, count};
-}
-
-// Weights of one kind, `parts` matrices an expert. What an index says is not checked: it is on the GPU.
-Weights weights_of(const std::string& kind, const Tensor& routed, const Tensor& shared, const Maybe& index,
-                   const MoeSizes& s, int64_t parts, Shape matrix, Shape shared_matrix) {
-  const std::string name = kind + "_proj", shared_name = "shared_" + name;
-  Weights w{};
-  if (!index) {
-    w.routed = stacked(name, routed, s.dtype, {s.E, parts * matrix.rows, matrix.cols});
-    if (s.Is) w.shared = stacked(shared_name, shared, s.dtype, {parts * shared_matrix.rows, shared_matrix.cols});
-    return w;
-  }
-  MOE_CHECK(s.I % kWhole == 0 && s.Is % kWhole == 0, kind, "_index: widths of ", s.I, " and ", s.Is,
-            ", expected multiples of ", kWhole);
-  index->expect((kind + "_index").c_str(), I32, {(s.E + (s.Is > 0)) * parts});
-  w.routed = slices(name, routed, s.dtype, matrix), w.index = index->as<int32_t>();
-  if (s.Is) w.shared = slices(shared_name, shared, s.dtype, shared_matrix);
-  return w;
-}
-
-// Sizes and weights of a call of the experts, with what the kernels ask of widths and addresses.
-Experts experts_of(const Tensor& x, const Plan& plan, const WeightViews& views, const std::string& activation,
-                   bool tf32) {
-  const auto& [gate_up, down, shared_gate_up, shared_down, gate_up_index, down_index] = views;
-  MOE_CHECK(gate_up && down, "gate_up_proj, down_proj: missing");
-  MOE_CHECK(!shared_gate_up == !shared_down, "shared weights: one of two, expected both or none");
-  MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
-  MOE_CHECK(down->sizes.size() == 3, "down_proj: ", down->sizes.size(), " dimensions, expected 3");
-  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
-  expect_float("x", x);
-  MoeSizes s{};
-  s.T = x.sizes[0], s.H = x.sizes[1], s.E = plan[0].sizes.at(0), s.R = plan[2].sizes.at(0);
-  s.I = down->sizes.at(2), s.Is = shared_down ? shared_down->sizes.at(down_index ? 2 : 1) : 0;
-  s.dtype = x.dtype, s.activation = activation_of(activation), s.threads = 1, s.tf32 = tf32;
-  x.expect("x", s.dtype, {s.T, s.H});
-  expect_width("x", s.H);
-  expect_width("down_proj", s.I);
-  expect_width("shared_down_proj", s.Is);
-  expect_aligned("x", x);
-  ExpertWeights w{};
-  w.gate_up_proj = weights_of("gate_up", *gate_up, optional(shared_gate_up), gate_up_index, s, s.halves(), {s.I, s.H},
-                              {s.Is, s.H});
-  w.down_proj = weights_of("down", *down, optional(shared_down), down_index, s, 1, {s.H, s.I}, {s.H, s.Is});
-  return {s, w};
 }
 
 int64_t py_moe_mlp_fwd_workspace_bytes(const Tensor& x, const Plan& plan, const WeightViews& weights,

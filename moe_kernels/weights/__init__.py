@@ -1,11 +1,10 @@
 """Weights: layouts that kernels read, state dicts, safetensors. Layouts are converted here and nowhere else."""
 
-from .layouts import LAYOUTS, WHOLE, LayerWeights, Layout, Matrices, MoEWeights, own_storage
+from .layouts import LAYOUTS, LayerWeights, Layout, Matrices, MoEWeights, own_storage
 from .state_dicts import load, save, stack_dit_moe, unstack_dit_moe
 
 __all__ = [
     "LAYOUTS",
-    "WHOLE",
     "LayerWeights",
     "Layout",
     "Matrices",

@@ -5,6 +5,7 @@ Launches go to the current device and stream. Sizes follow from shapes alone: no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...weights import WHOLE
 from . import adaln, combine, dispatch, experts, experts_bwd, gating, sums, tiles
 
 Pair = tuple[Tensor, Tensor | None]  # of the routed experts and of the shared one
@@ -218,7 +218,7 @@ def rows_times(rows: Pair, weight: Weight, plan, x: Tensor, k_inner: bool) -> Pa
     num_n = triton.cdiv(N, tile.n)
     parts = K // weight[0].shape[-1 if k_inner else -2]
     if parts > 1:
-        tile = tile._replace(k=min(tile.k, WHOLE))
+        tile = tile._replace(k=math.gcd(tile.k, K // parts, Ks // parts))  # no step in two matrices
     block = (1, tile.n, tile.k) if k_inner else (1, tile.k, tile.n)
     blocks = (tile.m, tile.k), (tile.m, tile.k), block, block
     tma, operands = _operands(tile, *zip((rows[0], rows[1] if Ks else None, *weight[:2]), blocks, strict=True))
