@@ -45,9 +45,7 @@ def baseline(ladder, request) -> parity.Baseline:
 @each_backend
 def test_backends_are_at_parity(ladder, baseline, backend):
     if backend in ("triton", "cuda"):
-        pytest.skip(
-            "ten minutes where GPU kernels run on a CPU: there rooms and layers are judged by themselves"
-        )
+        pytest.skip("ten minutes where GPU kernels run on a CPU: there rooms and layers are judged by themselves")
     record, samples = ladder.climb(replaced(baseline.model, backend), baseline)
     assert record["verdict"] == "PARITY", record
     assert record["failed"] == [] and record["cosine"] > 0.99
