@@ -235,7 +235,7 @@ def test_operands_that_the_copy_engine_cannot_take_go_as_pointers():
     even, odd = weight[:-1].view(2, 16, 32), weight[1:].view(2, 16, 32)
     narrow, empty = torch.zeros(2, 16, 3, device=DEVICE), even[:0]
     for pair, tma in (((even, None), True), ((even, odd[0]), False), ((narrow, None), False), ((empty, None), False)):
-        used, operands = launches._operands(tile, (pair, (1, 16, 16)))
+        used, operands = launches._operands(tile, *((t, (1, 16, 16)) for t in pair))
         assert used == tma and all(isinstance(operand, torch.Tensor) != tma for operand in operands)
 
 

@@ -62,8 +62,9 @@ def products() -> dict[str, Callable[[SimpleNamespace], Sequence[Tensor]]]:
         dgate_up, act, parts = launches.dact(p.dout, p.x, p.plan, p.down_proj, p.gate_up, True)
         return *dgate_up, *act, parts.sum(1)  # how many parts there are depends on the tile
 
-    def dweight(*operands: Any, gather: tuple[bool, bool]) -> Sequence[Tensor]:
-        gradients, pending = launches.dweight(*operands, gather=gather)
+    def dweight(left: Any, right: Any, p: SimpleNamespace, weight: Any, gather: tuple[bool, bool]) -> Sequence[Tensor]:
+        shapes = [t.shape for t in weight if t is not None]
+        gradients, pending = launches.dweight(left, right, p.plan, shapes, gather)
         launches.sum_in_order(*pending)
         return gradients
 
@@ -72,19 +73,20 @@ def products() -> dict[str, Callable[[SimpleNamespace], Sequence[Tensor]]]:
         "down": lambda p: launches.rows_times(p.act, p.down_proj, p.plan, p.x, k_inner=True),
         "dact": dact,
         "dx": lambda p: launches.rows_times(p.dgate_up, p.gate_up_proj, p.plan, p.x, k_inner=False),
-        "dgate_up_proj": lambda p: dweight(p.dgate_up, (p.x, p.x), p.plan, p.gate_up_proj, gather=(False, True)),
-        "ddown_proj": lambda p: dweight((p.dout, p.dout), p.act, p.plan, p.down_proj, gather=(True, False)),
+        "dgate_up_proj": lambda p: dweight(p.dgate_up, (p.x, p.x), p, p.gate_up_proj, (False, True)),
+        "ddown_proj": lambda p: dweight((p.dout, p.dout), p.act, p, p.down_proj, (True, False)),
     }
 
 
 def prepare(case: Case) -> SimpleNamespace:
-    """Make what the products of a layer read; pairs belong to the routed experts and the shared one."""
+    """Make what the products of a layer read, for the routed experts and the shared one; weights are stacked."""
     from moe_kernels.backends.triton import launches
 
     p = make_inputs(case)
     plan = moe_kernels.dispatch(p.topk_ids, p.topk_weights, case.shape.E, "triton")
     q = SimpleNamespace(x=p.x, dout=torch.randn_like(p.x), plan=plan)
-    q.gate_up_proj, q.down_proj = (p.gate_up_proj, p.shared_gate_up_proj), (p.down_proj, p.shared_down_proj)
+    q.gate_up_proj = p.gate_up_proj, p.shared_gate_up_proj, None
+    q.down_proj = p.down_proj, p.shared_down_proj, None
     q.act, q.gate_up = launches.up(q.x, plan, q.gate_up_proj, q.down_proj, True)
     q.dgate_up = launches.dact(q.dout, q.x, plan, q.down_proj, q.gate_up, True)[0]
     return q
@@ -93,8 +95,13 @@ def prepare(case: Case) -> SimpleNamespace:
 def in_float32(p: SimpleNamespace) -> SimpleNamespace:
     """Return the same operands in float32."""
     fields = {name: value for name, value in vars(p).items() if name != "plan"}
-    wide = {n: v.float() if isinstance(v, Tensor) else tuple(t.float() for t in v) for n, v in fields.items()}
-    return SimpleNamespace(plan=p.plan, **wide)
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(wide, value))
+        return None if value is None else value.float()
+
+    return SimpleNamespace(plan=p.plan, **{name: wide(value) for name, value in fields.items()})
 
 
 @contextmanager

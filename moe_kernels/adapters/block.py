@@ -18,6 +18,7 @@ from .linear import NotUnderstoodError, plain, plain_weights, refuse_watched, wa
 KINDS = ("gate_proj", "up_proj", "down_proj")
 EXPECTED = {"scoring_func": "softmax", "norm_topk_prob": False, "seq_aux": False}  # of the gate, or of the block
 AUX_ALPHA = 0.01
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -219,30 +220,37 @@ def activation_of(mlp: nn.Module) -> Any:
 
 
 def _gate_weight(gate: nn.Module, path: str, known: frozenset[Any]) -> Tensor:
-    if isinstance(gate, nn.Linear) or "base_layer" in gate.__dict__["_modules"]:
+    own = gate.__dict__
+    if isinstance(gate, nn.Linear) or "base_layer" in own["_modules"]:
         return weight_of(gate, f"{path}.gate")
     _check_known(gate, path, "gate", known)
-    refuse_watched(gate, f"{path}.gate")
-    return plain(gate.weight, f"{path}.gate")
+    if watched(gate):
+        refuse_watched(gate, f"{path}.gate")
+    weight = own["_parameters"].get("weight")
+    return plain(gate.weight if weight is None else weight, f"{path}.gate")
 
 
 def router_of(block: nn.Module, config: BlockConfig, num_experts: int) -> TokenChoice:
     """Read the routing from the attributes of a block and its gate. Raises: NotUnderstoodError naming one."""
     gate, path = block._modules["gate"], config.path
-    for name, value in EXPECTED.items():
-        for owner, where in ((gate, f"{path}.gate"), (block, path)):
-            got = _attribute(owner, name, value)
-            if got != value:
+    for owner in (gate, block):
+        own, cls = owner.__dict__, type(owner)
+        for name, value in EXPECTED.items():
+            if (name in own or hasattr(cls, name)) and (got := getattr(owner, name)) != value:
+                where = f"{path}.gate" if owner is gate else path
                 raise NotUnderstoodError(f"{where}.{name}: got {got!r}, expected {value!r}")
-    found = {_attribute(block, "num_experts_per_tok"), _attribute(gate, "top_k")} - {None}
-    if len(found) != 1 or not 1 <= min(found) <= num_experts:
+    top_k, of_gate = _attribute(block, "num_experts_per_tok"), _attribute(gate, "top_k")
+    top_k = of_gate if top_k is None else top_k
+    if top_k is None or of_gate not in (None, top_k) or not 1 <= top_k <= num_experts:
+        found = sorted({_attribute(block, "num_experts_per_tok"), of_gate} - {None})
         raise NotUnderstoodError(
-            f"{path}: got num_experts_per_tok or gate.top_k {sorted(found)}, expected one in [1, {num_experts}]"
+            f"{path}: got num_experts_per_tok or gate.top_k {found}, expected one in [1, {num_experts}]"
         )
-    alpha = _attribute(gate, "alpha", _attribute(block, "alpha"))
+    alpha = _attribute(gate, "alpha", _MISSING)
+    alpha = _attribute(block, "alpha") if alpha is _MISSING else alpha
     make = _router.__wrapped__ if torch.compiler.is_compiling() else _router  # Dynamo warns about caches
     alpha = AUX_ALPHA if alpha is None else float(alpha)
-    return make(config.router_class, found.pop(), alpha, config.aux_loss_mode)
+    return make(config.router_class, top_k, alpha, config.aux_loss_mode)
 
 
 @cache

@@ -19,13 +19,22 @@ def plain_weights(modules: Iterable[nn.Module]) -> list[Tensor] | None:
 
     What `weight_of` says of each, at a fifth of its cost: nn.Module's own ways to an attribute are slow.
     """
-    weights = []
+    linear, parameter, weights = nn.Linear, nn.Parameter, []
     for module in modules:
-        if type(module) is not nn.Linear:
+        if type(module) is not linear:
             return None
-        parameters = module.__dict__["_parameters"]
+        own = module.__dict__
+        parameters = own["_parameters"]
         weight = parameters.get("weight")
-        if watched(module) or parameters.get("bias") is not None or type(weight) is not nn.Parameter:
+        if (  # `watched`, but for the call
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+            or parameters.get("bias") is not None
+            or type(weight) is not parameter
+        ):
             return None
         weights.append(weight)
     return weights
