@@ -125,6 +125,7 @@ struct Block {
   std::vector<std::array<uint64_t, kLanes>> slots;  // what the lanes of a warp show each other
   std::vector<Meeting> named = std::vector<Meeting>(16);
   std::vector<char> dynamic;
+  std::vector<std::shared_ptr<void>> owned;  // what objects in shared memory point to: nobody destroys those
 };
 
 inline Block*& block() {

@@ -30,11 +30,13 @@ struct Barrier {
   int expected, pending;
   int64_t bytes;
   uint64_t phase;
-  std::deque<std::function<void()>>* landing;  // copies on their way; leaked with the block's memory if never waited for
+  std::deque<std::function<void()>>* landing;  // copies on their way; the block owns them
 };
 
 inline void init(Barrier& b, int arrivals) {
-  b = {arrivals, arrivals, 0, 0, new std::deque<std::function<void()>>};
+  const auto landing = std::make_shared<std::deque<std::function<void()>>>();
+  fibers::block()->owned.push_back(landing);
+  b = {arrivals, arrivals, 0, 0, landing.get()};
 }
 inline void make_barriers_visible() {}
 inline void end_phase(Barrier& b) {
