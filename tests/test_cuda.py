@@ -170,7 +170,7 @@ def bytes_for(w: MoEWeights) -> int:
         ("gate_up_proj", lambda t: t.bfloat16(), "gate_up_proj: dtype tag 1, expected 0"),
         ("gate_up_proj", lambda t: t[:, :56], "gate_up_proj: size 56 in dimension 1, expected 64"),
         ("gate_up_proj", lambda t: t[0], "gate_up_proj: 2 dimensions, expected 3"),
-        ("gate_up_proj", lambda t: t[:0], "gate_up_proj: null pointer"),
+        ("gate_up_proj", lambda t: t[:0], "gate_up_proj: buffer of 0 bytes"),
         ("gate_up_proj", lambda t: t.as_strided(t.shape, (16, 1, 64)), "gate_up_proj: stride 64 in dimension 2, exp"),
         ("gate_up_proj", lambda t: t.as_strided(t.shape, (2, 8, 1)), "stride 2 in dimension 0, expected a multiple of"),
         ("shared_down_proj", lambda t: t.as_strided(t.shape, (0, 64, 1)), "shared_down_proj: stride 0 in dimension 0"),
