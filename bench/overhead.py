@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,16 @@ def calling(backend: str, seconds: float) -> dict:
         YARDSTICK: _operator(),
     }
     samples = measure.interleave(calls, 15, seconds)
-    figures = {f"{name}_us": samples[name].summary().median * 1e6 for name in calls}
-    return store.row("calling", case=f"layer-{backend}-E{NARROW[2]}", figures=figures, wrong=None)
+    eager, exact = (copy.deepcopy(layer) for _ in range(2))
+    eager.backend = exact.backend = "eager"
+    check = judge(*({"y": m(v).detach()} for m, v in ((layer, x), (exact.double(), x.double()), (eager, x))))
+    case = f"layer-{backend}-E{NARROW[2]}"
+    return store.row("calling", case=case, figures=_times(samples, check.wrong), errors=check.errors, wrong=check.wrong)
+
+
+def _times(samples: Mapping[str, measure.Samples], wrong: str | None) -> dict[str, float]:
+    """Return microseconds by name; what is wrong has none."""
+    return {} if wrong else {f"{name}_us": s.summary().median * 1e6 for name, s in samples.items()}
 
 
 def _operator() -> Callable[[], Tensor]:
@@ -65,8 +73,10 @@ def reading(num_experts: int, seconds: float) -> dict:
     moe_kernels.replace_moe(block, backend="native")
     calls = {"read": lambda: read(block, block.moe_config), YARDSTICK: _operator()}
     samples = measure.interleave(calls, 15, seconds)
-    figures = {f"{name}_us": samples[name].summary().median * 1e6 for name in calls}
-    return store.row("reading_modules", case=f"E{num_experts}", figures=figures, wrong=None)
+    down = read(block, block.moe_config).weights[1]
+    own = all(got is expert.down_proj.weight for got, expert in zip(down, block.experts, strict=True))
+    wrong = None if own else "down_proj: got other tensors than the modules hold"
+    return store.row("reading_modules", case=f"E{num_experts}", figures=_times(samples, wrong), wrong=wrong)
 
 
 def adapting(shape_name: str, tokens: int, rank: int, seconds: float) -> dict:
@@ -87,8 +97,7 @@ def adapting(shape_name: str, tokens: int, rank: int, seconds: float) -> dict:
     if not check.wrong:
         samples = measure.interleave({name: _step(block, x) for name, block in blocks.items()}, 9, seconds)
         ratio = stats.by_round(samples["lora"].times(), samples["weights"].times())
-        figures = {f"{name}_us": s.summary().median * 1e6 for name, s in samples.items()}
-        figures |= {"cost": ratio.value, "cost_low": ratio.low, "cost_high": ratio.high}
+        figures = _times(samples, None) | {"cost": ratio.value, "cost_low": ratio.low, "cost_high": ratio.high}
     case = f"{shape.model}-T{tokens}-r{rank}-fp32-t1"
     return store.row("lora", case=case, figures=figures, errors=check.errors, wrong=check.wrong)
 
