@@ -42,7 +42,7 @@ test-triton: setup
 # The CUDA sources on the CPU, a fiber per thread: kernels alone in three orders of the threads, then the backend: all its tests with plain
 # products, the fused layer's and sums longer than a ring (with every engine) where copies and products land as late as they may.
 # SANITIZER=address: under the address and undefined-behaviour sanitizers.
-LATE := tests/test_moe_mlp.py tests/test_cuda.py -k 'cuda and not float32 and not fp32 and not asked_for'
+LATE := tests/product/test_moe_mlp.py tests/product/test_cuda.py -k 'cuda and not float32 and not fp32 and not asked_for'
 test-cuda: fibers
 	$(FIBERS)/cuda_test
 	$(ON_FIBERS) MOE_FIBER_ENGINE=simt $(BIN)/python -m pytest -q tests -k cuda

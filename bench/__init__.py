@@ -1,1 +1,1 @@
-"""The instrument: one case list, one timer, one store; `python -m bench list|run|compare|report|env`."""
+"""The instrument and the jobs on top of it: `python -m bench --help`."""

@@ -10,23 +10,23 @@ import traceback
 CRASHED = 3  # Python's own 1 means DIFFERENT, wrong or SLOWER here
 COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit code, what it does
     "run": ("bench.run", "the main job: train, sample, check and time on real images; writes report/"),
-    "fid": ("bench.fid.command", "judge your own samples: Frechet distances and paired parity of two npz files"),
-    "fid-coverage": ("bench.fid.coverage", "simulate how often the interval of fid covers the truth"),
+    "fid": ("bench.images.fid.command", "judge your own samples: Frechet distances and paired parity of two npz files"),
+    "fid-coverage": ("bench.images.fid.coverage", "simulate how often the interval of fid covers the truth"),
     "peers": ("bench.peers.contest", "the contest: native against every public MoE implementation for CPUs"),
     "time": ("bench.timing", "time one level of a model: contenders verified, interleaved, compared"),
     "overhead": ("bench.overhead", "what a call costs beside its kernels: ops, reading replaced modules, LoRA"),
     "gpu": ("bench.gpu.command", "everything for the half hour with a GPU: build, test, bench, e2e, profile"),
     "tune": ("bench.gpu.tune", "choose tile sizes of the Triton kernels on the GPU at hand"),
-    "list": ("bench.cases", "print the ids of the benchmark cases"),
+    "list": ("bench.instrument.cases", "print the ids of the benchmark cases"),
     "compare": ("bench.compare.command", "judge two revisions or row files: SAME, FASTER, SLOWER or UNSURE per case"),
-    "report": ("bench.report", "render report/ from its rows"),
-    "history": ("bench.history", "draw each case over the commits of results/, changes of level marked"),
+    "report": ("bench.page.report", "render report/ from its rows"),
+    "history": ("bench.page.history", "draw each case over the commits of results/, changes of level marked"),
     "record": ("bench.record", "keep a run's rows under results/ and what they verify"),
     "static-gate": (
-        "bench.static_gate",
+        "bench.machine_code.static_gate",
         "check the machine code of every Triton kernel, compiled for absent GPUs",
     ),
-    "env": ("bench.store", "print machine, ISA, threads, OpenMP runtime, versions, backends"),
+    "env": ("bench.instrument.store", "print machine, ISA, threads, OpenMP runtime, versions, backends"),
 }
 
 

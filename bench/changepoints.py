@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from bench.stats import EFFECT
+from bench.instrument.stats import EFFECT
 
 LEAST = 2  # points of a stretch
 CAP = 3.0  # of a distance: PENALTY is more than two of them

@@ -8,8 +8,8 @@ from functools import cache
 
 import pytest
 
-from bench import measure, workloads
-from bench.cases import Case
+from bench.instrument import measure, workloads
+from bench.instrument.cases import Case
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import moe_kernels
-from bench import arguments, measure, stats, store
-from bench.progress import say
-from bench.shapes import MODEL_SHAPES
-from bench.verify import Check, judge
+from bench.instrument import arguments, measure, stats, store
+from bench.instrument.progress import say
+from bench.instrument.shapes import MODEL_SHAPES
+from bench.instrument.verify import Check, judge
 from moe_kernels.adapters.block import read
 from reference.moe import SparseMoeBlock
 

@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench import ledger, store
 from bench.gpu.command import SOURCES, bad
+from bench.instrument import ledger, store
 
 GPU_ROWS = "rows_cuda_default.jsonl"
-ROOT = Path(__file__).parents[1]
+ROOT = store.ROOT
 
 
 def record(report: Path, root: Path = ROOT) -> Path:

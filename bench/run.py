@@ -22,25 +22,11 @@ import torch
 from torch import Tensor
 
 import moe_kernels
-from bench import (
-    arguments,
-    cases,
-    checkpoints,
-    digits,
-    fid,
-    inner_loops,
-    ledger,
-    load,
-    outputs,
-    parity,
-    pictures,
-    progress,
-    report,
-    shapes,
-    stages,
-    store,
-    training,
-)
+from bench import stages
+from bench.images import checkpoints, digits, expert_load, fid, parity, training
+from bench.instrument import arguments, cases, ledger, outputs, progress, shapes, store
+from bench.machine_code import inner_loops
+from bench.page import pictures, report
 
 THRESHOLDS = {"classifier": 0.97, "guided": 0.95, "plain": 0.85}
 
@@ -249,7 +235,7 @@ class Job:
         trained, case, ladder = self.trained, self.case, self.ladder
         model, accuracy = self.classifier
         inner = (case.steps // 4, case.steps // 2, 3 * case.steps // 4)
-        with load.count_load(trained.model, case.steps, guided=True, trace_steps=inner) as counted:
+        with expert_load.count_load(trained.model, case.steps, guided=True, trace_steps=inner) as counted:
             guided = self._sample(case.guidance)
         plain = self._sample(1.0)
         copies = digits.nearest_neighbours(torch.cat([guided, plain]), self.data)

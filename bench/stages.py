@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bench import measure, workloads
-from bench.cases import EXPERT_CHOICE, PEERS, ROOMS, Case, kernels_on
-from bench.shapes import MODEL_SHAPES
+from bench.instrument import measure, workloads
+from bench.instrument.cases import EXPERT_CHOICE, PEERS, ROOMS, Case, kernels_on
+from bench.instrument.shapes import MODEL_SHAPES
 
 DIGITS = MODEL_SHAPES["digits"]
 S2 = MODEL_SHAPES["S/2-8E2A"]

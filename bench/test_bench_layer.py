@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import all_cases, select
+from bench.instrument.cases import all_cases, select
 
 pytestmark = pytest.mark.benchmark(max_time=0.1, min_rounds=5, warmup=False)
 

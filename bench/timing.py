@@ -9,10 +9,11 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from bench import arguments, stages, store, workloads
-from bench.cases import BACKENDS, DEVICES, DTYPES, EXPERT_CHOICE, LEVELS, MODES, PEERS, Case
-from bench.progress import say
-from bench.shapes import MODEL_SHAPES, ROUTING_PRESETS
+from bench import stages
+from bench.instrument import arguments, store, workloads
+from bench.instrument.cases import BACKENDS, DEVICES, DTYPES, EXPERT_CHOICE, LEVELS, MODES, PEERS, Case
+from bench.instrument.progress import say
+from bench.instrument.shapes import MODEL_SHAPES, ROUTING_PRESETS
 
 ROUTINGS = ("gate", *ROUTING_PRESETS, EXPERT_CHOICE)
 STEPS = {"train_step": "fwdbwd", "sampling_step": "fwd"}  # their only mode

@@ -14,7 +14,7 @@ import moe_kernels
 import reference.moe
 import reference.rooms
 import reference.routing
-from bench import rooms
+from bench.instrument import rooms
 from moe_kernels import RoutingPlan
 from moe_kernels.backends.base import Case
 from moe_kernels.backends.registry import get

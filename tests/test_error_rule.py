@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from bench import verify
+from bench.instrument import verify
 from tests import error_rule
 from tests.error_rule import judge, mean_errors
 
@@ -64,7 +64,7 @@ def test_what_float16_cannot_hold_may_be_infinite(value, right, seed):
 
 @pytest.mark.parametrize("theirs", [torch.inf, torch.nan])
 def test_benchmarks_let_nothing_through_where_plain_torch_overflowed(theirs):
-    """bench/verify.py: everything is below twice infinity."""
+    """bench/instrument/verify.py: everything is below twice infinity."""
     exact = torch.ones(4, 20, dtype=torch.float64)
     found = verify.judge({"y": 7 * exact}, {"y": exact}, {"y": theirs * exact})
     assert found.wrong and found.wrong.startswith("y: error")

@@ -98,8 +98,8 @@ def test_triton_kernels_know_triton_and_torch_only():
 
 
 def test_statistics_know_no_torch():
-    """Nor does what bench/stats.py pulls in from bench."""
-    seen, queue = set(), [ROOT / "bench/stats.py"]
+    """Nor does what bench/instrument/stats.py pulls in from bench."""
+    seen, queue = set(), [ROOT / "bench/instrument/stats.py"]
     while queue:
         path = queue.pop()
         seen.add(path)
@@ -113,7 +113,7 @@ def test_statistics_know_no_torch():
 
 def test_the_scan_sees_every_kind_of_import():
     lines = {
-        "import bench.stats": "bench.stats",
+        "import bench.instrument.stats": "bench.instrument.stats",
         "from ..plan import RoutingPlan": "moe_kernels.plan.RoutingPlan",
         "from ... import bench": "bench",
         "def f():\n    from reference import moe": "reference.moe",

@@ -7,11 +7,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from bench import arguments, cases, store
 from bench.compare import duel, instructions, revisions, trial
 from bench.compare.report import FAIL_ON, Report
 from bench.compare.rows import compare
-from bench.outputs import check_targets, without_paths
+from bench.instrument import arguments, cases, store
+from bench.instrument.outputs import check_targets, without_paths
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from bench import measure, stats, store, workloads
-from bench.cases import Case
 from bench.compare import trial
 from bench.compare.revisions import Checkout
+from bench.instrument import measure, stats, store, workloads
+from bench.instrument.cases import Case
+from bench.instrument.progress import say
+from bench.instrument.verify import Check
+from bench.instrument.worker import Worker, WorkerError
 from bench.peers import contest
-from bench.peers.worker import Worker, WorkerError
-from bench.progress import say
-from bench.verify import Check
 
 SEAT = "bench.compare.seat:Seat"
 ROUND_S = 0.015  # of calls, on each side in every round

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from bench import inner_loops
+from bench.machine_code import inner_loops
 
 ERROR_SLACK = 1.2  # between two commits that changed kernels, 148 tensors' errors moved by -2 to +12 %
 COUNT_SLACK = 1.005  # instructions: the allocator's share differs from run to run

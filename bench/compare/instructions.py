@@ -1,7 +1,7 @@
 """Instructions that the kernels execute: counts do not wobble, so a pull request can be held to them.
 
 AVX2 and portable kernels run under callgrind (valgrind knows no AVX-512), linked to the library that the revision's
-build left behind; of the AVX-512 ones the disassembly's inner loops are counted (bench/inner_loops.py).
+build left behind; of the AVX-512 ones the disassembly's inner loops are counted (bench/machine_code/inner_loops.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from bench import inner_loops, store
 from bench.compare.revisions import Checkout
+from bench.instrument import store
+from bench.machine_code import inner_loops
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 LEVELS, DTYPES = ("avx2", "portable"), ("fp32", "bf16")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import stats
 from bench.compare.gates import Change, ordered
+from bench.instrument import stats
 
 FAIL_ON = {
     "worse": "a case is BROKEN, or a figure that does not wobble got worse",
@@ -128,7 +128,7 @@ class Report:
 
 
 def render(template: str, **view: Any) -> str:
-    """Fill a page of bench/templates."""
+    """Fill a page of bench/page/templates."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

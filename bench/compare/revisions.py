@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import store
-from bench.progress import say
+from bench.instrument import store
+from bench.instrument.progress import say
 
 FOLDER = ".bench-revisions"
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from bench import inner_loops, stats, store
-from bench.cases import BACKENDS
 from bench.compare import gates
 from bench.compare.report import Report
+from bench.instrument import stats, store
+from bench.instrument.cases import BACKENDS
+from bench.machine_code import inner_loops
 
 KINDS = ("time", "contest")
 MACHINE_KEYS = ("cpu", "isa", "gpu")  # times from machines that differ in these say nothing about the code

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_kernels
-from bench import workloads
-from bench.cases import Case
+from bench.instrument import workloads
+from bench.instrument.cases import Case
 from bench.peers import seat
 
 

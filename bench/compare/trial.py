@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from bench import stats
+from bench.instrument import stats
 
 PAIRS = 3  # that stay
 HOPELESS = 0.6  # p above which a second look ends at its first judgement; half of it at the next, and so on

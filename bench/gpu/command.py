@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 
 import moe_kernels
-from bench import arguments, ledger, store
-from bench.cases import DEVICES, Case, kernels_on
 from bench.gpu import plan, profiles, race, steps, tables
 from bench.gpu.contenders import contenders_of
 from bench.gpu.watch import Watch
-from bench.progress import say
+from bench.instrument import arguments, ledger, store
+from bench.instrument.cases import DEVICES, Case, kernels_on
+from bench.instrument.progress import say
 
 STAGES = ("build", "test", "bench", "e2e", "profile")
 LEAST_S = 5.0  # what a case is expected to take before one has run
@@ -40,6 +40,7 @@ NCU_S = 150.0  # of a profile under ncu
 TESTED = ("cuda", "triton")  # in this order: the first compiles nothing
 TEST_S, MOST_WORKERS = 90, 12  # of the machine's 16 cores: tests compile, and compute on the CPU, too
 PYTEST = (sys.executable, "-m", "pytest", "-v", "--tb=short")
+TESTS = "tests/product"
 FAILED = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] )?(?:FAILED|ERROR) (tests/.*)$", re.MULTILINE)
 NOTHING_SELECTED = 5  # pytest's exit code
 COMPILED = (".cpp", ".cu", ".h", ".txt")  # what the extension is made of
@@ -246,7 +247,7 @@ class Job:
     def _pytest(self, name: str, seconds: float) -> Iterator[dict]:
         start, log, (backend, *apart) = time.monotonic(), self.out / "test.log", name.split()
         before = log.stat().st_size if log.exists() else 0
-        files = [f"tests/test_{file}.py" for file in self.size.tests]
+        files = [f"{TESTS}/test_{file}.py" for file in self.size.tests]
         command = [*PYTEST, *_plugins(not apart), "-m", f"{'' if apart else 'not '}apart", "-k", backend, *files]
         code = self._logged(log.name, command, plan.TEST_ENVIRONMENT[self.args.device], seconds)
         output = log.read_bytes()[before:].decode(errors="replace").strip()

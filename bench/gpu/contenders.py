@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import workloads
-from bench.cases import Case, backends_on
+from bench.instrument import workloads
+from bench.instrument.cases import Case, backends_on
+from bench.instrument.verify import BOUND
 from bench.peers.libraries import Compute, plain_shared
-from bench.verify import BOUND
 
 # As in the contest (bench/peers/contest.py): others may trade accuracy for speed, and their error is shown.
 FOREIGN_BOUND = 8.0

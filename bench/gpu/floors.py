@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.cases import Case
+from bench.instrument.cases import Case
 
 Work = tuple[int, int]  # FLOPs of matrix products, bytes read and written once
 

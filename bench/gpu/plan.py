@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from bench.cases import EXPERT_CHOICE, ROOMS, Case
-from bench.shapes import MODEL_SHAPES, MoEShape
+from bench.instrument.cases import EXPERT_CHOICE, ROOMS, Case
+from bench.instrument.shapes import MODEL_SHAPES, MoEShape
 
 ROUTING = "position_skewed"  # what DiT-MoE learns
 S, B, XL, G = "S/2-8E2A", "B/2-8E2A", "XL/2-8E2A", "G/2-8E2A"

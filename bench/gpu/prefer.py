@@ -14,12 +14,12 @@ from itertools import product
 import torch
 
 import moe_kernels
-from bench import workloads
-from bench.cases import ROOMS, Case, kernels_on
-from bench.gpu.findings import GAIN, known_keys, save, within
+from bench.gpu.device_table import GAIN, known_keys, save, within
 from bench.gpu.plan import ROUTING
-from bench.progress import say
-from bench.shapes import MODEL_SHAPES
+from bench.instrument import workloads
+from bench.instrument.cases import ROOMS, Case, kernels_on
+from bench.instrument.progress import say
+from bench.instrument.shapes import MODEL_SHAPES
 from bench.timing import line
 from moe_kernels.backends import base, preferred
 

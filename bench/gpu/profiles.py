@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from bench import store, workloads
-from bench.cases import Case
 from bench.gpu import counters
 from bench.gpu.race import facts
+from bench.instrument import store, workloads
+from bench.instrument.cases import Case
 
 CALLS = 5
 SLOWEST = 4

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from bench import measure, store, workloads
-from bench.cases import DTYPES, Case
 from bench.gpu import counters
 from bench.gpu.contenders import Contender
 from bench.gpu.floors import floor_s
-from bench.verify import Check
+from bench.instrument import measure, store, workloads
+from bench.instrument.cases import DTYPES, Case
+from bench.instrument.verify import Check
 
 Begin = Callable[[str], None]
 

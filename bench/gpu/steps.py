@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import moe_kernels
-from bench import measure, store, workloads
-from bench.cases import Case, backends_on
 from bench.gpu import counters
 from bench.gpu.contenders import FOREIGN_BOUND
 from bench.gpu.race import Begin, facts, memory_ran_out
-from bench.verify import BOUND
+from bench.instrument import measure, store, workloads
+from bench.instrument.cases import Case, backends_on
+from bench.instrument.verify import BOUND
 from reference.diffusion import RectifiedFlow
 from reference.dit import DiTMoE
 

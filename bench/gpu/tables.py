@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bench.cases import ONLY_ON
+from bench.instrument.cases import ONLY_ON
 from bench.peers.tables import fastest, races_of
 
 SUMMARISED = ("build", "test", "failure", "lost")

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 import moe_kernels
-from bench import arguments, measure, workloads
-from bench.cases import Case, make_inputs
 from bench.gpu import prefer
-from bench.gpu.findings import GAIN, known_keys, save, within
+from bench.gpu.device_table import GAIN, known_keys, save, within
 from bench.gpu.plan import ROUTING, XL, B, G, S
-from bench.progress import say
-from bench.shapes import MODEL_SHAPES
-from bench.verify import BOUND, whole_error
+from bench.instrument import arguments, measure, workloads
+from bench.instrument.cases import Case, make_inputs
+from bench.instrument.progress import say
+from bench.instrument.shapes import MODEL_SHAPES
+from bench.instrument.verify import BOUND, whole_error
 
 PRECISIONS = ("bf16", "fp16", "tf32")  # float32 without tensor cores is no case for tuning
 CANDIDATES = (  # m, n, k in bf16 and fp16 (half of it in tf32), group, warps, stages; each with TMA and without

@@ -1,1 +1,1 @@
-"""The sections of the report (bench/report.py), each computed from rows."""
+"""The sections of the report (bench/page/report.py), each computed from rows."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from bench import store
-from bench.cases import ONLY_ON
+from bench.instrument import store
+from bench.instrument.cases import ONLY_ON
 from bench.page import races
 from bench.page.words import BASELINES, LEVELS, listed, name, plural, rank
 from bench.peers import tables as contest

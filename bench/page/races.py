@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from bench.cases import ROOMS
+from bench.instrument.cases import ROOMS
 from bench.page.words import LEVELS, MODES, STEPS, plural, rank
 
 SHARED = ("device", "level", "mode", "dtype", "T", "threads", "model", "routing", "what")

@@ -1,6 +1,6 @@
 """The rooms under the ceilings of their run: attained GFLOP/s over FLOPs per byte, both axes logarithmic, as SVG.
 
-FLOPs and bytes are the compulsory ones of bench/cases.py, the roof is min(peak, FLOPs per byte x copy bandwidth).
+FLOPs and bytes are the compulsory ones of bench/instrument/cases.py; the roof is min(peak, FLOPs per byte x bandwidth).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from bench.cases import ROOMS
+from bench.instrument.cases import ROOMS
 from bench.page.words import rank
 
 WIDTH, HEIGHT = 460.0, 300.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.cases import BACKENDS, ROOMS
+from bench.instrument.cases import BACKENDS, ROOMS
 
 BASELINES = {"authors_tp1": "authors' loop", "grouped": "grouped"}
 ORDER = (*BACKENDS, "sorted_loop", "authors_tp1", "authors_tp2", "reference")

@@ -1,1 +1,1 @@
-"""Everybody else's MoE on a CPU, and the contest against them: loops, libraries, workers, `python -m bench peers`."""
+"""Everybody else's MoE on a CPU, and the contest against them: `python -m bench peers`."""

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from bench import arguments, inner_loops, measure, store, verify, workloads
-from bench.cases import PRESETS, Case
+from bench.instrument import arguments, measure, store, verify, workloads
+from bench.instrument.cases import PRESETS, Case
+from bench.instrument.progress import say
+from bench.instrument.shapes import MODEL_SHAPES
+from bench.instrument.worker import Worker, WorkerError
+from bench.machine_code import inner_loops
 from bench.peers import libraries, tables
 from bench.peers.libraries import Contender
-from bench.peers.worker import Worker, WorkerError
-from bench.progress import say
-from bench.shapes import MODEL_SHAPES
 
 PEAK = "peak"
 SEAT = "bench.peers.seat:Seat"

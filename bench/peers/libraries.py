@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import store, workloads
-from bench.cases import Case
-from bench.rooms import OPS, ours
+from bench.instrument import store, workloads
+from bench.instrument.cases import Case
+from bench.instrument.rooms import OPS, ours
 from moe_kernels.ops.moe_mlp import pack_weights
 
 Compute = Callable[[], Tensor]

@@ -7,8 +7,8 @@ import hashlib
 
 import torch
 
-from bench import measure
-from bench.cases import Case
+from bench.instrument import measure
+from bench.instrument.cases import Case
 
 PEAK_S = 0.03
 WARM_S = 0.2  # longer calls are not preceded by an untimed one: they fill the caches (32 MB) in less than a hundredth

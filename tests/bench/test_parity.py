@@ -1,0 +1,153 @@
+"""The ladder: every backend climbs it, every sabotaged model falls, and each rung sees what it is there to see."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.images import parity
+from bench.images.checkpoints import Recipe
+from bench.images.digits import Dataset, load_digits, train_classifier
+from bench.images.expert_load import count_load, mutual_information
+from bench.images.parity import DTYPES, SABOTAGES, Case, Ladder, replaced
+from moe_kernels import RoutingPlan
+from reference import rooms
+from reference.dit import DiTMoE
+from reference.moe import expert_mlp
+from tests.contenders import each_backend
+from tests.trap_cases import DEVICE
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the ladder of the main job stands on the CPU")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_digits()
+
+
+@pytest.fixture(scope="module")
+def ladder(digits) -> Ladder:
+    """A ladder on a small model with nothing zero in it: adaLN-Zero would hide the MoE."""
+    torch.manual_seed(0)
+    model = DiTMoE(Recipe.of(digits, hidden_size=32, depth=2, num_heads=2).config).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    classifier, _ = train_classifier(digits, epochs=2)
+    return Ladder(model, classifier, digits.images, Case(samples=40, steps=3, margin=0.05, probe_tokens=96), 1.0)
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def baseline(ladder, request) -> parity.Baseline:
+    return ladder.baseline(DTYPES[request.param])
+
+
+@each_backend
+def test_backends_are_at_parity(ladder, baseline, backend):
+    if backend in ("triton", "cuda"):
+        pytest.skip("ten minutes where GPU kernels run on a CPU: there rooms and layers are judged by themselves")
+    record, samples = ladder.climb(replaced(baseline.model, backend), baseline)
+    assert record["verdict"] == "PARITY", record
+    assert record["failed"] == [] and record["cosine"] > 0.99
+    assert samples.shape == (40, 1, 8, 8)
+
+
+@pytest.mark.parametrize(("name", "rung"), [*zip(SABOTAGES, ("plans", "layers", "layers"), strict=True)])
+def test_sabotaged_models_fail(ladder, baseline, name, rung):
+    record, _ = ladder.climb(SABOTAGES[name](replaced(baseline.model, "eager")), baseline)
+    assert record["verdict"] == "DIFFERENT" and rung in record["failed"], record
+
+
+def test_gross_faults_show_in_the_distance_itself(ladder, baseline):
+    record, _ = ladder.climb(SABOTAGES["dropped shared expert"](replaced(baseline.model, "eager")), baseline)
+    assert "dfd" in record["failed"] and record["dfd_verdict"] == "DIFFERENT"
+    assert record["cosine"] < 0.99 and record["flipped_samples"] > 0.9
+
+
+def test_a_wrong_pick_fails_the_plans(ladder, baseline):
+    model = replaced(baseline.model, "eager")
+    weight = model.blocks[1].moe.gate.weight
+    with torch.no_grad():
+        weight[[0, 1]] = weight[[1, 0]]
+    assert ladder.plans(model, baseline)["plans"] == "fail"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rows", [slice(None), 2], ids=["everywhere", "one row"])
+def test_what_is_no_number_has_the_worst_ratio(rows, value):
+    exact = torch.ones(5, 3, dtype=torch.float64)
+    ours, theirs = exact + 1e-7, exact + 1e-7
+    ours[rows] = value
+    for judged in (parity.ratio, parity.rows_ratio):
+        assert judged(exact + 1e-7, theirs, exact) == 1
+        assert judged(ours, theirs, exact) == judged(theirs, ours, exact) == judged(ours, ours, exact) > 2
+
+
+def test_weights_that_are_no_numbers_fail_the_plans(ladder, baseline, monkeypatch):
+    right = parity.route
+
+    def route(block, x):
+        plan = right(block, x)
+        plan.row_weight[3] = torch.nan
+        return plan
+
+    model = replaced(baseline.model, "eager")
+    assert ladder.plans(model, baseline)["plans"] == "pass"
+    monkeypatch.setattr(parity, "route", route)
+    record = ladder.plans(model, baseline)
+    assert record["plans"] == "fail" and record["plans_equal"]
+
+
+def test_experts_that_compute_no_numbers_fail_the_layers(ladder, baseline):
+    model = replaced(baseline.model, "eager")
+    with torch.no_grad():
+        for expert in model.blocks[0].moe.experts:
+            expert.down_proj.weight[3] = torch.nan
+    record = ladder.layers(model, baseline)
+    assert record["layers"] == "fail"
+    assert min(record[name] for name in ("e_ours", "outputs_ratio", "experts_ratio")) == parity.NO_NUMBER
+
+
+def test_oracle_plan_is_valid_and_the_oracle_layer_is_its_sum(ladder):
+    block = ladder.model.blocks[0]
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    plan = parity.oracle_plan(x, block)
+    RoutingPlan(*plan).validate()
+    w = parity.exact_weights(block.moe)
+    y_rows = rooms.experts(x.double(), plan, w["gate_up_proj"], w["down_proj"])
+    shared = expert_mlp(x.double(), w["shared_gate_up_proj"], w["shared_down_proj"], "swiglu")
+    expected = rooms.combine(y_rows, plan, shared)
+    assert (parity.oracle_layer(x, block.moe) - expected).norm() <= 1e-13 * expected.norm()
+
+
+def test_near_ties_are_left_out():
+    gate = torch.eye(4)
+    x = torch.tensor([[3.0, 2, 1, 0], [3, 2, 2 + 1e-7, 0], [2, 2, 1, 0], [3, 2, 0, 0]])
+    assert parity.near_ties(x, gate, 2).tolist() == [False, True, True, False]
+
+
+def test_recording_changes_nothing_and_leaves_no_hooks(ladder):
+    def plain():
+        return parity.sample(ladder.model, ladder.noise[:4], ladder.labels[:4], 2, 1.5)
+
+    before = plain()
+    with parity.record_routing(ladder.model) as masks, parity.capture_inputs(ladder.model, {0, 1}, 10) as inputs:
+        assert torch.equal(plain(), before)
+    plain()
+    assert len(masks) == 4 and [len(layer) for layer in inputs] == [2, 2]
+    picked = torch.stack(masks).flatten()
+    assert all(int(mask).bit_count() == 2 for mask in picked)
+
+
+def test_load_counts_every_conditional_pick_once(ladder):
+    with count_load(ladder.model, 2, guided=True, trace_steps=(1,)) as load:
+        parity.sample(ladder.model, ladder.noise[:4], ladder.labels[:4], 2, 1.5)
+    assert load.counts.shape == (2, 2, 16, 8)
+    assert (load.counts.sum(-1) == 4 * 2).all(), "4 images, 2 picks at each layer, step and position"
+    assert [ids.shape for ids, _ in load.trace] == [(64, 2), (64, 2)]
+    assert {"max_over_mean", "idle_experts", "position_bits", "timestep_bits"} < load.summary()[0].keys()
+
+
+def test_mutual_information_of_known_tables():
+    assert mutual_information(torch.eye(8)) == pytest.approx(3)
+    assert mutual_information(torch.ones(4, 8)) == pytest.approx(0, abs=1e-12)
