@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the main job; returns 1 when a backend is DIFFERENT or a negative control is not, 130 when interrupted."""
+    """Run the main job; returns 1 when a backend is DIFFERENT or wrong, or a deliberate fault is not; 130 on Ctrl-C."""
     start = time.monotonic()
     job = Job(args)
     try:
@@ -200,18 +200,21 @@ class Job:
             self.ledger.stage(f"left out: {dtype}", lambda what=what: [store.row("left_out", what=what)])
         for dtype in self.size.dtypes:
             self._parity(dtype, dtype in slow)
-        races = stages.plan(self.args.size, self.backends, self.threads, self.case.steps, slow)
-        for race, facts in progress.track(races, "timing", len(races)):
-            self.ledger.stage(f"time {race.name}", lambda race=race, facts=facts: stages.run(race, facts))
+        races = stages.plan(self.args.size, self.backends, self.threads, slow)
+        for race in progress.track(races, "timing", len(races)):
+            self.ledger.stage(f"time {race.name}", race.run)
 
     def exit_code(self) -> int:
         wrong = [r for r in self.ledger.rows if r["kind"] == "parity" and r["verdict"] == fid.DIFFERENT]
         blind = [r for r in self.ledger.rows if r["kind"] == "control" and r["verdict"] != fid.DIFFERENT]
         for row in wrong:
             progress.say(f"{row['backend']} {row['dtype']} is DIFFERENT: failed {', '.join(row['failed'])}")
+        faults = [r for r in self.ledger.rows if r["kind"] == "time" and r["wrong"] and r["ours"]]
+        for row in faults:
+            progress.say(f"{row['case']} is wrong: {row['wrong']}")
         for row in blind:
             progress.say(f"the ladder is blind: {row['control']} ({row['dtype']}) came out {row['verdict']}")
-        return int(bool(wrong or blind))
+        return int(bool(wrong or blind or faults))
 
     def _training(self) -> list[dict]:
         trained = self.trained

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bench.instrument import measure, workloads
+from bench.instrument import measure
 from bench.instrument.cases import EXPERT_CHOICE, PEERS, ROOMS, Case, kernels_on
+from bench.instrument.contender import by_name
+from bench.instrument.race import race
 from bench.instrument.shapes import MODEL_SHAPES
 
 DIGITS = MODEL_SHAPES["digits"]
@@ -19,12 +21,22 @@ S2_SHALLOW = replace(S2, name="S/2 width in 2 blocks", model="S2x2", depth=2)
 
 @dataclass(frozen=True)
 class Race:
-    """Cases that differ in nothing but the backend, and how long to time them."""
+    """A case of any backend, who is timed at it, and for how long."""
 
-    name: str
-    cases: tuple[Case, ...]
+    case: Case
+    contenders: tuple[str, ...]
     min_rounds: int
     max_seconds: float
+
+    @property
+    def name(self) -> str:
+        return self.case.id
+
+    def run(self) -> Iterator[dict]:
+        """Yield the rows, of kind "time"; those that cannot run here have none."""
+        able = [by_name(name) for name in self.contenders]
+        able = [c for c in able if not c.why_not(replace(self.case, backend=c.name))]
+        return race(self.case, able, self.min_rounds, self.max_seconds)
 
 
 def hopeless(roof: Mapping, dtypes: Collection[str]) -> dict[str, str]:
@@ -42,66 +54,43 @@ def hopeless(roof: Mapping, dtypes: Collection[str]) -> dict[str, str]:
     }
 
 
-def plan(
-    size: str, backends: Sequence[str], threads: int, sampling_steps: int, slow: Collection[str] = ()
-) -> list[tuple[Race, dict]]:
-    """Return the races of a size with what the report says about each.
+def plan(size: str, backends: Sequence[str], threads: int, slow: Collection[str] = ()) -> list[Race]:
+    """Return the races of a size.
 
     tiny: the digits' shape, few rounds, one dtype; default: S/2 width, T=1024, steps through two blocks; full: S/2
     width, T=4096, steps through all twelve. slow: dtypes of `hopeless`.
     """
     if size == "tiny":
-        return list(_races(DIGITS, DIGITS, 128, ("fp32",), backends, threads, 3, 0.2, sampling_steps))
+        return list(_races(DIGITS, DIGITS, 128, ("fp32",), backends, threads, 3, 0.2))
     deep, T = (S2, 4096) if size == "full" else (S2_SHALLOW, 1024)
     seconds = 10.0 if size == "full" else 4.0
-    races = _races(S2, deep, T, ("fp32", "bf16"), backends, threads, 15, seconds, sampling_steps, slow)
-    steps = _step_races(DIGITS, 2048, backends, threads, 15, seconds, sampling_steps)
-    return [(race, facts) for race, facts in (*steps, *races) if race.cases]
+    races = _races(S2, deep, T, ("fp32", "bf16"), backends, threads, 15, seconds, slow)
+    steps = _step_races(DIGITS, 2048, backends, threads, 15, seconds)
+    return [race for race in (*steps, *races) if race.contenders]
 
 
-def _races(
-    shape, deep, T, dtypes, backends, threads, rounds, seconds, sampling_steps, slow=()
-) -> Iterator[tuple[Race, dict]]:
+def _races(shape, deep, T, dtypes, backends, threads, rounds, seconds, slow=()) -> Iterator[Race]:
     own = [name for name in backends if name in kernels_on("cpu")]
-    base = Case("layer", "native", shape, "position_skewed", T, "fp32", "fwd", threads)
+    base = Case("layer", "any", shape, "position_skewed", T, "fp32", "fwd", threads)
     for dtype in dtypes:
         hopeless = dtype in slow
         for room in ROOMS:
             able = own if hopeless and room == "experts" else backends  # the other rooms multiply next to nothing
-            yield race_of(replace(base, level=room, dtype=dtype), able, rounds, seconds / 3)
+            yield Race(replace(base, level=room, dtype=dtype), able, rounds, seconds / 3)
         if dtype == dtypes[0]:  # scores are fp32 in every dtype
-            yield race_of(replace(base, level="dispatch", routing=EXPERT_CHOICE), backends, rounds, seconds / 3)
+            yield Race(replace(base, level="dispatch", routing=EXPERT_CHOICE), backends, rounds, seconds / 3)
         for mode in ("fwd", "fwdbwd"):
             able = own if hopeless else (*backends, *PEERS)
-            yield race_of(replace(base, dtype=dtype, mode=mode), able, rounds, seconds)
+            yield Race(replace(base, dtype=dtype, mode=mode), able, rounds, seconds)
         able = () if hopeless else (*backends, LOOP)
-        yield race_of(replace(base, level="block", routing="gate", dtype=dtype), able, rounds, seconds)
-    yield from _step_races(deep, min(T, 1024), backends, threads, min(rounds, 9), seconds, sampling_steps)
+        yield Race(replace(base, level="block", routing="gate", dtype=dtype), able, rounds, seconds)
+    yield from _step_races(deep, min(T, 1024), backends, threads, min(rounds, 9), seconds)
 
 
-def _step_races(shape, T, backends, threads, rounds, seconds, sampling_steps) -> Iterator[tuple[Race, dict]]:
+def _step_races(shape, T, backends, threads, rounds, seconds) -> Iterator[Race]:
     for level, mode in (("train_step", "fwdbwd"), ("sampling_step", "fwd")):
-        case = Case(level, "native", shape, "gate", T, "fp32", mode, threads)
-        yield race_of(case, (*backends, LOOP), rounds, seconds, sampling_steps)
-
-
-def race_of(case: Case, contenders: Sequence[str], rounds: int, seconds: float, steps: int = 0) -> tuple[Race, dict]:
-    shape, name = case.shape, replace(case, backend="any").id
-    images = case.T // shape.tokens_per_image
-    threads = f"{case.threads} thread{'s' * (case.threads > 1)}" if case.device == "cpu" else "GPU"
-    what = f"{shape.name}, T={case.T}, {case.routing.replace('_', '-')} routing, {threads}"
-    facts = {
-        "race": name, "level": case.level, "mode": case.mode, "dtype": case.dtype, "T": case.T, "threads": case.threads,
-        "model": shape.name, "routing": case.routing, "what": what, "rate_unit": "", "per_call": 0.0,
-    }  # fmt: skip
-    if case.level == "train_step":
-        facts |= {"what": f"{what}, {images} images a step", "rate_unit": "steps/s", "per_call": 1.0}
-    elif case.level == "sampling_step":
-        facts |= {
-            "what": f"{what}, {images // 2} images with guidance", "rate_unit": f"images/s at {steps} steps",
-            "per_call": images / 2 / steps,
-        }  # fmt: skip
-    return Race(name, tuple(replace(case, backend=c) for c in contenders), rounds, seconds), facts
+        case = Case(level, "any", shape, "gate", T, "fp32", mode, threads)
+        yield Race(case, (*backends, LOOP), rounds, seconds)
 
 
 def ceilings(size: str, threads: int) -> dict:
@@ -116,11 +105,3 @@ def ceilings(size: str, threads: int) -> dict:
     products = {f"mm_{dtype}": 1e9 * found[f"mm_{dtype}_gflops"] for dtype in ("fp32", "bf16")}
     where = {"device": "cpu", "threads": threads, "peak": "loop" if loop else "mm"}
     return {**where, **peaks, "copy": 1e9 * found["copy_gbps"], **products}
-
-
-def run(race: Race, facts: dict) -> Iterator[dict]:
-    """Time one race; yields its rows of kind "time" with the report's facts and the rate of steps or images."""
-    for row in workloads.race(race.cases, race.min_rounds, race.max_seconds):
-        backend = row["case"].split("-")[1]
-        rate = 0.0 if row["wrong"] else facts["per_call"] / row["figures"]["time_us_median"] * 1e6
-        yield {**row, **facts, "backend": backend, "rate": rate}

@@ -13,6 +13,7 @@ from bench import stages
 from bench.instrument import arguments, store, workloads
 from bench.instrument.cases import BACKENDS, DEVICES, DTYPES, EXPERT_CHOICE, LEVELS, MODES, PEERS, Case
 from bench.instrument.progress import say
+from bench.instrument.races import line
 from bench.instrument.shapes import MODEL_SHAPES, ROUTING_PRESETS
 
 ROUTINGS = ("gate", *ROUTING_PRESETS, EXPERT_CHOICE)
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("report/times.jsonl"), help="row file, added to")
 
 
-def races(args: argparse.Namespace) -> Iterator[tuple[stages.Race, dict]]:
+def races(args: argparse.Namespace) -> Iterator[stages.Race]:
     """Yield the races that the arguments ask for; ValueError names what is unknown."""
 
     def words(option: str, allowed: object) -> list[str]:
@@ -73,23 +74,15 @@ def races(args: argparse.Namespace) -> Iterator[tuple[stages.Race, dict]]:
         if not able:
             reason = workloads.why_not(replace(case, backend=contenders[0]))
             raise ValueError(f"--backends: nobody of {', '.join(contenders)} can run {case}: {reason}")
-        yield stages.race_of(case, able, args.rounds, args.seconds, steps=50)
-
-
-def line(row: dict) -> str:
-    """Return one row's result in one line."""
-    if row["wrong"]:
-        return f"{row['case']}: wrong: {row['wrong']}"
-    ratios = (f"x{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}] {name}" for name, r in row["speedups"].items())
-    star = "*" * row["figures"]["disturbed"]
-    return f"{row['case']}: {row['figures']['time_us_median'] / 1e3:.4g} ms{star}; {', '.join(ratios)}"
+        workloads.expect_model(case)
+        yield stages.Race(case, tuple(able), args.rounds, args.seconds)
 
 
 def main(args: argparse.Namespace) -> int:
     """Race, print and keep the rows; returns 1 when a contender is wrong."""
     rows = []
-    for race, facts in list(races(args)):
-        for row in stages.run(race, facts):
+    for race in list(races(args)):
+        for row in race.run():
             store.append(args.out, row)
             say(line(row))
             rows.append(row)

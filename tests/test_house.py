@@ -24,6 +24,8 @@ FORBIDDEN = {  # room -> what it must not import
     "tests": set(),
 }
 REFERENCE_MAY = {"reference", "torch", "safetensors", *sys.stdlib_module_names}
+BENCH = (("instrument",), ("images", "machine_code", "peers"), ("gpu", "page"), ("compare",), ("",))  # "": its hall
+HALL = 6  # modules at most
 LONG_FILE, LONG_FUNCTION = 420, 40
 PUBLIC = sorted(name for name in moe_kernels.__all__ if not name.startswith("_"))
 FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(moe_kernels, name))]
@@ -77,6 +79,23 @@ def test_rooms_import_only_downwards(room):
         if module.partition(".")[0] in FORBIDDEN[room]
     ]
     assert python_files(room) and not breaches
+
+
+def test_bench_has_floors_and_a_small_hall():
+    """The instrument knows no job, a job none above or beside it; what joins several stands in the hall."""
+    floor = {room: height for height, rooms in enumerate(BENCH) for room in rooms}
+    hall, breaches = [], []
+    for path in python_files("bench"):
+        room = path.parent.relative_to(ROOT / "bench").parts[:1]
+        room = room[0] if room else ""
+        if not room and not path.stem.startswith(("__init__", "conftest", "test_")):
+            hall.append(path.stem)
+        for parts in (name.split(".") for name in imports(path) if name.startswith("bench.")):
+            other = parts[1] if parts[1] in floor else ""
+            if other != room and floor[other] >= floor[room]:
+                breaches.append(f"{relative(path)} imports {'.'.join(parts)}")
+    folders = {path.parent.name for path in (ROOT / "bench").glob("*/__init__.py")}
+    assert folders == floor.keys() - {""} and not breaches and len(hall) <= HALL, (hall, breaches)
 
 
 def test_reference_needs_torch_only():

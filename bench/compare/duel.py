@@ -5,44 +5,40 @@ The instrument and the oracle are those of the checkout that compares, on both s
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from bench.compare import trial
 from bench.compare.revisions import Checkout
-from bench.instrument import measure, stats, store, workloads
+from bench.instrument import measure, stats, store
 from bench.instrument.cases import Case
+from bench.instrument.contender import by_name
+from bench.instrument.crew import Crew, Runner, judge_file, timer
 from bench.instrument.progress import say
+from bench.instrument.race import row
 from bench.instrument.verify import Check
-from bench.instrument.worker import Worker, WorkerError
-from bench.peers import contest
+from bench.instrument.worker import WorkerError
 
-SEAT = "bench.compare.seat:Seat"
+SEAT = "bench.compare.seat:RevisionSeat"
 ROUND_S = 0.015  # of calls, on each side in every round
 SIDES = ("base", "head")
 INTERRUPTED = "interrupted before it was timed"
 
 
 @dataclass
-class Pair(contest.Crew):
+class Pair(Crew):
     """A worker for either side, which finds its revision's package before everybody else's."""
 
     checkouts: Mapping[str, Checkout] = field(default_factory=dict)
 
-    def _worker(self, name: str) -> Worker:
-        if name not in self.workers or not self.workers[name].alive:
-            env = {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "passive"}
-            path = [self.checkouts[name].site, store.ROOT]
-            self.workers[name] = Worker(path=path, env=env, path_first=True)
-        return self.workers[name]
+    def _paths(self, name: str) -> dict[str, Any]:
+        return {"path": [self.checkouts[name].site, store.ROOT], "path_first": True}
 
-    def sit(self, case: Case) -> dict[str, contest.Runner]:
+    def sit(self, case: Case) -> dict[str, Runner]:
         """Build the case on both sides."""
         targets = {
             name: (SEAT, {"case": case.id, "folder": str(checkout.site)}) for name, checkout in self.checkouts.items()
@@ -95,9 +91,7 @@ class Bout:
                     if runner.reason:
                         raise WorkerError(runner.reason)
                     runner.ask("save", path=str(path))
-                    with measure.threads(len(os.sched_getaffinity(0))):  # nobody is timed meanwhile
-                        self.checks[name] = workloads.check(self.case, torch.load(path, mmap=True))
-                    path.unlink()
+                    self.checks[name] = judge_file(self.case, path)
                     self.fixed[name] = runner.ask("fixed")
                 except WorkerError as error:
                     self.reasons[name] = str(error)
@@ -124,7 +118,7 @@ class Bout:
             self.reasons = {name: runner.reason for name, runner in runners.items() if runner.reason}
             if self.reasons:
                 return [], []
-            how = {"threads": self.case.threads, "timer": contest.timer, "min_call_s": ROUND_S}
+            how = {"threads": self.case.threads, "timer": timer, "min_call_s": ROUND_S}
             taken = measure.interleave(runners, rounds, 0.0, **how)
         self.reasons = {name: s.wrong for name, s in taken.items() if s.wrong}
         if self.reasons:
@@ -137,18 +131,13 @@ class Bout:
 
     def row(self, name: str) -> dict:
         """Return a side's row of kind "time", as it would have written it itself."""
-        check, s, commit = self.checks.get(name), self.samples.get(name), self.stable.checkouts[name].commit
-        timed = self.sound and s is not None and s.n > 0
-        row = store.row(
-            "time",
-            case=self.case.id,
-            figures=s.figures(self.case.flops, self.case.bytes) if timed else {},
-            errors=check.errors if check else {},
-            wrong=self.reasons.get(name) or (check.wrong if check else None),
-            samples_us=store.thin([round(t * 1e6, 3) for t in s.times()]) if timed else [],
-            **{"flops": self.case.flops, "bytes": self.case.bytes, **self.fixed.get(name, {})},
-        )
-        return row | {"commit": commit, "dirty": False}
+        case, check, s = self.case, self.checks.get(name), self.samples.get(name)
+        contender = by_name(case.backend)
+        outcome = {"reason": None, "wrong": self.reasons.get(name) or (check.wrong if check else None)}
+        timed = {case.backend: s} if self.sound and s is not None and s.n > 0 else {}
+        written = row("time", case, contender, timed, outcome, check, {}, contender.version if timed else "")
+        fixed = {"flops": case.flops, "bytes": case.bytes, **self.fixed.get(name, {})}
+        return written | fixed | {"commit": self.stable.checkouts[name].commit, "dirty": False}
 
 
 @dataclass

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from bench.compare.gates import Change, ordered
 from bench.instrument import stats
+from bench.page.render import render
 
 FAIL_ON = {
     "worse": "a case is BROKEN, or a figure that does not wobble got worse",
@@ -125,17 +124,6 @@ class Report:
         loud, quiet = self.split()
         view = {"report": self, "groups": [loud, quiet], "legend": LEGEND, "place": _axis(self.verdicts)}
         return render("compare.html.j2", **view, fixed=ordered(self.fixed), effect=stats.EFFECT)
-
-
-def render(template: str, **view: Any) -> str:
-    """Fill a page of bench/page/templates."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template(template).render(view)
 
 
 def _table(verdicts: Sequence[stats.Verdict]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 
 import torch
@@ -11,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moe_kernels
 from bench.instrument import workloads
 from bench.instrument.cases import Case
-from bench.peers import seat
+from bench.instrument.seat import Seat
 
 
-class Seat(seat.Seat):
+class RevisionSeat(Seat):
     """A case that is ready to run on the package under `folder`.
 
     Raises: LookupError when the package lacks what the case needs; RuntimeError when it is another than asked for.
@@ -23,13 +22,10 @@ class Seat(seat.Seat):
     def __init__(self, case: str, folder: str):
         if not Path(moe_kernels.__file__).is_relative_to(folder):
             raise RuntimeError("the worker imported another moe_kernels than that of its revision")
-        gc.collect()
-        self.case, self.call_s = Case.from_id(case), 0.0
-        torch.set_num_threads(self.case.threads)
-        if reason := workloads.why_not(self.case):
+        if reason := workloads.why_not(Case.from_id(case)):
             raise LookupError(reason)
         try:
-            self.work = workloads.build(self.case)
+            super().__init__(Case.from_id(case), workloads.build)
             self.work.run()
         except (AttributeError, ImportError) as error:
             raise LookupError(f"{type(error).__name__}: {error}") from None

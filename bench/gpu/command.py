@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -25,12 +25,13 @@ from pathlib import Path
 import torch
 
 import moe_kernels
-from bench.gpu import plan, profiles, race, steps, tables
+from bench.gpu import counters, plan, profiles, roof, steps, tables
 from bench.gpu.contenders import contenders_of
 from bench.gpu.watch import Watch
-from bench.instrument import arguments, ledger, store
+from bench.instrument import arguments, ledger, measure, store
 from bench.instrument.cases import DEVICES, Case, kernels_on
 from bench.instrument.progress import say
+from bench.instrument.race import InProcess, Run, race
 
 STAGES = ("build", "test", "bench", "e2e", "profile")
 LEAST_S = 5.0  # what a case is expected to take before one has run
@@ -283,14 +284,19 @@ class Job:
 
     def _bench(self) -> None:
         size, device = self.size, self.args.device
-        roof = race.ceilings(device, size.side, size.seconds)
-        say(tables.roof_line(roof))
-        self._once(f"ceilings {time.time():.0f}", lambda: [store.row("ceilings", device=device, **roof)])
+        ceilings = roof.ceilings(device, size.side, size.seconds)
+        say(tables.roof_line(ceilings))
+        self._once(f"ceilings {time.time():.0f}", lambda: [store.row("ceilings", device=device, **ceilings)])
 
         def produce(case: Case, compiled: bool = False) -> Iterator[dict]:
             contenders = [c for c in contenders_of(case, compiled) if c.name not in self._lost()]
             begin = self._begin(case, LONG_PATIENCE_S if compiled else PATIENCE_S)
-            for row in race.race(case, contenders, roof, size.rounds, size.seconds, begin):
+
+            def more(name: str, run: Run, samples: Mapping[str, measure.Samples]) -> dict:
+                begin(name)
+                return roof.shares(case, samples[name], ceilings) | counters.count(run, device)
+
+            for row in race(case, contenders, size.rounds, size.seconds, InProcess(begin), more):
                 yield {**row, "race": row["race"] + "-compiled" * compiled}
 
         first, rest = plan.layers_and_rooms(size, device)
@@ -302,7 +308,7 @@ class Job:
         size = self.size
 
         def produce(case: Case) -> Iterator[dict]:
-            return steps.race(case, size.rounds, size.seconds, self._lost(), self._begin(case, LONG_PATIENCE_S))
+            return steps.race_steps(case, size.rounds, size.seconds, self._lost(), self._begin(case, LONG_PATIENCE_S))
 
         self._each("e2e", plan.whole_models(size, self.args.device), produce)
 

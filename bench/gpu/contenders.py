@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import metadata
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -17,53 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.instrument import workloads
-from bench.instrument.cases import Case, backends_on
-from bench.instrument.verify import BOUND
+from bench.instrument.cases import BACKENDS, ONLY_ON, ROOMS, Case, backends_on
+from bench.instrument.contender import Contender, by_name
 from bench.peers.libraries import Compute, plain_shared
 
-# As in the contest (bench/peers/contest.py): others may trade accuracy for speed, and their error is shown.
-FOREIGN_BOUND = 8.0
 
-
-@dataclass(frozen=True)
-class Contender:
-    """`module`: what must be importable; `compiles`: takes torch.compile, a minute a case, so that few cases get it."""
-
-    name: str
-    build: Callable[[Case], workloads.Workload] = workloads.build
-    module: str = ""
-    package: str = "torch"
-    dtypes: tuple[str, ...] = ("bf16", "fp16", "tf32", "fp32")
-    levels: tuple[str, ...] = ("layer",)
-    device: str = ""
-    compiles: bool = False
-
-    @property
-    def ours(self) -> bool:
-        return self.package == "moe-kernels"
-
-    @property
-    def bound(self) -> float:
-        """How many times plain torch's error is still right."""
-        return BOUND if self.ours else FOREIGN_BOUND
-
-    def why_not(self, case: Case) -> str | None:
-        """Say why it sits this case out, or None."""
-        if self.device and case.device != self.device:
-            return f"runs on {self.device}"
-        if case.dtype not in self.dtypes:
-            return f"computes {', '.join(self.dtypes)} only"
-        if self.module and importlib.util.find_spec(self.module) is None:
-            return f"not available: no package {self.module}"
-        return workloads.why_not(case)
-
-    @property
-    def version(self) -> str:
-        """Whose code it is; a checkout that is not installed has no version."""
-        try:
-            return f"{self.package} {metadata.version(self.package)}"
-        except metadata.PackageNotFoundError:
-            return self.package
+def _needs(module: str) -> Callable[[], str | None]:
+    """Return what says that a package is missing."""
+    return lambda: None if importlib.util.find_spec(module) else f"not available: no package {module}"
 
 
 def _compiled(build: Callable[[Case], workloads.Workload]) -> Callable[[Case], workloads.Workload]:
@@ -155,23 +115,22 @@ def _compiled_loop(case: Case) -> workloads.Workload:
     return workloads.build_loop(case, "authors_tp1", torch.compile)
 
 
-_ROOMS = ("gating", "dispatch", "experts", "combine", "layer")
+_ROOMS, _LAYER = (*ROOMS, "layer"), ("layer",)
 CONTENDERS = (
-    Contender("triton", package="moe-kernels", levels=_ROOMS, device="cuda"),
-    Contender("cuda", package="moe-kernels", levels=_ROOMS, device="cuda"),
-    Contender("native", package="moe-kernels", levels=_ROOMS, device="cpu"),
-    Contender("grouped", package="moe-kernels", levels=_ROOMS),
-    Contender("eager", package="moe-kernels", levels=_ROOMS),
-    Contender("authors_tp1"),
-    Contender("sorted_loop"),
-    Contender("grouped_mm", _layer(grouped_mm)),
-    Contender("liger", _layer(liger), "liger_kernel", "liger-kernel", ("bf16", "fp16", "fp32"), device="cuda"),
-    Contender("sonic", _sonic_layer, "sonicmoe", "sonic-moe", ("bf16", "fp16"), device="cuda"),
-    Contender("authors_compiled", _compiled(_compiled_loop), compiles=True),
-    Contender("grouped_mm_compiled", _compiled(_layer(compiled_grouped_mm)), compiles=True),
-)
-
-
+    *(replace(by_name(name), levels=_ROOMS, device=ONLY_ON.get(name, "")) for name in BACKENDS),
+    *(replace(by_name(name), levels=_LAYER) for name in ("authors_tp1", "sorted_loop")),
+    Contender("grouped_mm", build=_layer(grouped_mm), levels=_LAYER),
+    Contender(
+        "liger", build=_layer(liger), package="liger-kernel", missing=_needs("liger_kernel"), levels=_LAYER,
+        dtypes=("bf16", "fp16", "fp32"), device="cuda",
+    ),
+    Contender(
+        "sonic", build=_sonic_layer, package="sonic-moe", missing=_needs("sonicmoe"), levels=_LAYER,
+        dtypes=("bf16", "fp16"), device="cuda",
+    ),
+    Contender("authors_compiled", build=_compiled(_compiled_loop), levels=_LAYER, compiles=True),
+    Contender("grouped_mm_compiled", build=_compiled(_layer(compiled_grouped_mm)), levels=_LAYER, compiles=True),
+)  # fmt: skip
 RACED_WITH_COMPILED = ("triton", "cuda", "native", "authors_tp1", "grouped_mm")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import product
 
 import torch
@@ -16,11 +15,12 @@ import torch
 import moe_kernels
 from bench.gpu.device_table import GAIN, known_keys, save, within
 from bench.gpu.plan import ROUTING
-from bench.instrument import workloads
 from bench.instrument.cases import ROOMS, Case, kernels_on
+from bench.instrument.contender import by_name
 from bench.instrument.progress import say
+from bench.instrument.race import race
+from bench.instrument.races import line
 from bench.instrument.shapes import MODEL_SHAPES
-from bench.timing import line
 from moe_kernels.backends import base, preferred
 
 LEVELS = ("layer", *ROOMS)
@@ -57,14 +57,10 @@ def decide(cases: Iterable[Case], backends: Sequence[str], seconds: float = SECO
     """Race two backends over the cases of a key; return the one to prefer, None where the intervals do not decide."""
     winners = set()
     for case in cases:
-        try:
-            rows = list(workloads.race([replace(case, backend=name) for name in backends], 9, seconds))
-        except Exception as error:  # memory ran out
-            say(f"{case}: {type(error).__name__}: {str(error).partition(chr(10))[0][:120]}")
-            return None
+        rows = list(race(case, [by_name(name) for name in backends], 9, seconds))
         for row in rows:
             say(line(row))
-        if len(rows) < len(backends) or any(row["wrong"] for row in rows):
+        if any(row["wrong"] or row["reason"] for row in rows):  # or memory ran out
             return None
         winners |= {winner(row) for row in rows}
     winners.discard(None)
@@ -74,7 +70,7 @@ def decide(cases: Iterable[Case], backends: Sequence[str], seconds: float = SECO
 def winner(row: dict) -> str | None:
     """Return the backend of a row that is faster than all others for sure."""
     sure = bool(row["speedups"]) and all(ratio["low"] > GAIN for ratio in row["speedups"].values())
-    return Case.from_id(row["case"]).backend if sure else None
+    return row["contender"] if sure else None
 
 
 def main(args: argparse.Namespace) -> int:

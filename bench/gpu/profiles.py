@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from bench.gpu import counters
-from bench.gpu.race import facts
 from bench.instrument import store, workloads
 from bench.instrument.cases import Case
+from bench.instrument.race import facts
 
 CALLS = 5
 SLOWEST = 4

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 import moe_kernels
 from bench.gpu import counters
-from bench.gpu.contenders import FOREIGN_BOUND
-from bench.gpu.race import Begin, facts, memory_ran_out
-from bench.instrument import measure, store, workloads
+from bench.instrument import measure, workloads
 from bench.instrument.cases import Case, backends_on
-from bench.instrument.verify import BOUND
+from bench.instrument.contender import Contender, by_name
+from bench.instrument.race import Begin, race, short
+from bench.instrument.verify import Check
 from reference.diffusion import RectifiedFlow
 from reference.dit import DiTMoE
 
@@ -33,7 +33,55 @@ LOST = "a run of these sources lost the GPU, perhaps by a capture"
 Step = Callable[[], Tensor]
 
 
-def race(
+@dataclass
+class SharedParameters:
+    """An executor (bench/instrument/race.py): steps on the very same parameters, verified before in a shallow model."""
+
+    begin: Begin = lambda name: None
+    reasons: dict[str, str] = field(default_factory=dict)
+    checks: dict[str, Check] = field(default_factory=dict)
+    steps: dict[str, Step] = field(default_factory=dict)
+
+    def seat(self, cases: Mapping[Contender, Case]) -> dict[str, Step]:
+        for contender, case in cases.items():
+            self.begin(contender.name)
+            with measure.threads(case.threads):
+                self.checks[contender.name] = _verify(case, contender)
+        right = [c.name for c in cases if not self.checks[c.name].wrong]
+        if right:
+            self.steps = {name: step for name, (step, _) in _steps(next(iter(cases.values())), right).items()}
+        return self.steps
+
+    def judge(self, contender: Contender, case: Case, result: Tensor) -> Check:
+        finite = bool(result.isfinite().all())
+        return replace(self.checks[contender.name], wrong=None if finite else "the result is not finite")
+
+    def timing(self, case: Case) -> dict[str, Any]:
+        return {"min_call_s": 0.0, "begin": self.begin}
+
+    def version(self, contender: Contender) -> str:
+        return contender.version
+
+
+@dataclass
+class Graph(SharedParameters):
+    """One step as a CUDA graph, beside steps that are not: two graphs of a large model do not fit, for each holds
+    gradients and activations of its own. capture: the replay, or why there is none.
+    """
+
+    capture: Callable[[], Step | str] = lambda: LOST
+
+    def seat(self, cases: Mapping[Contender, Case]) -> dict[str, Step]:
+        graph, *_ = cases
+        self.begin(graph.name)
+        replay = self.capture()
+        if isinstance(replay, str):
+            self.reasons[graph.name] = f"no CUDA graph: {replay}"
+            return {}
+        return {graph.name: replay, **{c.name: self.steps[c.name] for c in cases if c.name in self.steps}}
+
+
+def race_steps(
     case: Case,
     min_rounds: int,
     max_seconds: float,
@@ -42,101 +90,47 @@ def race(
 ) -> Iterator[dict]:
     """Verify and time a step of level "sampling_step" or "train_step"; yield one row for each way to run it.
 
-    without: contenders that stay out; "" stands for graphs. begin: told who runs next.
+    Each contender that has a number runs once more as a CUDA graph, against its own step and the authors'.
+
+    Args: without: contenders that stay out; "" stands for graphs. begin: told who runs next.
     """
-    shallow = replace(case, shape=replace(case.shape, model=f"{case.shape.model}x2", depth=VERIFIED_BLOCKS))
-    names = [name for name in _contenders(case.device) if name not in without]
-    absent = {name: why for name in names if (why := workloads.why_not(replace(case, backend=name)))}
-    with measure.threads(case.threads):
-        wrong = dict(_verify(shallow, [name for name in names if name not in absent], begin))
-    steps = {n: step for n, (step, _) in _steps(case, [n for n, why in wrong.items() if not why]).items()}
-    counted = {}
-    for name, step in steps.items():
+    names = [name for name in (*backends_on(case.device), AUTHORS) if name != "eager" and name not in without]
+    shared = SharedParameters(begin)
+    counted: dict[str, dict] = {}
+
+    def more(name: str, step: Step, samples: Mapping[str, measure.Samples]) -> dict:
         begin(name)
-        counted[name] = counters.count(step, case.device)
-    timed = partial(_time, case, min_rounds, max_seconds, begin)
-    samples = timed(steps)
-    for name, why in absent.items():
-        yield _row(case, name, reason=why)
-    for name, why in wrong.items():
-        yield _outcome(case, name, why, samples, counted.get(name, {}))
-        why = why or samples[name].wrong
-        if why:
-            yield _outcome(case, f"{name}_graph", why, {}, {})
+        if name not in counted:
+            counted[name] = counters.count(step, case.device)
+        return counted[name]
+
+    how = min_rounds, max_seconds
+    for row in list(race(case, [by_name(name) for name in names], *how, shared, more)):
+        name = row["contender"]
+        yield row | {"verified": f"in {VERIFIED_BLOCKS} blocks"}
+        if not row["figures"]:
             continue
-        begin(f"{name}_graph")
         lost = not {"", f"{name}_graph"}.isdisjoint(without)
-        capture = partial(_graph, case, steps[name], counted[name]["host_syncs"])
-        yield _graph_outcome(case, name, (lambda: LOST) if lost else capture, steps, timed, counted[name])
+        capture = (lambda: LOST) if lost else partial(_graph, case, shared.steps[name], counted[name]["host_syncs"])
+        graph = Graph(begin, {}, shared.checks, shared.steps, capture)
+        rivals = [by_name(rival) for rival in dict.fromkeys((name, AUTHORS))]
+        counted[f"{name}_graph"] = counted[name]
+        shared.checks[f"{name}_graph"] = shared.checks[name]
+        ways = [replace(by_name(name), name=f"{name}_graph"), *rivals]
+        first, *_ = race(case, ways, *how, graph, more)
+        yield first | {"verified": f"in {VERIFIED_BLOCKS} blocks"}
 
 
-def _time(
-    case: Case, min_rounds: int, max_seconds: float, begin: Begin, runs: Mapping[str, Step]
-) -> dict[str, measure.Samples]:
-    how = {"threads": case.threads, "device": case.device, "min_call_s": 0.0, "begin": begin}
-    return measure.interleave(runs, min_rounds, max_seconds, _finite, **how) if runs else {}
-
-
-def _outcome(
-    case: Case, name: str, why: str | None, samples: Mapping[str, measure.Samples], counted: Mapping[str, Any]
-) -> dict:
-    """Return the row of a way: its times, or why it has none."""
-    s = samples.get(name)
-    why = why or (s.wrong if s else None)
-    if why:
-        return _row(case, name, **{"reason" if memory_ran_out(why) else "wrong": why.splitlines()[0]})
-    return _row(case, name, **_timed(case, s, samples, counted))
-
-
-def _graph_outcome(
-    case: Case,
-    name: str,
-    capture: Callable[[], Step | str],
-    steps: Mapping[str, Step],
-    timed: Callable[[Mapping[str, Step]], dict[str, measure.Samples]],
-    counted: Mapping[str, Any],
-) -> dict:
-    """Race one graph against the step it was captured from and the authors', and free it: two of a large model's do
-    not fit, for each holds gradients and activations of its own.
-    """
-    graph = capture()
-    if isinstance(graph, str):
-        return _row(case, f"{name}_graph", reason=f"no CUDA graph: {graph}")
-    rivals = {other: steps[other] for other in (name, AUTHORS) if other in steps}
-    return _outcome(case, f"{name}_graph", None, timed({f"{name}_graph": graph, **rivals}), counted)
-
-
-def _timed(case: Case, s: measure.Samples, samples: Mapping[str, measure.Samples], counted: Mapping) -> dict[str, Any]:
-    others = [o for o in samples.values() if o is not s and not o.wrong]
-    return {
-        "figures": {**s.figures(case.flops), **_rates(case, s), **counted},
-        "speedups": {o.name: asdict(measure.ratio(s, o)) for o in others},
-        "samples_us": [round(t * 1e6, 1) for t in s.times()],
-    }
-
-
-def _row(case: Case, name: str, **found: Any) -> dict:
-    empty = {"reason": None, "wrong": None, "figures": {}, "speedups": {}, "samples_us": []}
-    ours = name.removesuffix("_graph") in backends_on(case.device)
-    who = {"case": replace(case, backend=name).id, **facts(case), "contender": name, "ours": ours}
-    return store.row("time", **who, verified=f"in {VERIFIED_BLOCKS} blocks", **{**empty, **found})
-
-
-def _contenders(device: str) -> tuple[str, ...]:
-    return (*(name for name in backends_on(device) if name != "eager"), AUTHORS)
-
-
-def _verify(case: Case, names: Sequence[str], begin: Begin) -> Iterator[tuple[str, str | None]]:
-    """Yield what is wrong with each contender's gradients or velocity in a shallow model, None where nothing is."""
-    for name in names:
-        begin(name)
-        try:
-            step, named = _steps(case, [name])[name]
-            tensors = {key: value.clone() for key, value in named(step()).items()}
-            bound = FOREIGN_BOUND if name == AUTHORS else BOUND
-            yield name, workloads.check(replace(case, backend=name), tensors, bound).wrong
-        except Exception as error:  # whatever a contender raises is its answer
-            yield name, f"raised {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+def _verify(case: Case, contender: Contender) -> Check:
+    """Judge a contender's gradients or velocity in a shallow model; what it raises is its answer."""
+    shape = replace(case.shape, model=f"{case.shape.model}x{VERIFIED_BLOCKS}", depth=VERIFIED_BLOCKS)
+    shallow = replace(case, shape=shape)
+    try:
+        step, named = _steps(shallow, [contender.name])[contender.name]
+        tensors = {key: value.clone() for key, value in named(step()).items()}
+        return workloads.check(shallow, tensors, contender.bound)
+    except Exception as error:
+        return Check({}, f"raised {short(error)}")
 
 
 def _steps(case: Case, names: Sequence[str]) -> dict[str, tuple[Step, Callable[[Tensor], dict[str, Tensor]]]]:
@@ -208,19 +202,10 @@ def _graph(case: Case, step: Step, host_syncs: float | None) -> Step | str:
         with torch.cuda.graph(graph):
             out = step()
     except Exception as error:  # torch says what it cannot capture, or that memory ran out
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return short(error)
 
     def replay() -> Tensor:
         graph.replay()
         return out
 
     return replay
-
-
-def _finite(name: str, result: Tensor) -> str | None:
-    return None if bool(result.isfinite().all()) else "the result is not finite"
-
-
-def _rates(case: Case, s: measure.Samples) -> Mapping[str, float]:
-    halves = 2 if case.level == "sampling_step" else 1
-    return {"images_per_s": case.T / (halves * case.shape.tokens_per_image) / s.summary().median}

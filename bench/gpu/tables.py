@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bench.instrument.cases import ONLY_ON
-from bench.peers.tables import fastest, races_of
+from bench.instrument.races import failures, fastest, races_of, speedup
 
 SUMMARISED = ("build", "test", "failure", "lost")
 ROOF = ("bf16", "fp16", "tf32", "fp32", "copy")
@@ -19,16 +19,16 @@ def line(race: Sequence[dict]) -> str:
     kernels = [row for row in race if row["contender"].startswith(OURS)]
     ours, peer = fastest(kernels, ours=True) or fastest(race, ours=True), fastest(race, ours=False)
     parts = [_number(best) for best in (ours, peer) if best]
-    if ours and peer and peer["contender"] in ours["speedups"]:
+    if ours and peer and speedup(ours, peer):
         parts.append(_ratio(ours, peer))
     rest = [row for row in kernels if row is not ours and row["figures"]]
-    parts += [f"{_ratio(ours, row)} {_number(row)}" for row in rest if ours and row["contender"] in ours["speedups"]]
+    parts += [f"{_ratio(ours, row)} {_number(row)}" for row in rest if ours and speedup(ours, row)]
     parts += [f"{r['contender']} wrong: {r['wrong']}" for r in race if r["wrong"]]
     return f"{title}: {'; '.join(parts) or 'nobody ran'}"
 
 
 def _ratio(row: Mapping, other: Mapping) -> str:
-    ratio = row["speedups"][other["contender"]]
+    ratio = speedup(row, other)
     return f"x{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
@@ -60,9 +60,5 @@ def table(rows: Sequence[dict]) -> str:
         lines.append(roof_line({name: roofs[-1][name] for name in ROOF if name in roofs[-1]}))
     timed = [row for row in rows if row["kind"] == "time"]
     lines += [line(race) for race in races_of(timed)]
-    reasons: dict[tuple[str, str], int] = {}
-    for row in timed:
-        if row["reason"]:
-            reasons[row["contender"], row["reason"]] = reasons.get((row["contender"], row["reason"]), 0) + 1
-    lines += [f"{name}: {why} ({count} case{'s' * (count > 1)})" for (name, why), count in reasons.items()]
+    lines += failures(timed)
     return "\n".join(lines) or "no rows yet"

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from bench.instrument.outputs import command, without_paths
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_SAMPLES = 200  # per row; more tell nothing new about a median
 REQUIRED = ("schema", "kind", "date", "commit", "dirty", "command", "machine", "versions")
+DISTRIBUTION = "moe-kernels"
 PACKAGES = ("torch", "triton", "numpy", "scipy", "scikit-learn", "pytest-benchmark")
 ROOT = Path(__file__).parents[2]
 GRAMMAR = ("and", "or", "not", "(", ")")  # of -k
@@ -107,9 +108,11 @@ def _parse(line: str, where: str) -> dict:
         raise ValueError(f"{where}: expected one JSON object, got a broken or truncated line ({error.msg})") from None
     if not isinstance(row, dict) or "schema" not in row:
         raise ValueError(f"{where}: expected a row with a schema version, got {line[:60]!r}")
+    if row["schema"] == 1:
+        row = upgraded(row)
     if row["schema"] != SCHEMA:
         raise ValueError(
-            f"{where}: got schema version {row['schema']!r}, expected {SCHEMA}; measure again with this version"
+            f"{where}: got schema version {row['schema']!r}, expected 1 or {SCHEMA}; measure again with this version"
         )
     missing = [name for name in REQUIRED if name not in row]
     if missing:
@@ -117,6 +120,29 @@ def _parse(line: str, where: str) -> dict:
             f"{where}: expected the field{'s' * (len(missing) > 1)} {', '.join(missing)}, got {sorted(row)}"
         )
     return row
+
+
+def upgraded(row: dict) -> dict:
+    """Return a row of schema 1 as one of schema 2, which has one form for everything that was timed."""
+    words = str(row.get("case")).split("-")
+    if row.get("kind") not in ("time", "contest") or len(words) != 8:
+        return {**row, "schema": 2}
+    level, contender, model, routing, sizes, dtype, mode, where = words
+    gpu = where == "cuda"
+    told = {
+        "race": "-".join([level, "any", *words[2:]]), "level": level, "model": model, "routing": routing,
+        "T": int(sizes.split("_")[0][1:]), "dtype": dtype, "mode": mode, "threads": 1 if gpu else int(where[1:]),
+        "device": "cuda" if gpu else "cpu", "contender": contender, "title": contender,
+        "ours": contender.split("_")[0] in ("native", "triton", "cuda", "grouped", "eager"), "bound": 2.0,
+        "reason": None, "wrong": None, "version": row.get("library", ""), "figures": {}, "errors": {}, "samples_us": [],
+        "speedups": {},
+    }  # fmt: skip
+    slower = {  # a row of the contest said how many times faster ours were
+        name: {"value": 1 / r["value"], "low": 1 / r["high"], "high": 1 / r["low"]}
+        for name, r in row.get("speedup_of", {}).items()
+    }
+    kept = {key: value for key, value in row.items() if key not in ("backend", "library", "speedup_of")}
+    return {**told, **kept, "speedups": row.get("speedups") or slower, "schema": 2}
 
 
 def thin(samples: Sequence[float], limit: int = MAX_SAMPLES) -> list[float]:
@@ -184,7 +210,7 @@ def _proc_field(path: str, name: str) -> str | None:
 def versions() -> dict:
     """Return the versions of Python, this project and what it computes with; packages not installed are left out."""
     found = {"python": platform.python_version()}
-    for package in ("moe-kernels", *PACKAGES):
+    for package in (DISTRIBUTION, *PACKAGES):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""From a case to something that runs: build it for a backend or a peer, verify it against the oracle, race it.
+"""From a case to something that runs: build it for a backend or a peer, verify it against the oracle.
 
 `how` names who computes: a backend of moe_kernels, a peer, "plain" (the oracle's code in the case's dtype) or
 "oracle" (float64).
@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import moe_kernels
-from bench.instrument import loops, measure, store
+from bench.instrument import loops, measure
 from bench.instrument.cases import BACKENDS, ONLY_ON, PEERS, ROOMS, Case, make_inputs
 from bench.instrument.rooms import OPS, PLAIN, ours
 from bench.instrument.verify import BOUND, Check, judge
@@ -93,13 +92,18 @@ def build(case: Case, how: str | None = None) -> Workload:
     how = how or case.backend
     if how not in (*BACKENDS, *PEERS, "plain", "oracle"):
         raise ValueError(f"backend: got {how!r}, expected one of {', '.join((*BACKENDS, *PEERS))}")
+    expect_model(case)
     if case.level in OPS:
         return _build_op(case, how)
-    images = case.shape.tokens_per_image * (2 if case.level == "sampling_step" else 1)
-    if not case.shape.num_heads or case.T % images:
-        raise ValueError(f"case {case}: expected a DiT-MoE shape and a multiple of {images} tokens")
     builders = {"block": _build_block, "train_step": _build_train_step, "sampling_step": _build_sampling_step}
     return builders[case.level](case, how)
+
+
+def expect_model(case: Case) -> None:
+    """Raise ValueError for a level that needs a whole model, where the shape has none or T is no number of images."""
+    images = case.shape.tokens_per_image * (2 if case.level == "sampling_step" else 1)
+    if case.level not in OPS and (not case.shape.num_heads or case.T % images):
+        raise ValueError(f"case {case}: expected a DiT-MoE shape and a multiple of {images} tokens")
 
 
 def _build_op(case: Case, how: str) -> Workload:
@@ -340,52 +344,9 @@ def _expected(case: Case, how: str) -> Named:
     return {name: t.detach().double() for name, t in work.named(work.run()).items()}
 
 
-def race(cases: Iterable[Case], min_rounds: int = 15, max_seconds: float = 5.0) -> Iterator[dict]:
-    """Time cases, those that differ in nothing but the backend interleaved; yield one row of kind "time" each.
-
-    Cases that cannot run here yield nothing. A wrong one yields its row without samples, `wrong` saying why.
-    `speedups` holds the in-run
-    paired ratios: how many times faster this case is than each of the others.
-    """
-    runnable = [case for case in cases if not why_not(case)]
-    for _, group in groupby(sorted(runnable, key=_race_key), key=_race_key):
-        contenders = {case.backend: case for case in group}
-        with arithmetic(next(iter(contenders.values())).dtype):
-            yield from _race(contenders, min_rounds, max_seconds)
-
-
-def _race_key(case: Case) -> str:
-    return replace(case, backend="any").id
-
-
 def timer_of(case: Case) -> measure.Timer:
     """Return the timer of a case: of rooms and layers the kernels count, of blocks and steps their launches too."""
     if case.level not in OPS:
         return measure.time_calls
     both = case.mode == "fwdbwd"
     return partial(measure.time_queued, lead=measure.LONG_LEAD_CYCLES) if both else measure.time_queued
-
-
-def _race(group: dict[str, Case], min_rounds: int, max_seconds: float) -> Iterator[dict]:
-    checks: dict[str, Check] = {}
-    works = {name: build(case) for name, case in group.items()}
-
-    def verify(name: str, result: Sequence[Tensor]) -> str | None:
-        checks[name] = check(group[name], works[name].named(result))
-        return checks[name].wrong
-
-    first = next(iter(group.values()))
-    runs = {name: work.run for name, work in works.items()}
-    how = {"threads": first.threads, "device": first.device, "timer": timer_of(first)}
-    samples = measure.interleave(runs, min_rounds, max_seconds, verify, **how)
-    for name, s in samples.items():
-        others = [o for o in samples.values() if o is not s and not o.wrong and not s.wrong]
-        yield store.row(
-            "time",
-            case=group[name].id,
-            figures={} if s.wrong else s.figures(group[name].flops, group[name].bytes),
-            speedups={o.name: asdict(measure.ratio(s, o)) for o in others},
-            errors=checks[name].errors if name in checks else {},
-            wrong=s.wrong,
-            samples_us=[] if s.wrong else store.thin([round(t * 1e6, 3) for t in s.times()]),
-        )

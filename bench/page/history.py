@@ -1,4 +1,4 @@
-"""The committed rows over the commits: a line per case, and marks where its level changed (bench/changepoints.py).
+"""The committed rows over the commits: a line per case, and marks where its level changed (changepoints.py).
 
 A machine is not as fast on every day. Where a case was raced against other people's code, which does not change, its
 times are divided by how the median of those moved since the first commit; the page says where there was none.
@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bench.changepoints import change_points
-from bench.compare.report import render
 from bench.instrument import store
 from bench.instrument.cases import BACKENDS
 from bench.instrument.outputs import check_targets
+from bench.page.changepoints import change_points
+from bench.page.render import render
 
 RESULTS = store.ROOT / "results"
 SERIES = ["case", "machine", "clock"]

@@ -38,10 +38,11 @@ def text(view: dict) -> str:
 
 
 def _race(race: dict) -> list[str]:
-    unit = race["rows"][0]["rate_unit"]
+    unit = race["unit"]
     head = (f"{race['title']}: {race['what']}", "ms median [p20, p80]", "n", *([unit] if unit else []))
     cells = [
-        (name(r["backend"]), r["wrong"] or times(r), r["figures"].get("n", ""), *([figure(r["rate"])] if unit else []),
+        (name(r["contender"]), r["wrong"] or times(r), r["figures"].get("n", ""),
+         *([figure(r["figures"].get("images_per_s", 0))] if unit else []),
          *(ratio(r["speedups"][b]) if b in r["speedups"] else "" for b in BASELINES))
         for r in race["rows"]
     ]  # fmt: skip

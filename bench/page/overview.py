@@ -11,9 +11,9 @@ import pandas as pd
 
 from bench.instrument import store
 from bench.instrument.cases import ONLY_ON
+from bench.instrument.races import fastest, races_of, speedup
 from bench.page import races
 from bench.page.words import BASELINES, LEVELS, listed, name, plural, rank
-from bench.peers import tables as contest
 
 NOT_YET = "not yet run on hardware"
 VERIFIED = store.ROOT / "moe_kernels" / "verified.json"
@@ -35,7 +35,7 @@ def headline(rows: Sequence[dict]) -> str:
         )  # fmt: skip
     wrong = [row for row in rows if row["kind"] == "time" and row["wrong"]]
     if wrong:
-        who = listed(sorted({name(races.complete(row)["backend"]) for row in wrong}))
+        who = listed(sorted({name(row["contender"]) for row in wrong}))
         sentences.append(f"{plural(len(wrong), 'result')} of {who} failed the check and got no number.")
     if len(best) and best["disturbed"].mean() > 0.5:
         sentences.append("Other programs used the cores during most of these cases: the ratios are worth little.")
@@ -75,17 +75,17 @@ def gains(rows: Sequence[dict]) -> pd.DataFrame:
     for race in races.of([row for row in rows if row["kind"] == "time"]):
         right = [row for row in race["rows"] if not row["wrong"]]
         others = [row for row in right if not _ours(row)]
-        best = min(others, key=lambda row: row["figures"]["time_us_median"], default={"backend": None})
+        best = min(others, key=lambda row: row["figures"]["time_us_median"], default={"contender": None})
         for row in filter(_ours, right):
             against = {title: row["speedups"].get(base) for base, title in BASELINES.items()}
-            against[BEST] = row["speedups"].get(best["backend"])
+            against[BEST] = row["speedups"].get(best["contender"])
             lines += [
-                (race["level"], row["backend"], row["figures"]["disturbed"], title, r["value"], r["low"], r["high"])
+                (race["level"], row["contender"], row["figures"]["disturbed"], title, r["value"], r["low"], r["high"])
                 for title, r in against.items() if r
             ]  # fmt: skip
-    for race in contest.races_of([row for row in rows if row["kind"] == "contest"]):
-        ours, best = contest.fastest(race, ours=True), contest.fastest(race, ours=False)
-        if ours and best and (r := best["speedup_of"].get(ours["contender"])):
+    for race in races_of([row for row in rows if row["kind"] == "contest"]):
+        ours, best = fastest(race, ours=True), fastest(race, ours=False)
+        if ours and best and (r := speedup(ours, best)):
             disturbed = ours["figures"]["disturbed"]
             lines.append(
                 ("contest", ours["contender"].removesuffix("_packed"), disturbed, BEST, r["value"], r["low"], r["high"])
@@ -94,7 +94,7 @@ def gains(rows: Sequence[dict]) -> pd.DataFrame:
 
 
 def _ours(row: dict) -> bool:
-    return row["backend"].removesuffix("_graph").removesuffix("_packed") in ONLY_ON
+    return row["contender"].removesuffix("_graph").removesuffix("_packed") in ONLY_ON
 
 
 def levels(found: pd.DataFrame) -> list[dict]:
@@ -131,11 +131,11 @@ def backends(rows: Sequence[dict]) -> list[dict]:
     `label` is NOT_YET where neither moe_kernels/verified.json nor these rows know it on any hardware.
     """
     run = next((row for row in reversed(rows) if row["kind"] == "run"), None)
-    timed = [races.complete(row) for row in rows if row["kind"] == "time"]
+    timed = [row for row in rows if row["kind"] == "time"]
     verified = json.loads(VERIFIED.read_text())
     out = []
     for info in run["backends"] if run else []:
-        mine = [row for row in timed if row["backend"] == info["name"] and row["figures"]]
+        mine = [row for row in timed if row["contender"] == info["name"] and row["figures"]]
         places = list(dict.fromkeys(where(row) for row in mine))
         known = verified.get(info["name"], [])
         out.append({
@@ -151,11 +151,11 @@ def where(row: dict) -> str:
     machine = row["machine"]
     if row["device"] == "cuda":
         return machine["gpu"]
-    return f"{machine['cpu']} {machine['isa']}" + (f", {plural(row['threads'], 'thread')}" if row["threads"] else "")
+    return f"{machine['cpu']} {machine['isa']}, {plural(row['threads'], 'thread')}"
 
 
 def version(backend: str, row: dict) -> str:
     """Return the package that computes: torch for its own code, triton for what it compiles, else this project."""
-    package = {"grouped": "torch", "eager": "torch", "triton": "triton"}.get(backend, "moe-kernels")
-    commit = f" ({row['commit'][:10]})" if package == "moe-kernels" and row["commit"] else ""
+    package = {"grouped": "torch", "eager": "torch", "triton": "triton"}.get(backend, store.DISTRIBUTION)
+    commit = f" ({row['commit'][:10]})" if package == store.DISTRIBUTION and row["commit"] else ""
     return f"{package} {row['versions'][package]}{commit}" if package in row["versions"] else ""

@@ -6,9 +6,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from bench.instrument.cases import ROOMS
+from bench.instrument.races import races_of
 from bench.page.words import LEVELS, MODES, STEPS, plural, rank
 
-SHARED = ("device", "level", "mode", "dtype", "T", "threads", "model", "routing", "what")
+SHARED = ("race", "device", "level", "mode", "dtype", "T", "threads", "model", "routing")
+UNITS = {"train_step": "images/s", "sampling_step": "images/s of one step"}
 
 
 def of(rows: Sequence[dict]) -> list[dict]:
@@ -16,29 +18,18 @@ def of(rows: Sequence[dict]) -> list[dict]:
 
     Of a contender that ran twice the last row counts; one that did not run (`reason`) is left out.
     """
-    groups: dict[str, dict[str, dict]] = defaultdict(dict)
-    for row in map(complete, rows):
-        if not row["reason"]:
-            groups[row["race"]][row["backend"]] = row
+    races = ([row for row in race if not row["reason"]] for race in races_of(rows))
     return [
-        {**{key: first[key] for key in SHARED}, "race": race, "title": title(first), "rows": members}
-        for race, group in groups.items()
-        for members in [sorted(group.values(), key=lambda row: rank(row["backend"]))]
-        for first in members[:1]
-    ]
+        {**{key: race[0][key] for key in SHARED}, "title": title(race[0]), "what": what(race[0]),
+         "unit": UNITS.get(race[0]["level"], ""), "rows": sorted(race, key=lambda row: rank(row["contender"]))}
+        for race in races if race
+    ]  # fmt: skip
 
 
-def complete(row: dict) -> dict:
-    """Give rows of `bench gpu` what those of `bench run` say more, and those the device."""
-    if "backend" in row:
-        return {"reason": None, "device": "cuda" if row["figures"].get("clock") == "cuda" else "cpu", **row}
-    figures = row["figures"]
-    unit = {"train_step": "images/s", "sampling_step": "images/s of one step"}.get(row["level"], "")
-    where = row["machine"]["gpu"] or "CPU"
-    return {
-        "threads": 0, "rate": figures.get("images_per_s", 0.0), "rate_unit": unit, **row, "backend": row["contender"],
-        "what": f"{row['model']}, T={row['T']}, {row['routing'].replace('_', '-')} routing, {where}",
-    }  # fmt: skip
+def what(row: dict) -> str:
+    """Return the setting of a case, and where it ran."""
+    where = (row["machine"]["gpu"] or "GPU") if row["device"] == "cuda" else plural(row["threads"], "thread")
+    return f"{row['model']}, T={row['T']}, {row['routing'].replace('_', '-')} routing, {where}"
 
 
 def title(row: dict) -> str:
@@ -56,7 +47,7 @@ def stages(races: Sequence[dict]) -> list[dict]:
     for race in rooms:
         for row in race["rows"]:
             if race["what"] == rooms[0]["what"] and not row["wrong"]:
-                times[race["dtype"], row["backend"]][race["level"]] = row["figures"]["time_us_median"] / 1e3
+                times[race["dtype"], row["contender"]][race["level"]] = row["figures"]["time_us_median"] / 1e3
     whole = {key: ms for key, ms in times.items() if len(ms) == len(ROOMS)}
     longest = max((sum(ms.values()) for ms in whole.values()), default=1.0)
     return [
@@ -64,12 +55,3 @@ def stages(races: Sequence[dict]) -> list[dict]:
          "rooms": [(room, ms[room], 100 * ms[room] / longest) for room in ROOMS]}
         for (dtype, backend), ms in sorted(whole.items(), key=lambda item: (item[0][0] != "fp32", rank(item[0][1])))
     ]  # fmt: skip
-
-
-def unmeasured(rows: Sequence[dict]) -> list[str]:
-    """Return a line for every contender and reason why it did not run, with how many cases that concerns."""
-    found: dict[tuple[str, str], int] = defaultdict(int)
-    for row in map(complete, rows):
-        if row["reason"]:
-            found[row["backend"], row["reason"]] += 1
-    return [f"{who}: {why} ({plural(count, 'case')})" for (who, why), count in found.items()]

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.compare.report import render
 from bench.instrument import store
 from bench.instrument.cases import ROOMS
+from bench.instrument.races import failures
 from bench.instrument.readers import Npz
 from bench.machine_code import inner_loops, static_gate
 from bench.page import drawings, ladder, markdown, overview, pictures, races, roofline
 from bench.page.overview import headline
+from bench.page.render import render
 from bench.page.words import BASELINES, NAMES, STEPS, figure, rank, signed
 from bench.peers import tables
 
@@ -58,12 +59,13 @@ def view_of(rows: Sequence[dict], images: dict[str, np.ndarray]) -> dict:
     run, training, figures = (of[kind][-1] if of[kind] else None for kind in ("run", "training", "figures"))
     parity = sorted(of["parity"], key=lambda r: (rank(r["backend"]), r["dtype"] != "fp32"))
     inner = of["inner_loops"][-1] if of["inner_loops"] else None
+    refused = [row for row in of["time"] if row["reason"]]
     return {
         "headline": headline(rows), "last": rows[-1], "run": run, "training": training, "figures": figures,
         "backends": overview.backends(rows), "checks": checks(figures) if figures else [],
         "parity": parity, "controls": of["control"], "forest": ladder.forest([*parity, *of["control"]]),
         "rungs": ladder.rungs(parity), **speeds(rows, of["time"], of["ceilings"]),
-        "unmeasured": [*(row["what"] for row in of["left_out"]), *races.unmeasured(of["time"])],
+        "unmeasured": [*(row["what"] for row in of["left_out"]), *failures(refused)],
         **pictures_of(images, training, of["load"]),
         "contest": tables.view(of["contest"]) if of["contest"] else None, "inner_loops": inner,
         "loops": [loop_cells(loop) for loop in inner_loops.widest(inner["loops"])] if inner else [],

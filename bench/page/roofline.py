@@ -50,7 +50,7 @@ def charts(races: Sequence[Mapping], roof: Mapping | None) -> list[dict]:
 
 def _point(room: str, row: Mapping) -> dict:
     gflops, gbps = row["figures"]["gflops"], row["figures"]["gbps"]
-    return {"room": room, "backend": row["backend"], "gflops": gflops, "intensity": gflops / gbps}
+    return {"room": room, "backend": row["contender"], "gflops": gflops, "intensity": gflops / gbps}
 
 
 def _chart(dtype: str, points: list[dict], peak: float, bandwidth: float) -> dict:

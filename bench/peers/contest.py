@@ -1,7 +1,6 @@
 """The contest: `native` against every public MoE implementation for CPUs, each verified before it is timed.
 
-Every contender has a worker process to itself, so that no library's OpenMP, oneDNN or patching disturbs another.
-One scheduler interleaves their rounds (A B C, C B A, ...); whoever is not timed blocks on a pipe. This process judges.
+Every contender has a worker process to itself (bench/instrument/crew.py); their rounds are interleaved, A B C, C B A.
 """
 
 from __future__ import annotations
@@ -10,29 +9,24 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.instrument import arguments, measure, store, verify, workloads
+from bench.instrument import arguments, measure, store
 from bench.instrument.cases import PRESETS, Case
+from bench.instrument.contender import Contender
+from bench.instrument.crew import PEAK, Crew, InWorkers
 from bench.instrument.progress import say
+from bench.instrument.race import Run, race
 from bench.instrument.shapes import MODEL_SHAPES
-from bench.instrument.worker import Worker, WorkerError
 from bench.machine_code import inner_loops
 from bench.peers import libraries, tables
-from bench.peers.libraries import Contender
 
-PEAK = "peak"
-SEAT = "bench.peers.seat:Seat"
-ROUND_S = 0.03  # of calls, for every contender in every round
-# Other people's kernels may trade accuracy for speed (zentorch's fp32 SiLU: 4.1 times plain torch's error): to 8 times
-# plain torch's error they are timed, with the error beside the time. Ours stay under verify.BOUND.
-FOREIGN_BOUND = 8.0
+SEAT = "bench.peers.seat:ContestSeat"
 # What a worker may need: its own imports, weights with a packed copy, and gradients in training.
 PROCESS_BYTES, COPIES, MEMORY_SHARE = 1 << 29, 3, 0.7
 
@@ -67,142 +61,22 @@ SIZES = {
 }
 
 
-@dataclass
-class Runner:
-    """A contender in its worker, as `measure.interleave` sees contenders; `reason`: why it cannot run, or how it fell.
-
-    Its result is itself: what it computed stays in the worker until the judge asks.
-    """
-
-    worker: Worker | None = None
-    reason: str | None = None
-
-    def __call__(self) -> Runner:
-        return self
-
-    def ask(self, method: str, **arguments: Any) -> Any:
-        return self.noting(self.worker.call, method, **arguments)
-
-    def noting(self, function: Callable, *args: Any, **arguments: Any) -> Any:
-        """Call a method of the worker; an error of it is kept as the reason, and raised."""
-        try:
-            return function(*args, **arguments)
-        except WorkerError as error:
-            self.reason = str(error)
-            raise
-
-
-def timer(runner: Runner, calls: int, device: str) -> tuple[float, float, Runner]:
-    wall, cpu = runner.ask("time", calls=calls)
-    return wall, cpu, runner
-
-
-@dataclass
-class Crew:
-    """The workers, kept from case to case; another number of threads gets new ones (OpenMP reads it at its start)."""
-
-    threads: int = 0
-    workers: dict[str, Worker] = field(default_factory=dict)
-
-    def seat(self, targets: Mapping[str, tuple[str, dict]], threads: int) -> dict[str, Runner]:
-        """Build each target (module:callable, arguments) in the worker of its name, all of them at once."""
-        if threads != self.threads:
-            self.close()
-            self.threads = threads
-        for name in self.workers.keys() - targets:  # whoever sits this one out needs no memory
-            with suppress(WorkerError):
-                self.workers[name].build("builtins:object")
-        runners = {name: Runner(self._worker(name)) for name in targets}
-        for name, (target, keywords) in targets.items():
-            runners[name].worker.send("build", target=target, **keywords)
-        for runner in runners.values():
-            with suppress(WorkerError):
-                runner.noting(runner.worker.receive)
-        return runners
-
-    def _worker(self, name: str) -> Worker:
-        if name not in self.workers or not self.workers[name].alive:
-            env = {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "passive"}
-            self.workers[name] = Worker(path=[store.ROOT], env=env)
-        return self.workers[name]
-
-    def close(self) -> None:
-        for worker in self.workers.values():
-            worker.close()
-        self.workers.clear()
-
-    def __enter__(self) -> Crew:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def peak_shares(case: Case, name: str, run: Run, samples: Mapping[str, measure.Samples]) -> dict[str, Any]:
+    """Return the peak of the same rounds and the share of it that a contender reached, with its interval."""
+    peak = samples.get(PEAK)
+    if peak is None or peak.wrong:
+        return {}
+    ratio = measure.ratio(samples[name], peak)  # of a call to one of 1 GFLOP
+    share = {key: getattr(ratio, key) * case.flops / 1e9 for key in ("value", "low", "high")}
+    return {"peak_gflops": 1 / peak.summary().median, "peak_share": share}
 
 
 def compete(
     case: Case, contenders: Sequence[Contender], crew: Crew, folder: Path, rounds: int, seconds: float
 ) -> list[dict]:
-    """Verify and time the contenders at one layer case; return a row of kind "contest" for each, failures included.
-
-    Args:
-        case: of any backend. folder: for the results that travel to the judge. rounds, seconds: see
-            `measure.interleave`.
-    """
-    cases = {c.name: replace(case, backend=c.name) for c in contenders}
-    reasons = {c.name: c.why_not(cases[c.name]) for c in contenders}
-    able = [c.name for c in contenders if not reasons[c.name]]
-    targets = {name: (SEAT, {"name": name, "case": cases[name].id}) for name in able}
-    runners = crew.seat({PEAK: ("bench.peers.seat:Peak", {"case": case.id}), **targets}, case.threads)
-    checks, versions, digests = {}, {}, {}
-
-    def judge(name: str, runner: Runner) -> str | None:
-        if name == PEAK:
-            return None
-        path, known = folder / "result.pt", digests.get(name, "")
-        versions[name] = runner.ask("version")
-        digests[name] = runner.ask("save", path=str(path), known=known)
-        if digests[name] == known:
-            return checks[name].wrong
-        bound = verify.BOUND if libraries.CONTENDERS[name].ours else FOREIGN_BOUND
-        with measure.threads(len(os.sched_getaffinity(0))):  # nobody is timed meanwhile
-            checks[name] = workloads.check(cases[name], torch.load(path, mmap=True), bound)
-        path.unlink()
-        return checks[name].wrong
-
-    racing = {name: runner for name, runner in runners.items() if not runner.reason}
-    how = {"threads": case.threads, "timer": timer, "min_call_s": ROUND_S}
-    samples = measure.interleave(racing, rounds, seconds, judge, **how) if racing else {}
-    return [
-        _row(cases[c.name], c, samples, checks.get(c.name), reasons[c.name] or runners[c.name].reason, versions)
-        for c in contenders
-    ]
-
-
-def _row(
-    case: Case,
-    contender: Contender,
-    samples: Mapping[str, measure.Samples],
-    check: verify.Check | None,
-    reason: str | None,
-    versions: Mapping[str, str],
-) -> dict:
-    s, peak = samples.get(contender.name), samples.get(PEAK)
-    ours = [samples[c.name] for c in libraries.CONTENDERS.values() if c.ours and c.name in samples]
-    timed = not reason and not s.wrong
-    figures = s.figures(case.flops, case.bytes) if timed else {}
-    if timed and peak and not peak.wrong:
-        ratio = measure.ratio(s, peak)  # of a call to one of 1 GFLOP
-        figures["peak_gflops"] = 1 / peak.summary().median
-        figures["peak_share"] = {key: getattr(ratio, key) * case.flops / 1e9 for key in ("value", "low", "high")}
-    return store.row(
-        "contest", race=replace(case, backend="any").id, case=case.id, contender=contender.name,
-        title=contender.title, ours=contender.ours, library=versions.get(contender.name, ""),
-        model=case.shape.name, T=case.T, dtype=case.dtype, mode=case.mode, threads=case.threads, routing=case.routing,
-        figures=figures, errors=check.errors if check else {},
-        bound=verify.BOUND if contender.ours else FOREIGN_BOUND,
-        speedup_of={o.name: asdict(measure.ratio(o, s)) for o in ours if timed and o is not s and not o.wrong},
-        reason=reason, wrong=None if reason else s.wrong,
-        samples_us=store.thin([round(t * 1e6, 3) for t in s.times()]) if timed else [],
-    )  # fmt: skip
+    """Race the contenders at one layer case, each in its worker; return their rows, of kind "contest"."""
+    workers = InWorkers(crew, SEAT, folder)
+    return list(race(case, contenders, rounds, seconds, workers, partial(peak_shares, case), "contest"))
 
 
 def plan(args: argparse.Namespace) -> list[Case]:

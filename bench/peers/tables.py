@@ -5,25 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-
-def races_of(rows: Sequence[dict]) -> list[list[dict]]:
-    """Group rows by case, in the order in which the cases first ran; of a contender that ran twice the last counts."""
-    races: dict[str, dict[str, dict]] = {}
-    for row in rows:
-        races.setdefault(row["race"], {})[row["contender"]] = row
-    return [list(race.values()) for race in races.values()]
-
-
-def fastest(race: Sequence[dict], ours: bool) -> dict | None:
-    """Return the row of the fastest of ours, or of the peers, that got a number."""
-    timed = [row for row in race if row["figures"] and row["ours"] == ours]
-    return min(timed, key=lambda row: row["figures"]["time_us_median"], default=None)
-
-
-def worst_error(row: dict) -> float | None:
-    """Return the largest error of a row in multiples of plain torch's, None where nothing was compared."""
-    pairs = [(e["ours"], e["torch"]) for e in row["errors"].values() if e["ours"] is not None and e["torch"]]
-    return max((ours / torch for ours, torch in pairs), default=None)
+from bench.instrument.races import failures, fastest, races_of, speedup, worst_error
 
 
 def title(race: Sequence[dict]) -> str:
@@ -46,9 +28,9 @@ def cell(row: dict | None) -> str:
 def lead(race: Sequence[dict]) -> str:
     """Say how many times faster the best of ours is than the best peer, with the interval."""
     ours, peer = fastest(race, ours=True), fastest(race, ours=False)
-    if ours is None or peer is None or ours["contender"] not in peer["speedup_of"]:
+    ratio = speedup(ours, peer) if ours and peer else None
+    if ratio is None:
         return ""
-    ratio = peer["speedup_of"][ours["contender"]]
     return f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] {ours['contender']} / {peer['contender']}"
 
 
@@ -70,7 +52,7 @@ def view(rows: Sequence[dict]) -> dict:
         lines.append({"title": title(race), "cells": cells, "lead": lead(race)})
     return {
         "titles": list(titles.values()), "rows": lines, "charts": charts(races), "failures": failures(rows),
-        "errors": errors(rows), "libraries": sorted({row["library"] for row in rows} - {""}),
+        "errors": errors(rows), "libraries": sorted({row["version"] for row in rows} - {""}),
     }  # fmt: skip
 
 
@@ -137,15 +119,6 @@ def text(rows: Sequence[dict]) -> str:
         for row in table
     ]  # fmt: skip
     return "\n".join([*lines, "", *failures(rows), f"worst error, x plain torch's: {errors(rows)}"])
-
-
-def failures(rows: Sequence[dict]) -> list[str]:
-    """Return a line for every contender and reason why it has no number, with the number of cases."""
-    cases: dict[tuple[str, str], set[str]] = {}
-    for row in rows:
-        if why := row["reason"] or (row["wrong"] and f"wrong: {row['wrong']}"):
-            cases.setdefault((row["contender"], why), set()).add(row["race"])
-    return [f"{name}: {why} ({len(races)} case{'s' * (len(races) > 1)})" for (name, why), races in cases.items()]
 
 
 def errors(rows: Sequence[dict]) -> str:

@@ -38,10 +38,13 @@ def test_numbers_that_can_be_meant_are_taken(monkeypatch):
     from bench import timing
 
     asked = []
-    monkeypatch.setattr(timing.stages, "run", lambda race, facts: asked.append(race) or [])
+    monkeypatch.setattr(timing.stages.Race, "run", lambda race: asked.append(race) or [])
     line = "time layer --shapes digits --tokens 32,64 --threads 1 --rounds 3 --seconds 0 --backends eager"
     assert main(line.split()) == 0
-    assert [(case.T, case.threads) for race in asked for case in race.cases] == [(32, 1), (64, 1)]
+    assert [(race.case.T, race.case.threads, race.contenders) for race in asked] == [
+        (32, 1, ("eager",)),
+        (64, 1, ("eager",)),
+    ]
 
 
 @pytest.mark.parametrize("expression", ["native (fwd)", "native()", "(native)(fwd)", "not " * 9999 + "native"])

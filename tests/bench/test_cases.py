@@ -11,6 +11,8 @@ import torch
 from bench.__main__ import main
 from bench.instrument import shapes, workloads
 from bench.instrument.cases import Case, all_cases, make_inputs, select
+from bench.instrument.contender import by_name
+from bench.instrument.race import race
 from bench.instrument.shapes import MODEL_SHAPES, ROUTING_PRESETS
 from moe_kernels.backends import registry
 from reference.dit import DiTMoEConfig
@@ -164,8 +166,9 @@ def test_a_damaged_result_is_wrong(level, damage):
 def test_race_yields_rows_that_compare_understands():
     cases = select(all_cases("tiny"), "layer and uniform and fp32-fwd-", backend="")
     chosen = [c for c in cases if c.backend in ("native", "eager", "authors_tp1")]
-    rows = list(workloads.race(chosen, min_rounds=3, max_seconds=0.0))
-    assert {r["case"] for r in rows} == {c.id for c in chosen if not workloads.why_not(c)}
+    rows = list(race(chosen[0], [by_name(c.backend) for c in chosen], 3, 0.0))
+    assert [r["case"] for r in rows] == [c.id for c in chosen]
+    rows = [r for r in rows if not r["reason"]]
     for row in rows:
         assert row["wrong"] is None and row["figures"]["gflops"] > 0 and len(row["samples_us"]) == 3
         assert len(row["speedups"]) == len(rows) - 1
@@ -178,7 +181,8 @@ def test_a_case_without_its_backend_says_why(monkeypatch):
     monkeypatch.setattr(registry, "choose", refuse)
     assert workloads.why_not(TINY) == "backend 'native' is not available: no compiled extension"
     assert workloads.why_not(replace(TINY, backend="authors_tp2")) is None
-    assert list(workloads.race([TINY])) == []
+    (row,) = race(TINY, [by_name("native")], 3, 0.0)
+    assert row["reason"] == workloads.why_not(TINY) and not row["figures"] and not row["samples_us"]
 
 
 def test_what_a_backend_computes_is_its_own_answer():

@@ -13,11 +13,12 @@ from bench import compare, record
 from bench.__main__ import main
 from bench.instrument import measure, store, workloads
 from bench.instrument.cases import Case
+from bench.instrument.crew import Crew
 from bench.instrument.shapes import MODEL_SHAPES
 from bench.instrument.worker import Worker, WorkerError
 from bench.page import report
 from bench.peers import contest, libraries, tables
-from bench.peers.seat import Seat
+from bench.peers.seat import ContestSeat
 
 DIGITS = Case("layer", "any", MODEL_SHAPES["digits"], "empty_experts", 64, "fp32", "fwd", 1)
 THING = """
@@ -130,7 +131,7 @@ def test_rounds_of_remote_contenders_alternate_and_one_that_falls_leaves_the_oth
     assert [samples[name].n for name in "ac"] == [5, 5] and not samples["a"].wrong
 
 
-class Planted(Seat):
+class Planted(ContestSeat):
     """Contenders with faults, told apart by name; runs in the workers."""
 
     def __init__(self, name: str, case: str):
@@ -150,7 +151,7 @@ class Planted(Seat):
 
 @pytest.fixture
 def compete(tmp_path):
-    with contest.Crew() as crew:
+    with Crew() as crew:
 
         def race(names, case=DIGITS, rounds=3):
             contenders = [libraries.CONTENDERS[name] for name in names]
@@ -261,11 +262,12 @@ def test_tiny_contest_runs_end_to_end(tiny):
             assert row["case"] == f"layer-{name}-" + row["race"].split("-", 2)[2]
             assert row["figures"]["clock"] == "cpu" and len(row["samples_us"]) >= 3
             assert 0 < row["figures"]["peak_share"]["low"] <= row["figures"]["peak_share"]["value"] < 1
-            assert row["library"]
-            for ratio in row["speedup_of"].values():
+            assert row["version"] and row["level"] == "layer" and row["device"] == "cpu"
+            for ratio in row["speedups"].values():
                 assert ratio["low"] <= ratio["high"]
-    assert set(by_name["grouped", "fwd"]["speedup_of"]) == {"native", "native_packed"}
-    assert set(by_name["native", "fwd"]["speedup_of"]) == {"native_packed"} and by_name["native", "fwd"]["bound"] == 2
+    others = {name for name, mode in by_name if mode == "fwd" and by_name[name, mode]["figures"]} - {"native"}
+    assert set(by_name["native", "fwd"]["speedups"]) == others and by_name["native", "fwd"]["bound"] == 2
+    assert by_name["grouped", "fwd"]["bound"] == 8
     assert by_name["onednn", "fwdbwd"]["reason"] == "inference only"
 
 
@@ -291,12 +293,13 @@ def test_contest_rows_can_be_compared_recorded_and_reported(tiny, tmp_path):
 def test_best_peer_errors_and_charts_are_computed_from_the_rows():
     def row(contender, T, share, **changes):
         figures = {"time_us_median": 1 / share, "peak_share": {"value": share}, "disturbed": False}
-        ratio = {"value": 2.0, "low": 1.9, "high": 2.1}
+        ratio = {"value": 0.5, "low": 1 / 2.1, "high": 1 / 1.9}
         base = {
             "contender": contender, "title": contender.upper(), "ours": contender == "native", "race": f"T{T}",
             "routing": "uniform", "model": "S", "T": T, "dtype": "fp32", "mode": "fwd", "threads": 1,
-            "figures": figures, "reason": None, "wrong": None, "speedup_of": {"native": ratio},
-            "errors": {"out": {"ours": 3e-7, "torch": 1e-7}}, "library": "x 1",
+            "figures": figures, "reason": None, "wrong": None,
+            "speedups": {} if contender == "native" else {"native": ratio},
+            "errors": {"out": {"ours": 3e-7, "torch": 1e-7}}, "version": "x 1",
         }  # fmt: skip
         return {**base, **changes}
 

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.gpu import command, contenders, counters, plan, profiles, race, steps, tables
+from bench.gpu import command, contenders, counters, plan, profiles, roof, steps, tables
 from bench.gpu.floors import floor_s, kernels
 from bench.instrument import measure, store, workloads
 from bench.instrument.cases import Case, backends_on, kernels_on, make_inputs
+from bench.instrument.contender import Contender
+from bench.instrument.race import race
 from bench.instrument.shapes import MODEL_SHAPES
+from bench.instrument.verify import Check
 from reference.dit import DiTMoE
 
 LAYER = Case("layer", "any", MODEL_SHAPES["S/2-8E2A"], "uniform", 8192, "bf16", "fwd", device="cuda")
@@ -124,10 +127,14 @@ def test_figures_of_a_gpu_say_cold_cache_and_what_launching_took(monkeypatch):
     assert (figures["clock"], figures["cache"], samples["a"].calls) == ("cuda", "cold", 2) and "issue_us" in figures
 
 
+def of_the_roof(case: Case):
+    return lambda name, run, samples: roof.shares(case, samples[name], ROOF)
+
+
 @pytest.mark.parametrize("mode", ["fwd", "fwdbwd"])
 def test_a_race_verifies_times_and_says_who_is_missing(mode):
     case = replace(TINY, mode=mode)
-    rows = list(race.race(case, contenders.contenders_of(case, compiled=False), ROOF, 3, 0.0))
+    rows = list(race(case, contenders.contenders_of(case, compiled=False), 3, 0.0, more=of_the_roof(case)))
     by_name = {row["contender"]: row for row in rows}
     assert {"native", "grouped", "eager", "authors_tp1", "sorted_loop", "grouped_mm", "liger", "sonic"} == set(by_name)
     assert by_name["liger"]["reason"] == "runs on cuda"
@@ -146,10 +153,12 @@ def test_a_wrong_contender_and_one_that_cannot_be_built_get_no_number():
     def broken(case: Case) -> workloads.Workload:
         raise ImportError("no such symbol")
 
-    chosen = [contenders.Contender("doubled", doubled), contenders.Contender("broken", broken)]
-    wrong, failed = race.race(TINY, chosen, ROOF, 3, 0.0)
+    chosen = [Contender("doubled", build=doubled), Contender("broken", build=broken)]
+    chosen.append(Contender("ours", build=broken, package=store.DISTRIBUTION))
+    wrong, failed, ours = race(TINY, chosen, 3, 0.0)
     assert "out: error" in wrong["wrong"] and wrong["figures"] == {}
-    assert failed["reason"] == "ImportError: no such symbol" and failed["figures"] == {}
+    assert failed["reason"] == "ImportError: no such symbol" and failed["figures"] == {} and not command.bad(failed)
+    assert ours["wrong"] == "raised ImportError: no such symbol" and command.bad(ours)
 
 
 def test_the_compiled_race_among_few():
@@ -176,6 +185,7 @@ def test_a_line_holds_the_best_of_ours_against_the_best_peer_and_the_rest_of_our
             **facts,
             "contender": name,
             "ours": name != "sonic",
+            "reason": None,
             "figures": {"time_us_median": us},
             "speedups": {other: ratio for other in names if other != name},
         }
@@ -263,8 +273,8 @@ def test_a_backend_that_is_not_here_has_its_reason_in_a_step_too(monkeypatch):
     reason = "backend native is not available: not built"
     missing = lambda case: reason if case.backend == "native" else None  # noqa: E731
     monkeypatch.setattr(workloads, "why_not", missing)
-    monkeypatch.setattr(steps, "_verify", lambda case, names, begin: iter([(name, "left out") for name in names]))
-    rows = {r["contender"]: r for r in steps.race(replace(TINY, level="train_step", mode="fwdbwd"), 3, 0.0)}
+    monkeypatch.setattr(steps, "_verify", lambda case, contender: Check({}, "left out"))
+    rows = {r["contender"]: r for r in steps.race_steps(replace(TINY, level="train_step", mode="fwdbwd"), 3, 0.0)}
     assert (rows["native"]["reason"], rows["native"]["wrong"]) == (reason, None) and not command.bad(rows["native"])
     assert rows["grouped"]["wrong"] == "left out" and "native_graph" not in rows
 
@@ -284,7 +294,7 @@ def test_graphs_are_captured_one_after_another_and_freed(monkeypatch):
 
     monkeypatch.setattr(steps, "_graph", lambda case, step, host_syncs: Graph(step))
     case = replace(TINY, level="sampling_step", routing="gate")
-    rows = {r["contender"]: r for r in steps.race(case, 3, 0.0, {"native", "grouped_graph"}, begun.append)}
+    rows = {r["contender"]: r for r in steps.race_steps(case, 3, 0.0, {"native", "grouped_graph"}, begun.append)}
     assert rows["grouped_graph"]["reason"] == f"no CUDA graph: {steps.LOST}" and len(alive) == 1
     assert set(rows[f"{steps.AUTHORS}_graph"]["speedups"]) == {steps.AUTHORS}
     assert {"grouped", "grouped_graph", steps.AUTHORS, f"{steps.AUTHORS}_graph"} == set(begun)
@@ -297,11 +307,12 @@ def test_memory_that_runs_out_is_a_reason_and_nothing_wrong(monkeypatch):
 
         return workloads.Workload(case, run, dict)
 
-    (row,) = race.race(TINY, [contenders.Contender("full", full)], ROOF, 3, 0.0)
-    assert row["wrong"] is None and "out of memory" in row["reason"]
-    why = iter([("grouped", "raised OutOfMemoryError: CUDA out of memory")])
-    monkeypatch.setattr(steps, "_verify", lambda case, names, begin: why)
-    for row in steps.race(replace(TINY, level="train_step", mode="fwdbwd"), 3, 0.0):
+    for package in ("torch", store.DISTRIBUTION):
+        (row,) = race(TINY, [Contender("full", build=full, package=package)], 3, 0.0)
+        assert row["wrong"] is None and "out of memory" in row["reason"]
+    why = Check({}, "raised OutOfMemoryError: CUDA out of memory")
+    monkeypatch.setattr(steps, "_verify", lambda case, contender: why)
+    for row in steps.race_steps(replace(TINY, level="train_step", mode="fwdbwd"), 3, 0.0):
         assert row["wrong"] is None and "out of memory" in row["reason"]
 
 

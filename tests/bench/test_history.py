@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import changepoints
 from bench.__main__ import main
-from bench.changepoints import change_points
 from bench.instrument import store
-from bench.page import history
+from bench.page import changepoints, history
+from bench.page.changepoints import change_points
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def medians() -> np.ndarray:
     """Of one process against another of the same code: (case, pair), see tests/bench/test_compare_trial.py."""
-    with np.load(ROOT / "tests" / "data" / "paired_processes.npz") as file:
+    with np.load(Path(__file__).parent / "data" / "paired_processes.npz") as file:
         times = np.median(file["cpu"].astype(float), axis=3)
     return times[:, :, 0] / times[:, :, 1]
 

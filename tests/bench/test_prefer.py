@@ -29,6 +29,8 @@ def rows(case: Case, low: float, high: float, wrong: str | None = None) -> list[
     return [
         {
             "case": replace(case, backend=name).id,
+            "contender": name,
+            "reason": None,
             "wrong": wrong if name == "cuda" else None,
             "figures": {"time_us_median": 1.0, "disturbed": False},
             "speedups": {other: {"low": l, "high": h, "value": (l + h) / 2} for other in OURS if other != name},
@@ -39,17 +41,17 @@ def rows(case: Case, low: float, high: float, wrong: str | None = None) -> list[
 
 @pytest.fixture
 def race(monkeypatch):
-    """Let races end as given by the number of tokens: (low, high) or what to raise."""
+    """Let races end as given by the number of tokens: (low, high) or the reason why not."""
     ends = {}
 
-    def fake(cases, min_rounds, max_seconds):
-        end = ends[cases[0].T]
-        if isinstance(end, Exception):
-            raise end
-        assert [case.backend for case in cases] == list(OURS)
-        return rows(cases[0], *end)
+    def fake(case, contenders, min_rounds, max_seconds):
+        end = ends[case.T]
+        assert [c.name for c in contenders] == list(OURS)
+        if isinstance(end, str):
+            return [row | {"reason": end, "figures": {}, "speedups": {}} for row in rows(case, *DRAW)]
+        return rows(case, *end)
 
-    monkeypatch.setattr(workloads, "race", fake)
+    monkeypatch.setattr(prefer, "race", fake)
     return ends
 
 
@@ -63,7 +65,7 @@ def race(monkeypatch):
         ((1.01, 1.3), DRAW, None),
         ((1.1, 1.3), (0.7, 0.9), None),
         ((1.1, 1.3), (1.1, 1.3, "out: error"), None),
-        ((1.1, 1.3), RuntimeError("out of memory"), None),
+        ((1.1, 1.3), "OutOfMemoryError: CUDA out of memory", None),
     ],
 )
 def test_the_intervals_of_all_cases_decide(first, second, expected, race):
@@ -72,7 +74,9 @@ def test_the_intervals_of_all_cases_decide(first, second, expected, race):
 
 
 def test_a_backend_that_cannot_run_a_case_leaves_it_undecided(monkeypatch):
-    monkeypatch.setattr(workloads, "race", lambda cases, *how: rows(TINY, 1.1, 1.3)[:1])
+    absent = {"reason": "not built", "figures": {}, "speedups": {}}
+    found = rows(TINY, 1.1, 1.3)
+    monkeypatch.setattr(prefer, "race", lambda case, *how: [found[0], found[1] | absent])
     assert prefer.decide([TINY], OURS) is None
 
 

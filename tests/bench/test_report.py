@@ -42,8 +42,8 @@ def time_row(
     }
     times |= {"disturbed": False, **figures}
     return store.row(
-        "time", case="id", backend=backend, level=level, dtype=dtype, mode="fwd", T=1024, threads=2, model="S/2-8E2A",
-        routing="gate", what="S/2, T=1024", race=f"{level}-{dtype}", rate=3.5, rate_unit="steps/s", wrong=wrong,
+        "time", case="id", contender=backend, level=level, dtype=dtype, mode="fwd", T=1024, threads=2, device="cpu",
+        model="S/2-8E2A", routing="gate", race=f"{level}-{dtype}", reason=None, wrong=wrong, ours=backend == "native",
         figures={} if wrong else times, errors={}, samples_us=[],
         speedups={name: {"value": value, "low": value - 0.1, "high": value + 0.1} for name, value in speedups.items()},
     )  # fmt: skip
@@ -108,7 +108,7 @@ def test_page_shows_every_section_and_escapes(folder):
     page = report.write(folder).read_text()
     for text in ("Overview", "Backends", "Samples", "Training", "Whole models", "Layers and blocks", "The four rooms",
                  "Parity", "Expert load", "no &lt;GPU&gt;", "no number: y: error 1e-1", "dropped shared expert", 
-                 "steps/s", "missed", "2.00×"):  # fmt: skip
+                 "images/s", "missed", "2.00×"):  # fmt: skip
         assert text in page, text
     assert page.count("<img") == 1 + 2 * 8 + 2
 

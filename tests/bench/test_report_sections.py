@@ -50,8 +50,8 @@ def test_best_other_is_the_fastest_that_is_not_ours():
 def test_the_contest_is_a_level_of_its_own():
     def contender(name: str, us: float, ours: bool) -> dict:
         figures = {"time_us_median": us, "disturbed": False}
-        ratio = {"native_packed": {"value": 1.25, "low": 1.1, "high": 1.4}}
-        return store.row("contest", race="r", contender=name, ours=ours, figures=figures, speedup_of=ratio)
+        ratio = {"native_packed": {"value": 0.8, "low": 1 / 1.4, "high": 1 / 1.1}}
+        return store.row("contest", race="r", contender=name, ours=ours, figures=figures, speedups=ratio)
 
     rows = [contender("native_packed", 8.0, True), contender("native", 9.0, True), contender("onednn", 10.0, False)]
     line = means([*rows, time_row("native", {"grouped": 2.0}), time_row("grouped", {})])
@@ -119,8 +119,8 @@ def gpu_row(name: str, **fields) -> dict:
                "clock": "cuda", "disturbed": False, "images_per_s": 1234.0, "peak_mib": 321.0}  # fmt: skip
     row = store.row(
         "time", case="id", race="gpu", level="sampling_step", model="XL/2-8E2A", routing="gate", T=512, dtype="bf16",
-        mode="fwd", device="cuda", contender=name, ours=name == "triton", reason=None, wrong=None, figures=figures,
-        speedups={}, errors={}, samples_us=[],
+        mode="fwd", threads=1, device="cuda", contender=name, ours=name == "triton", reason=None, wrong=None,
+        figures=figures, speedups={}, errors={}, samples_us=[],
     )  # fmt: skip
     return {**row, "machine": {**row["machine"], "gpu": "NVIDIA <X>"}, **fields}
 

@@ -9,7 +9,13 @@ import sys
 import pytest
 
 from bench.__main__ import main
-from bench.instrument import store
+from bench.instrument import race, store
+from bench.instrument.cases import Case
+from bench.instrument.contender import by_name
+from bench.instrument.shapes import MODEL_SHAPES
+
+CASE = Case("layer", "eager", MODEL_SHAPES["digits"], "uniform", 32, "fp32", "fwd")
+TIMED = set(race.row("time", CASE, by_name("eager"), {}, {"reason": "r", "wrong": None}, None, {}, ""))
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ def test_a_row_has_no_nan_and_does_not_overwrite_its_provenance(path):
     ("content", "message"),
     [
         ('{"schema": 1, "ki', r"rows.jsonl:1: expected one JSON object, got a broken or truncated line"),
-        ('{"schema": 99, "kind": "time"}\n', r":1: got schema version 99, expected 1"),
+        ('{"schema": 99, "kind": "time"}\n', r":1: got schema version 99, expected 1 or 2"),
         ('{"kind": "time"}\n', r":1: expected a row with a schema version"),
         ("[1, 2]\n", r":1: expected a row with a schema version"),
         ('{"schema": 1, "kind": "time"}\n', r":1: expected the fields date, commit"),
@@ -54,6 +60,40 @@ def test_a_file_that_is_not_ours_is_refused_by_line(path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         store.read(path)
+
+
+RESULTS = sorted((store.ROOT / "results").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda path: path.stem)
+def test_rows_of_schema_1_are_read_as_those_of_today(file):
+    """They had three forms; what a row of today says of its case is what the id says."""
+    for row in store.read(file):
+        assert row["schema"] == 2
+        if row["kind"] not in ("time", "contest"):
+            continue
+        assert TIMED <= row.keys() and not {"backend", "library", "speedup_of"} & row.keys()
+        words = row["case"].split("-")
+        assert row["contender"] == words[1] and row["race"].split("-")[:8] == [words[0], "any", *words[2:]]
+        assert (row["level"], f"T{row['T']}", row["dtype"], row["mode"]) == (
+            words[0],
+            words[4].split("_")[0],
+            *words[5:7],
+        )
+        assert bool(row["figures"]) != bool(row["wrong"] or row["reason"])
+
+
+def test_ratios_of_the_contest_turn_round_with_their_schema():
+    (file,) = [path for path in RESULTS if path.stem.endswith("6f539b63ab_peers")]
+    old = [json.loads(line) for line in file.read_text().splitlines()]
+    ratios = [
+        (row["speedup_of"][name]["value"], new["speedups"][name])
+        for row, new in zip(old, store.read(file), strict=True)
+        for name in row.get("speedup_of", ())
+    ]
+    assert len(ratios) > 100
+    for value, turned in ratios:
+        assert turned["low"] <= turned["value"] == 1 / value <= turned["high"]
 
 
 def test_a_missing_file_is_an_error_to_read_and_a_fresh_start_to_recover(path):

@@ -12,9 +12,10 @@ def test_a_step_of_a_shallow_model_is_raced_and_kept(tmp_path, capsys):
     argv = ["train_step", "--shapes", "digits", "--depth", "1", "--tokens", "32", "--threads", "1"]
     assert main(["time", *argv, "--rounds", "3", "--seconds", "0.1", "--out", str(out)]) == 0
     rows = store.read(out)
-    assert [row["backend"] for row in rows] == ["native", "grouped", "authors_tp1"]
+    assert [row["contender"] for row in rows] == ["native", "grouped", "authors_tp1"]
     for row in rows:
-        assert row["kind"] == "time" and row["wrong"] is None and row["rate"] > 0 and len(row["speedups"]) == 2
+        assert row["kind"] == "time" and row["wrong"] is None and len(row["speedups"]) == 2
+        assert row["figures"]["images_per_s"] > 0
         assert "digitsx1-gate-T32" in row["case"] and row["case"].endswith("-fp32-fwdbwd-t1")
     assert "grouped, x" in capsys.readouterr().out
 
@@ -26,7 +27,7 @@ def test_modes_and_dtypes_are_crossed_and_what_cannot_run_is_left_out(tmp_path):
     assert main(["time", *argv, "--out", str(out)]) == 0
     rows = store.read(out)
     assert len({row["race"] for row in rows}) == 4
-    assert [row["backend"] for row in rows] == ["native", "eager"] * 4 and not any(row["wrong"] for row in rows)
+    assert [row["contender"] for row in rows] == ["native", "eager"] * 4 and not any(row["wrong"] for row in rows)
 
 
 @pytest.mark.parametrize(
