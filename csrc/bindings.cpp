@@ -33,7 +33,7 @@ void expect_offsets(const char* name, const int32_t* offsets, int64_t count, int
 
 PlanView view_of(const Plan& plan, int64_t T, int64_t E) {
   const PlanView view = plan_view(plan, T, E);
-  const int64_t R = plan[2].sizes[0];
+  const int64_t R = plan[kRowToken].sizes[0];
   expect_offsets("plan.expert_offsets", view.expert_offsets, E, R);
   expect_offsets("plan.token_row_offsets", view.token_row_offsets, T, R);
   expect_indices("plan.row_token", view.row_token, R, T);
@@ -104,8 +104,8 @@ MoeSizes sizes_of(const Tensor& x, const Plan& plan, const ExpertTable& weights,
                   int threads) {
   MoeSizes s = sizes_of(weights, activation, threads);
   MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
-  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
-  s.T = x.sizes[0], s.R = plan[2].sizes.at(0);
+  expect_fields(plan);
+  s.T = x.sizes[0], s.R = plan[kRowToken].sizes.at(0);
   x.expect("x", s.dtype, {s.T, s.H});
   return s;
 }
@@ -198,9 +198,9 @@ void py_combine(const Tensor& y_rows, const Plan& plan, const std::optional<Tens
   y_rows.expect("y_rows", y_rows.dtype, {R, H});
   out.expect("out", y_rows.dtype, {T, H});
   if (shared) shared->expect("shared", y_rows.dtype, {T, H});
-  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
-  const PlanView view = view_of(plan, T, plan[0].sizes.at(0));
-  MOE_CHECK(plan[2].sizes[0] == R, "plan: ", plan[2].sizes[0], " rows, expected the ", R, " of y_rows");
+  expect_fields(plan);
+  const PlanView view = view_of(plan, T, plan[kExpertCounts].sizes.at(0));
+  MOE_CHECK(plan[kRowToken].sizes[0] == R, "plan: ", plan[kRowToken].sizes[0], " rows, expected the ", R, " of y_rows");
   py::gil_scoped_release release;
   combine_rows({T, H, y_rows.dtype, y_rows.dtype, threads, y_rows.data, view.row_weight, view.token_row_offsets,
                 view.token_rows, optional(shared).data, out.data});
@@ -214,9 +214,9 @@ void py_combine_bwd(const Tensor& dout, const Tensor& y_rows, const Plan& plan, 
   y_rows.expect("y_rows", y_rows.dtype, {R, H});
   dy_rows.expect("dy_rows", y_rows.dtype, {R, H});
   drow_weight.expect("drow_weight", F32, {R});
-  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
-  const PlanView view = view_of(plan, T, plan[0].sizes.at(0));
-  MOE_CHECK(plan[2].sizes[0] == R, "plan: ", plan[2].sizes[0], " rows, expected the ", R, " of y_rows");
+  expect_fields(plan);
+  const PlanView view = view_of(plan, T, plan[kExpertCounts].sizes.at(0));
+  MOE_CHECK(plan[kRowToken].sizes[0] == R, "plan: ", plan[kRowToken].sizes[0], " rows, expected the ", R, " of y_rows");
   py::gil_scoped_release release;
   combine_bwd(R, H, y_rows.dtype, threads, view.row_token, view.row_weight, dout.data, y_rows.data, dy_rows.data,
               drow_weight.as<float>());

@@ -10,7 +10,8 @@
 
 namespace moe {
 
-using Plan = std::vector<Tensor>;  // the seven tensors of RoutingPlan, in order
+using Plan = std::vector<Tensor>;  // the tensors of RoutingPlan, in the order of its fields
+enum PlanField { kRowWeight, kExpertCounts, kExpertOffsets, kRowToken, kRowPick, kTokenRowOffsets, kTokenRows, kFields };
 constexpr Dtype F32 = Dtype::kFloat32, I32 = Dtype::kInt32;
 
 inline Activation activation_of(const std::string& name) {
@@ -22,27 +23,34 @@ inline void expect_float(const char* name, const Tensor& t) {
   MOE_CHECK(t.dtype != I32, name, ": dtype tag ", int(t.dtype), ", expected a float, 0 to 2");
 }
 
-// The plan's pointers, its sizes checked; R is the number of rows.
-inline PlanView plan_view(const Plan& plan, int64_t T, int64_t E) {
-  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
-  MOE_CHECK(plan[2].sizes.size() == 1, "plan.row_token: ", plan[2].sizes.size(), " dimensions, expected 1");
-  const int64_t R = plan[2].sizes[0];
-  plan[1].expect("plan.expert_offsets", I32, {E + 1});
-  plan[2].expect("plan.row_token", I32, {R});
-  plan[3].expect("plan.row_weight", F32, {R});
-  plan[5].expect("plan.token_row_offsets", I32, {T + 1});
-  plan[6].expect("plan.token_rows", I32, {R});
-  return {plan[1].as<int32_t>(), plan[2].as<int32_t>(), plan[3].as<float>(), plan[5].as<int32_t>(),
-          plan[6].as<int32_t>()};
+inline void expect_fields(const Plan& plan) {
+  MOE_CHECK(plan.size() == kFields, "plan: ", plan.size(), " tensors, expected ", int(kFields));
 }
 
+// The plan's pointers, its sizes checked; R is the number of rows.
+inline PlanView plan_view(const Plan& plan, int64_t T, int64_t E) {
+  expect_fields(plan);
+  const size_t dimensions = plan[kRowToken].sizes.size();
+  MOE_CHECK(dimensions == 1, "plan.row_token: ", dimensions, " dimensions, expected 1");
+  const int64_t R = plan[kRowToken].sizes[0];
+  plan[kRowWeight].expect("plan.row_weight", F32, {R});
+  plan[kExpertOffsets].expect("plan.expert_offsets", I32, {E + 1});
+  plan[kRowToken].expect("plan.row_token", I32, {R});
+  plan[kTokenRowOffsets].expect("plan.token_row_offsets", I32, {T + 1});
+  plan[kTokenRows].expect("plan.token_rows", I32, {R});
+  return {plan[kExpertOffsets].as<int32_t>(), plan[kRowToken].as<int32_t>(), plan[kRowWeight].as<float>(),
+          plan[kTokenRowOffsets].as<int32_t>(), plan[kTokenRows].as<int32_t>()};
+}
+
+// The pointers of a plan that is to be filled.
 inline PlanOut out_of(const Plan& plan, int64_t T, int64_t E, int64_t R) {
-  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  expect_fields(plan);
   MOE_CHECK(R < (int64_t(1) << 31) && T < (int64_t(1) << 31), "plan: ", R, " rows, expected less than 2^31");
-  const int64_t sizes[] = {E, E + 1, R, R, R, T + 1, R};
-  for (int i = 0; i < 7; ++i) plan[i].expect("plan", i == 3 ? F32 : I32, {sizes[i]});
-  return {plan[0].as<int32_t>(), plan[1].as<int32_t>(), plan[2].as<int32_t>(), plan[3].as<float>(),
-          plan[4].as<int32_t>(), plan[5].as<int32_t>(), plan[6].as<int32_t>()};
+  const int64_t sizes[] = {R, E, E + 1, R, R, T + 1, R};
+  for (int i = 0; i < kFields; ++i) plan[i].expect("plan", i == kRowWeight ? F32 : I32, {sizes[i]});
+  return {plan[kExpertCounts].as<int32_t>(), plan[kExpertOffsets].as<int32_t>(),   plan[kRowToken].as<int32_t>(),
+          plan[kRowWeight].as<float>(),      plan[kRowPick].as<int32_t>(),         plan[kTokenRowOffsets].as<int32_t>(),
+          plan[kTokenRows].as<int32_t>()};
 }
 
 inline DProbs dprobs_of(const std::optional<Tensor>& t, const GatingSizes& s) {

@@ -249,8 +249,8 @@ void py_combine(const Tensor& y_rows, const Plan& plan, const Maybe& shared, con
   expect_width("y_rows", H);
   expect_aligned("y_rows", y_rows);
   expect_aligned("shared", optional(shared));
-  const PlanView view = plan_view(plan, T, plan.at(0).sizes.at(0));
-  MOE_CHECK(plan[2].sizes[0] == R, "plan: ", plan[2].sizes[0], " rows, expected the ", R, " of y_rows");
+  const PlanView view = plan_view(plan, T, plan.at(kExpertCounts).sizes.at(0));
+  MOE_CHECK(plan[kRowToken].sizes[0] == R, "plan: ", plan[kRowToken].sizes[0], " rows, expected the ", R, " of y_rows");
   cuda::CombineArgs args{};
   args.T = T, args.H = H, args.dtype = y_rows.dtype, args.rows = y_rows.data, args.row_weight = view.row_weight;
   args.token_row_offsets = view.token_row_offsets, args.token_rows = view.token_rows;
@@ -269,8 +269,8 @@ void py_combine_bwd(const Tensor& dout, const Tensor& y_rows, const Plan& plan, 
   expect_width("y_rows", H);
   expect_aligned("dout", dout);
   expect_aligned("y_rows", y_rows);
-  const PlanView view = plan_view(plan, T, plan.at(0).sizes.at(0));
-  MOE_CHECK(plan[2].sizes[0] == R, "plan: ", plan[2].sizes[0], " rows, expected the ", R, " of y_rows");
+  const PlanView view = plan_view(plan, T, plan.at(kExpertCounts).sizes.at(0));
+  MOE_CHECK(plan[kRowToken].sizes[0] == R, "plan: ", plan[kRowToken].sizes[0], " rows, expected the ", R, " of y_rows");
   cuda::combine_bwd(R, H, y_rows.dtype, view.row_token, view.row_weight, dout.data, y_rows.data, dy_rows.data,
                     drow_weight.as<float>(), stream_of(stream));
 }

@@ -83,10 +83,10 @@ Experts experts_of(const Tensor& x, const Plan& plan, const WeightViews& views, 
   MOE_CHECK(!shared_gate_up == !shared_down, "shared weights: one of two, expected both or none");
   MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
   MOE_CHECK(down->sizes.size() == 3, "down_proj: ", down->sizes.size(), " dimensions, expected 3");
-  MOE_CHECK(plan.size() == 7, "plan: ", plan.size(), " tensors, expected 7");
+  expect_fields(plan);
   expect_float("x", x);
   MoeSizes s{};
-  s.T = x.sizes[0], s.H = x.sizes[1], s.E = plan[0].sizes.at(0), s.R = plan[2].sizes.at(0);
+  s.T = x.sizes[0], s.H = x.sizes[1], s.E = plan[kExpertCounts].sizes.at(0), s.R = plan[kRowToken].sizes.at(0);
   s.I = down->sizes.at(2), s.Is = shared_down ? shared_down->sizes.at(down_index ? 2 : 1) : 0;
   s.dtype = x.dtype, s.activation = activation_of(activation), s.threads = 1, s.tf32 = tf32;
   x.expect("x", s.dtype, {s.T, s.H});

@@ -18,10 +18,10 @@ class RoutingPlan:
     The ops check shapes, dtypes and devices of a plan; its contents are checked by `validate` alone.
     """
 
+    row_weight: Tensor  # (R,) float32 (float64 for float64 input), differentiable
     expert_counts: Tensor  # (E,) int32
     expert_offsets: Tensor  # (E+1,) int32
     row_token: Tensor  # (R,) int32: the token of each row
-    row_weight: Tensor  # (R,) float32 (float64 for float64 input), differentiable
     row_pick: Tensor  # (R,) int32: flat index of the row's weight, t K + k (token choice) or t E + e (expert choice)
     token_row_offsets: Tensor  # (T+1,) int32
     token_rows: Tensor  # (R,) int32: the rows of each token, ascending
@@ -39,12 +39,12 @@ class RoutingPlan:
         return self.row_token.shape[0]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the seven tensors in the order of the fields, as the registered ops take them."""
+        """Return the seven tensors in the order of the fields, as the registered ops take and return them."""
         return (
+            self.row_weight,
             self.expert_counts,
             self.expert_offsets,
             self.row_token,
-            self.row_weight,
             self.row_pick,
             self.token_row_offsets,
             self.token_rows,
@@ -53,8 +53,8 @@ class RoutingPlan:
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor]) -> RoutingPlan:
         """Build a plan from seven tensors in the order of the fields. Shapes and contents: `validate`."""
-        if len(tensors) != 7:
-            raise ValueError(f"plan: got {len(tensors)} tensors, expected 7 ({', '.join(FIELDS)})")
+        if len(tensors) != len(FIELDS):
+            raise ValueError(f"plan: got {len(tensors)} tensors, expected {len(FIELDS)} ({', '.join(FIELDS)})")
         return cls(*tensors)
 
     def validate(self) -> None:
@@ -88,7 +88,7 @@ class RoutingPlan:
         E, T, R = self.num_experts, self.num_tokens, self.num_rows
         if T < 0:
             raise ValueError("plan.token_row_offsets: got shape (0,), expected (T+1,)")
-        lengths = dict(zip(FIELDS, (E, E + 1, R, R, R, T + 1, R), strict=True))
+        lengths = dict(zip(FIELDS, (R, E, E + 1, R, R, T + 1, R), strict=True))
         for name, tensor in zip(FIELDS, self.tensors(), strict=True):
             floating = name == "row_weight"
             dtypes = (torch.float32, torch.float64) if floating else (torch.int32,)

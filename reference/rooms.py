@@ -21,10 +21,10 @@ class Plan(NamedTuple):
     Offsets are exclusive prefix sums: expert e owns the rows expert_offsets[e] to expert_offsets[e + 1].
     """
 
+    row_weight: Tensor  # (R,) in the dtype of the scores that it was taken from, differentiable
     expert_counts: Tensor  # (E,) int32
     expert_offsets: Tensor  # (E+1,) int32
     row_token: Tensor  # (R,) int32: the token of each row
-    row_weight: Tensor  # (R,) in the dtype of the scores that it was taken from, differentiable
     row_pick: Tensor  # (R,) int32: where in those scores, flattened: t K + k (token choice) or t E + e (expert choice)
     token_row_offsets: Tensor  # (T+1,) int32
     token_rows: Tensor  # (R,) int32: the rows of each token, ascending

@@ -30,7 +30,16 @@ def view(module: ModuleType, t: Tensor | None):
 
 def empty_plan(device: torch.device, num_tokens: int, num_experts: int, num_rows: int) -> RoutingPlan:
     """Return a plan to be filled."""
-    sizes = (num_experts, num_experts + 1, num_rows, num_rows, num_rows, num_tokens + 1, num_rows)
-    dtypes = (torch.int32,) * 3 + (torch.float32,) + (torch.int32,) * 3
-    pairs = zip(sizes, dtypes, strict=True)
-    return RoutingPlan.from_tensors([torch.empty(n, dtype=d, device=device) for n, d in pairs])
+
+    def integers(n: int) -> Tensor:
+        return torch.empty(n, dtype=torch.int32, device=device)
+
+    return RoutingPlan(
+        row_weight=torch.empty(num_rows, dtype=torch.float32, device=device),
+        expert_counts=integers(num_experts),
+        expert_offsets=integers(num_experts + 1),
+        row_token=integers(num_rows),
+        row_pick=integers(num_rows),
+        token_row_offsets=integers(num_tokens + 1),
+        token_rows=integers(num_rows),
+    )

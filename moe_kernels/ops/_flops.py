@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..plan import FIELDS
+
 COUNTER = "torch.utils.flop_counter"  # importing it takes a third of a second, and Triton
 Shape = Sequence[int]
 
@@ -23,7 +25,7 @@ def _products(rows: int, *kinds: Sequence[Shape]) -> int:
 
 
 def _routed(plan: Sequence[Shape], *kinds: Sequence[Shape]) -> int:
-    (E,), (R,) = plan[0], plan[2]
+    (E,), (R,) = (plan[FIELDS.index(name)] for name in ("expert_counts", "row_token"))
     return _products(R, *kinds) // E
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _checks
@@ -11,7 +12,7 @@ from ..backends.base import Backend, Case
 from ..backends.registry import choose
 from ..plan import RoutingPlan
 from ._library import register
-from .experts import contiguous_plan
+from .experts import contiguous_plan, plan_gradient
 
 
 def combine(y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -53,7 +54,7 @@ def _kernel(y_rows, plan, shared, backend: str):
 
 
 def _fake(y_rows, plan, shared, backend: str):
-    return y_rows.new_empty((plan[5].shape[0] - 1, y_rows.shape[1]))
+    return y_rows.new_empty((RoutingPlan(*plan).num_tokens, y_rows.shape[1]))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -66,7 +67,7 @@ def _backward(ctx: Any, dout: Tensor):
     y_rows, *plan = ctx.saved_tensors
     dy_rows, drow_weight = _combine_bwd(dout, y_rows, plan, ctx.backend)
     dshared = dout if ctx.has_shared else None
-    return dy_rows, [None, None, None, drow_weight, None, None, None], dshared, None
+    return dy_rows, plan_gradient(drow_weight), dshared, None
 
 
 def _bwd_kernel(dout, y_rows, plan, backend: str):
@@ -75,7 +76,7 @@ def _bwd_kernel(dout, y_rows, plan, backend: str):
 
 
 def _bwd_fake(dout, y_rows, plan, backend: str):
-    return y_rows.new_empty(y_rows.shape), plan[3].new_empty(plan[3].shape)
+    return torch.empty_like(y_rows), torch.empty_like(RoutingPlan(*plan).row_weight)
 
 
 _combine = register(

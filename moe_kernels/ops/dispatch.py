@@ -36,7 +36,7 @@ def dispatch(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, backend: 
     _checks.shape("topk_weights", topk_weights.shape, (T, K), "T,K")
     _checks.positive("K", K)
     _checks.positive("num_experts", num_experts)
-    return _plan(_dispatch(topk_weights, topk_ids, num_experts, backend))
+    return RoutingPlan(*_dispatch(topk_weights, topk_ids, num_experts, backend))
 
 
 def dispatch_expert_choice(
@@ -66,18 +66,7 @@ def dispatch_expert_choice(
         raise ValueError(f"tokens_per_group: got {tokens_per_group}, expected a divisor of T = {T}")
     if capacity > tokens_per_group:
         raise ValueError(f"capacity: got {capacity}, expected at most tokens_per_group = {tokens_per_group}")
-    return _plan(_dispatch_expert_choice(affinities, capacity, tokens_per_group, backend))
-
-
-def _plan(outputs: tuple[Tensor, ...]) -> RoutingPlan:
-    row_weight, counts, offsets, row_token, *rest = outputs
-    return RoutingPlan.from_tensors((counts, offsets, row_token, row_weight, *rest))
-
-
-def _outputs(plan: RoutingPlan) -> tuple[Tensor, ...]:
-    """Put row_weight first, as the ops return it: opcheck needs a floating-point tensor in front."""
-    counts, offsets, row_token, row_weight, *rest = plan.tensors()
-    return row_weight, counts, offsets, row_token, *rest
+    return RoutingPlan(*_dispatch_expert_choice(affinities, capacity, tokens_per_group, backend))
 
 
 def _kernel(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, backend: str):
@@ -87,7 +76,7 @@ def _kernel(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, backend: s
             raise ValueError(f"topk_ids: got ids from {low} to {high}, expected [0, {num_experts})")
     weights = topk_weights.to(_checks.accumulator(topk_weights.dtype)).contiguous()
     case = Case("dispatch", weights.dtype, weights.device.type, num_experts=num_experts)
-    return _outputs(choose(backend, case).dispatch(topk_ids.int().contiguous(), weights, num_experts))
+    return choose(backend, case).dispatch(topk_ids.int().contiguous(), weights, num_experts).tensors()
 
 
 def _fake(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, backend: str):
@@ -106,7 +95,7 @@ def _fake_plan(weights: Tensor, T: int, E: int, R: int) -> tuple[Tensor, ...]:
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.shape, ctx.dtype, ctx.backend = inputs[0].shape, inputs[0].dtype, inputs[-1]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[4])
+    ctx.save_for_backward(RoutingPlan(*output).row_pick)
 
 
 def _backward(ctx: Any, drow_weight: Tensor | None, *_: None):
@@ -132,7 +121,7 @@ def _expert_choice_kernel(affinities: Tensor, capacity: int, tokens_per_group: i
         raise ValueError("affinities: got values that are not finite, expected finite ones")
     affinities = affinities.to(_checks.accumulator(affinities.dtype)).contiguous()
     case = Case("dispatch", affinities.dtype, affinities.device.type, num_experts=affinities.shape[1])
-    return _outputs(choose(backend, case).dispatch_expert_choice(affinities, capacity, tokens_per_group))
+    return choose(backend, case).dispatch_expert_choice(affinities, capacity, tokens_per_group).tensors()
 
 
 def _expert_choice_fake(affinities: Tensor, capacity: int, tokens_per_group: int, backend: str):
@@ -140,7 +129,7 @@ def _expert_choice_fake(affinities: Tensor, capacity: int, tokens_per_group: int
     return _fake_plan(affinities, T, E, E * capacity * (T // tokens_per_group))
 
 
-_PLAN = (
+_PLAN = (  # opcheck wants a floating-point tensor in front
     "(Tensor row_weight, Tensor expert_counts, Tensor expert_offsets, Tensor row_token, Tensor row_pick, "
     "Tensor token_row_offsets, Tensor token_rows)"
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks
 from ..backends.base import Backend, Case
 from ..backends.registry import choose
-from ..plan import RoutingPlan
+from ..plan import FIELDS, RoutingPlan
 from ..weights import LayerWeights
 from ._expert_weights import (
     Weights,
@@ -81,10 +81,21 @@ def contiguous_plan(tensors: list[Tensor]) -> RoutingPlan:
     return RoutingPlan.from_tensors([tensor.contiguous() for tensor in tensors])
 
 
+def split_plan(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the plan's tensors at the front of what was saved for backward, and the others."""
+    return tensors[: len(FIELDS)], tensors[len(FIELDS) :]
+
+
+def plan_gradient(drow_weight: Tensor | None) -> list[Tensor | None]:
+    """Return an op's gradients of the plan's tensors, of which row_weight alone has one."""
+    return [drow_weight if name == "row_weight" else None for name in FIELDS]
+
+
 def _fake(x, plan, gate_up_proj, down_proj, activation: str, layout: str, save_for_backward: bool, backend: str):
-    R, E = plan[2].shape[0], plan[0].shape[0]
-    gate_up = (R, gate_up_width(gate_up_proj, E, layout)) if save_for_backward else (0,)
-    return x.new_empty((R, x.shape[1])), x.new_empty(gate_up)
+    plan = RoutingPlan(*plan)
+    width = gate_up_width(gate_up_proj, plan.num_experts, layout)
+    gate_up = (plan.num_rows, width) if save_for_backward else (0,)
+    return x.new_empty((plan.num_rows, x.shape[1])), x.new_empty(gate_up)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -98,14 +109,14 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, dy_rows: Tensor | None, dgate_up: None):
     require_saved(ctx.saved)
     x, gate_up, *rest = ctx.saved_tensors
-    plan, weights = rest[:7], rest[7:]
+    plan, weights = split_plan(rest)
     lists, needed = (weights[: ctx.num_gate_up], weights[ctx.num_gate_up :]), any_needed(needs_input_grad(ctx)[2:4])
     dx, gradients = None, [[None] * len(kind) for kind in lists]
     if dy_rows is not None:
         how = ctx.activation, ctx.layout, needed, ctx.backend
         dx, dweights = _experts_bwd(dy_rows, x, plan, *lists, gate_up, *how)
         gradients = by_kind(iter(dweights), lists, needed)
-    return dx, [None] * 7, *gradients, None, None, None, None
+    return dx, plan_gradient(None), *gradients, None, None, None, None
 
 
 def require_saved(saved: bool) -> None:

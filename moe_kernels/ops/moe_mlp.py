@@ -24,7 +24,7 @@ from ._expert_weights import (
     gradients_of,
 )
 from ._library import needs_input_grad, register
-from .experts import contiguous_plan, require_saved
+from .experts import contiguous_plan, plan_gradient, require_saved, split_plan
 
 
 def moe_mlp(
@@ -174,9 +174,9 @@ def _fake(
     backend,
 ):
     T, H = x.shape
-    R, E = plan[2].shape[0], plan[0].shape[0]
+    plan = RoutingPlan(*plan)
     save = save_for_backward and not recompute
-    routed = (R, gate_up_width(gate_up, E, layout)) if save else (0,)
+    routed = (plan.num_rows, gate_up_width(gate_up, plan.num_experts, layout)) if save else (0,)
     shared = (T, gate_up_width(shared_gate_up, 1, layout)) if save and shared_gate_up else (0,)
     out = gated[0].new_empty((T, H)) if gated else x.new_empty((T, H))
     y = (T, H) if gated and save_for_backward else (0,)
@@ -195,7 +195,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, dout: Tensor | None, dgate_up: None, dshared_gate_up: None, dy: None):
     require_saved(ctx.saved)
     x, gate_up, shared_gate_up, y, *rest = ctx.saved_tensors
-    plan, flat = rest[:7], iter(rest[7:])
+    plan, rest = split_plan(rest)
+    flat = iter(rest)
     weights = [[next(flat) for _ in range(length)] for length in ctx.lengths[:4]]
     gate = next(flat, None)
     dgated = [None] * ctx.lengths[4]
@@ -209,8 +210,7 @@ def _backward(ctx: Any, dout: Tensor | None, dgate_up: None, dshared_gate_up: No
         how = ctx.activation, ctx.layout, needed, ctx.backend
         dx, drow_weight, gradients = _moe_mlp_bwd(dout, x, plan, *weights, gate_up, shared_gate_up, *how)
         dweights = by_kind(iter(gradients), weights, needed)
-    dplan = [None, None, None, drow_weight, None, None, None]
-    return dx, dplan, *dweights, dgated, None, None, None, None, None
+    return dx, plan_gradient(drow_weight), *dweights, dgated, None, None, None, None, None
 
 
 def _gated_kernel(dout: Tensor, y: Tensor, gate: Tensor, backend: str):
@@ -240,7 +240,8 @@ def _bwd_fake(
     needed, backend,
 ):  # fmt: skip
     lists = gate_up_proj, down, shared_gate_up_proj, shared_down
-    return x.new_empty(x.shape), plan[3].new_empty(plan[3].shape), empty_gradients(lists, needed)
+    drow_weight = torch.empty_like(RoutingPlan(*plan).row_weight)
+    return x.new_empty(x.shape), drow_weight, empty_gradients(lists, needed)
 
 
 _WEIGHTS = "Tensor[] gate_up_proj, Tensor[] down_proj, Tensor[] shared_gate_up_proj, Tensor[] shared_down_proj"
