@@ -20,7 +20,7 @@ COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit
     "list": ("bench.instrument.cases", "print the ids of the benchmark cases"),
     "compare": ("bench.compare.command", "judge two revisions or row files: SAME, FASTER, SLOWER or UNSURE per case"),
     "report": ("bench.page.report", "render report/ from its rows"),
-    "history": ("bench.page.history", "draw each case over the commits of results/, changes of level marked"),
+    "history": ("bench.page.history", "draw each case over the commits of results/"),
     "record": ("bench.record", "keep a run's rows under results/ and what they verify"),
     "static-gate": (
         "bench.machine_code.static_gate",

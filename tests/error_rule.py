@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.instrument.verify import BOUND, NARROW
+
 Compute = Callable[[int, str], dict[str, Tensor]]
-NARROW = 16  # slices with fewer elements have no error statistics of their own
 DRAWS = 16
 TABLE: dict[tuple[str, str, str, float], Verdict] = {}
 
@@ -55,13 +56,13 @@ def judge(op: str, compute: Compute, backend: str, dtype: torch.dtype, seed: int
         compare_exactly(*(tensors[name] for tensors in draws[0]), where)
         for kind, view in views_of(name, exact).items():
             n, e_ours, e_torch = 1, *mean_errors(view, name, draws[:1])
-            while e_ours > 2 * e_torch + 1e-30 and n < DRAWS:
+            while e_ours > BOUND * e_torch + 1e-30 and n < DRAWS:
                 n += 1
                 if n > len(draws):
                     draw()
                 e_ours, e_torch = mean_errors(view, name, draws[:n])
             # Below infinity: a rival that overflowed would let everything through.
-            assert e_ours <= 2 * e_torch + 1e-30 < math.inf, (
+            assert e_ours <= BOUND * e_torch + 1e-30 < math.inf, (
                 f"{where}{kind}: {e_ours:.3g} against {e_torch:.3g} ({n} draws)"
             )
             verdict = Verdict(e_ours / (e_torch + 1e-30), e_ours, e_torch, name + kind)

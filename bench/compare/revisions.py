@@ -46,15 +46,15 @@ def resolve(name: str, root: Path = store.ROOT) -> str:
     Raises: ValueError when the folder is no checkout, git knows no such commit (a shallow clone has few), or the
         revision is the one checked out while tracked files differ from it: what would be compared is not what is there.
     """
-    if _git(root, "rev-parse", "HEAD") is None:
+    if store.git("rev-parse", "HEAD", root=root) is None:
         raise ValueError(f"{name}: got neither a row file nor, outside a git checkout, a revision")
-    commit = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    commit = store.git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}", root=root)
     if commit is None:
-        shallow = _git(root, "rev-parse", "--is-shallow-repository") == "true"
+        shallow = store.git("rev-parse", "--is-shallow-repository", root=root) == "true"
         hint = "; this clone is shallow: git fetch --unshallow" * shallow
         raise ValueError(f"{name}: got neither a row file nor a git revision, expected two of either{hint}")
-    changed = (_git(root, "status", "--porcelain", "--untracked-files=no") or "").splitlines()
-    if changed and commit == _git(root, "rev-parse", "HEAD") and not commit.startswith(name):
+    changed = (store.git("status", "--porcelain", "--untracked-files=no", root=root) or "").splitlines()
+    if changed and commit == store.git("rev-parse", "HEAD", root=root) and not commit.startswith(name):
         raise ValueError(
             f"{name}: got an uncommitted tree ({len(changed)} changed files, {changed[0].split()[-1]} first), expected "
             f"a clean one; commit them, or compare without them by the commit's own name, {commit[:10]}"
@@ -102,8 +102,3 @@ def _last_line(log: Path) -> str:
     """Return the first line that names an error, else the last one."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return next((line for line in lines if "error:" in line.lower()), lines[-1] if lines else "no output")[:300]
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None

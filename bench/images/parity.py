@@ -25,6 +25,7 @@ import moe_kernels
 from bench.images import fid
 from bench.images.digits import Classifier, features, recognised
 from bench.images.training import sample
+from bench.instrument.verify import slice_error, whole_error
 from moe_kernels import RoutingPlan, TokenChoice
 from moe_kernels.weights import stack_dit_moe
 from reference import rooms
@@ -143,7 +144,7 @@ class Ladder:
             block = baseline.model.blocks[layer].moe
             exact = oracle_layer(x, block)
             ours, theirs = (m.blocks[layer].moe(x).double() for m in (model, baseline.rival))
-            error = max(error, quotient((ours - exact).norm(), exact.norm()))
+            error = max(error, whole_error(ours, exact))
             outputs = max(outputs, ratio(ours, theirs, exact), rows_ratio(ours, theirs, exact))
             plan = even_plan(len(x), model.config.top_k, model.config.num_experts)
             counts = plan.expert_counts.tolist()
@@ -296,18 +297,16 @@ def oracle_layer(x: Tensor, block: nn.Module) -> Tensor:
 
 def ratio(ours: Tensor, theirs: Tensor, exact: Tensor) -> float:
     """Return e_ours / e_torch for one tensor; 0 for an empty or exact one."""
-    return quotient(*((v.double() - exact).norm() for v in (ours, theirs)))
+    return quotient(*(whole_error(v.double(), exact) for v in (ours, theirs)))
 
 
 def rows_ratio(ours: Tensor, theirs: Tensor, exact: Tensor) -> float:
     """Return the largest relative row error of ours over the largest of theirs."""
-    errors = ((v.double() - exact).norm(dim=-1) for v in (ours, theirs))
-    return quotient(*(torch.where(e == 0, 0.0, e / exact.norm(dim=-1)).max() for e in errors))
+    return quotient(*(slice_error(v.double(), exact) for v in (ours, theirs)))
 
 
-def quotient(e_ours: Tensor, e_torch: Tensor) -> float:
-    """Return e_ours / e_torch, 0 for no error; NO_NUMBER where one is not finite: NaN loses in max() and every `>`."""
-    ours, theirs = float(e_ours), float(e_torch)
+def quotient(ours: float, theirs: float) -> float:
+    """Return ours / theirs, 0 for no error; NO_NUMBER where one is not finite: NaN loses in max() and every `>`."""
     if not math.isfinite(ours + theirs):
         return NO_NUMBER
     return ours / (theirs + 1e-30) if ours > 1e-30 else 0.0

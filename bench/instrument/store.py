@@ -153,15 +153,16 @@ def thin(samples: Sequence[float], limit: int = MAX_SAMPLES) -> list[float]:
 
 def commit() -> dict:
     """Return {"commit": hash or None, "dirty": bool or None}: tracked files only; None outside a git checkout."""
-    revision = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    revision = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no")
     return {"commit": revision, "dirty": None if changes is None else bool(changes)}
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str, root: Path = ROOT) -> str | None:
+    """Return what git says in a checkout; None where it fails, or is not there."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30, check=False
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,4 +1,4 @@
-"""The committed rows over the commits: a line per case, and marks where its level changed (changepoints.py).
+"""The committed rows over the commits: a line per case.
 
 A machine is not as fast on every day. Where a case was raced against other people's code, which does not change, its
 times are divided by how the median of those moved since the first commit; the page says where there was none.
@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from bench.instrument import store
-from bench.instrument.cases import BACKENDS
 from bench.instrument.outputs import check_targets
-from bench.page.changepoints import change_points
 from bench.page.render import render
 
 RESULTS = store.ROOT / "results"
@@ -37,7 +33,7 @@ def table(rows: Sequence[dict], expression: str = "", root: Path = store.ROOT) -
     times = _commit_times(root)
     lines = [
         {
-            "case": row["case"], "race": _raced(row["case"]), "ours": _ours(row["case"]), "commit": row["commit"],
+            "case": row["case"], "race": row["race"], "ours": row["ours"], "commit": row["commit"],
             "machine": f"{row['machine']['gpu'] or row['machine']['cpu']} {row['machine']['isa']}",
             "clock": row["figures"]["clock"], "when": times.get(row["commit"], pd.Timestamp(row["date"]).timestamp()),
             **{name: row["figures"][f"time_us_{name}"] for name in ("median", "p20", "p80")},
@@ -55,7 +51,7 @@ def table(rows: Sequence[dict], expression: str = "", root: Path = store.ROOT) -
 
 
 def series(frame: pd.DataFrame) -> list[dict]:
-    """Return per case of ours with at least two commits its points and changes; those that changed last come first.
+    """Return per case of ours with at least two commits its points.
 
     `peers` is whether the times are relative to peers of the same race, at every one of the commits.
     """
@@ -65,20 +61,11 @@ def series(frame: pd.DataFrame) -> list[dict]:
             continue
         drift = _drift(points, frame[~frame["ours"] & (frame["machine"] == machine) & (frame["clock"] == clock)])
         scaled = points[["median", "p20", "p80"]].div(1.0 if drift is None else drift, axis=0)
-        changes = change_points(list(scaled["median"]))
-        bounds = [0, *changes, len(points)]
-        levels = [float(scaled["median"].iloc[a:b].median()) for a, b in pairwise(bounds)]
         out.append({
             "case": case, "machine": machine, "clock": clock, "peers": drift is not None,
             "commits": list(points["commit"]), **{name: list(scaled[name]) for name in scaled},
-            "changes": [
-                {"at": at, "commit": points["commit"].iloc[at], "speedup": before / after}
-                for at, (before, after) in zip(changes, pairwise(levels), strict=True)
-            ],
         })  # fmt: skip
-    return sorted(
-        out, key=lambda s: (-max((c["at"] - len(s["commits"]) for c in s["changes"]), default=-1e9), s["case"])
-    )
+    return sorted(out, key=lambda s: s["case"])
 
 
 def _drift(points: pd.DataFrame, others: pd.DataFrame) -> np.ndarray | None:
@@ -101,38 +88,24 @@ def _paths(s: dict) -> dict:
         [(x, HEIGHT * (1 - y / top)) for x, y in zip(xs, s[k], strict=True)] for k in ("p20", "median", "p80")
     )
     text = {"line": mid, "spread": [*high, *reversed(low)]}
-    return {
-        **{name: " ".join(f"{x:.1f},{y:.1f}" for x, y in places) for name, places in text.items()},
-        "marks": [{**c, "x": float((xs[c["at"]] + xs[c["at"] - 1]) / 2)} for c in s["changes"]],
-    }
-
-
-def _raced(case: str) -> tuple[str, ...]:
-    level, _, *rest = case.split("-")
-    return (level, *rest)
-
-
-def _ours(case: str) -> bool:
-    backend = case.split("-")[1]
-    return backend in BACKENDS or backend.startswith("native")
+    return {name: " ".join(f"{x:.1f},{y:.1f}" for x, y in places) for name, places in text.items()}
 
 
 def _commit_times(root: Path) -> dict[str, float]:
     """Return when each commit that git knows was made; nothing outside a checkout."""
-    command = ["git", "-C", str(root), "log", "--all", "--format=%H %ct"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return {commit: float(when) for commit, when in map(str.split, done.stdout.splitlines())}
+    log = store.git("log", "--all", "--format=%H %ct", root=root) or ""
+    return {commit: float(when) for commit, when in map(str.split, log.splitlines())}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", type=Path, help="row files (default: results/*.jsonl)")
     parser.add_argument("-k", metavar="EXPR", default="", help="words of the case id with and, or, not, ( )")
     parser.add_argument("--out", type=Path, default=Path("report/history.html"), help="default: report/history.html")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the series and their changes as JSON")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the series as JSON")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draw the history and print the changes found."""
+    """Draw the history."""
     files = args.files or sorted(RESULTS.glob("*.jsonl"))
     if not files:
         raise ValueError(f"got no row file, and {RESULTS} has none; expected JSON lines as `bench record` writes them")
@@ -144,9 +117,6 @@ def main(args: argparse.Namespace) -> int:
     args.out.write_text(page(found, single), encoding="utf-8")
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    for s in found:
-        for change in s["changes"]:
-            print(f"{s['case']}: {change['speedup']:.3f}x at {change['commit'][:10]}")
     print(
         f"{len(found)} cases over {frame['commit'].nunique()} commits, {single} measured at one commit only: {args.out}"
     )
