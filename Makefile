@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CXX_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
 # libgomp spins while it waits; beside any other program on the same cores that costs up to 20x (measured).
@@ -16,7 +17,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(QUIET) -c constraints.txt torch==2.13.0 $(BUILD_TOOLS) ruff
+	$(BIN)/python -m pip install $(QUIET) -c constraints.txt torch==2.13.0 $(BUILD_TOOLS) ruff clang-format
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install $(QUIET) --no-build-isolation -c constraints.txt -e '.[bench,test,triton,ecosystem]'
 	touch $@
 
@@ -61,6 +62,7 @@ fibers: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 # The site, build/site: strict, so a dead link or an unknown name is an error; nothing in it comes from elsewhere.
 docs: setup

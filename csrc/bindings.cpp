@@ -270,9 +270,10 @@ PYBIND11_MODULE(_C, m) {
       .def_buffer([](const Block& block) {
         return py::buffer_info(block.data(), 1, py::format_descriptor<uint8_t>::format(), block.bytes());
       });
-  py::class_<Matrices>(m, "Matrices", py::module_local(),
-                       "Weights of one kind, or their gradients: an address for each (rows, columns) matrix of nn.Linear; "
-                       "transposed: stored (columns, rows). ld: elements between consecutive stored rows.")
+  py::class_<Matrices>(
+      m, "Matrices", py::module_local(),
+      "Weights of one kind, or their gradients: an address for each (rows, columns) matrix of nn.Linear; "
+      "transposed: stored (columns, rows). ld: elements between consecutive stored rows.")
       .def(py::init(&make_matrices), py::arg("addresses"), py::arg("rows"), py::arg("columns"), py::arg("ld"),
            py::arg("transposed"), py::arg("dtype_tag"));
   py::class_<PackedWeights>(m, "PackedWeights", "The weights of one layer as the forward kernels read them.")

@@ -11,7 +11,16 @@
 namespace moe {
 
 using Plan = std::vector<Tensor>;  // the tensors of RoutingPlan, in the order of its fields
-enum PlanField { kRowWeight, kExpertCounts, kExpertOffsets, kRowToken, kRowPick, kTokenRowOffsets, kTokenRows, kFields };
+enum PlanField {
+  kRowWeight,
+  kExpertCounts,
+  kExpertOffsets,
+  kRowToken,
+  kRowPick,
+  kTokenRowOffsets,
+  kTokenRows,
+  kFields
+};
 constexpr Dtype F32 = Dtype::kFloat32, I32 = Dtype::kInt32;
 
 inline Activation activation_of(const std::string& name) {
@@ -38,7 +47,7 @@ inline PlanView plan_view(const Plan& plan, int64_t T, int64_t E) {
   plan[kRowToken].expect("plan.row_token", I32, {R});
   plan[kTokenRowOffsets].expect("plan.token_row_offsets", I32, {T + 1});
   plan[kTokenRows].expect("plan.token_rows", I32, {R});
-  return {plan[kExpertOffsets].as<int32_t>(), plan[kRowToken].as<int32_t>(), plan[kRowWeight].as<float>(),
+  return {plan[kRowWeight].as<float>(), plan[kExpertOffsets].as<int32_t>(), plan[kRowToken].as<int32_t>(),
           plan[kTokenRowOffsets].as<int32_t>(), plan[kTokenRows].as<int32_t>()};
 }
 
@@ -48,9 +57,9 @@ inline PlanOut out_of(const Plan& plan, int64_t T, int64_t E, int64_t R) {
   MOE_CHECK(R < (int64_t(1) << 31) && T < (int64_t(1) << 31), "plan: ", R, " rows, expected less than 2^31");
   const int64_t sizes[] = {R, E, E + 1, R, R, T + 1, R};
   for (int i = 0; i < kFields; ++i) plan[i].expect("plan", i == kRowWeight ? F32 : I32, {sizes[i]});
-  return {plan[kExpertCounts].as<int32_t>(), plan[kExpertOffsets].as<int32_t>(),   plan[kRowToken].as<int32_t>(),
-          plan[kRowWeight].as<float>(),      plan[kRowPick].as<int32_t>(),         plan[kTokenRowOffsets].as<int32_t>(),
-          plan[kTokenRows].as<int32_t>()};
+  const auto integers = [&](PlanField field) { return plan[field].as<int32_t>(); };
+  return {plan[kRowWeight].as<float>(), integers(kExpertCounts),    integers(kExpertOffsets), integers(kRowToken),
+          integers(kRowPick),           integers(kTokenRowOffsets), integers(kTokenRows)};
 }
 
 inline DProbs dprobs_of(const std::optional<Tensor>& t, const GatingSizes& s) {
@@ -67,11 +76,12 @@ inline void bind_tensor(pybind11::module_& m) {
   py::register_local_exception<Error>(m, "Error", PyExc_ValueError);
   py::class_<Tensor>(m, "Tensor", py::module_local(), py::dynamic_attr(),
                      "A view of caller-owned memory: address, dtype tag, sizes, strides, readable bytes.")
-      .def(py::init([](uintptr_t data, int dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides,
-                       int64_t nbytes) {
-        MOE_CHECK(dtype >= 0 && dtype <= 3, "dtype tag: ", dtype, ", expected 0 (fp32), 1 (bf16), 2 (fp16) or 3 (int32)");
-        return Tensor{reinterpret_cast<void*>(data), Dtype(dtype), std::move(sizes), std::move(strides), nbytes};
-      }));
+      .def(py::init(
+          [](uintptr_t data, int dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides, int64_t nbytes) {
+            MOE_CHECK(dtype >= 0 && dtype <= 3, "dtype tag: ", dtype,
+                      ", expected 0 (fp32), 1 (bf16), 2 (fp16) or 3 (int32)");
+            return Tensor{reinterpret_cast<void*>(data), Dtype(dtype), std::move(sizes), std::move(strides), nbytes};
+          }));
 }
 
 }  // namespace moe

@@ -95,7 +95,8 @@ void py_modulated_gating_fwd(const Tensor& x, const Tensor& shift, const Tensor&
 }
 
 int64_t py_modulated_gating_bwd_workspace_bytes(int64_t B, int64_t T, int64_t H, int64_t E, int64_t K) {
-  return cuda::modulated_gating_bwd_workspace_bytes({T, H, E, K, F32, 1}, {B, F32, F32, F32, 0, nullptr, nullptr, nullptr});
+  return cuda::modulated_gating_bwd_workspace_bytes({T, H, E, K, F32, 1},
+                                                    {B, F32, F32, F32, 0, nullptr, nullptr, nullptr});
 }
 
 void py_modulated_gating_bwd(const Maybe& dtokens, const Maybe& dtopk_weights, const Maybe& dprobs, const Tensor& x,
@@ -104,8 +105,8 @@ void py_modulated_gating_bwd(const Maybe& dtokens, const Maybe& dtopk_weights, c
                              const Tensor& dshift, const Tensor& dscale, const Tensor& dweight, const Tensor& workspace,
                              uintptr_t stream) {
   const cuda::Modulation modulation = modulation_of(x, shift, scale, 0);
-  const GatingSizes s{x.sizes[0] * x.sizes[1], x.sizes[2], weight.sizes.at(0), topk_ids.sizes.at(1),
-                      Dtype(tokens_dtype), 1};
+  const GatingSizes s{x.sizes[0] * x.sizes[1], x.sizes[2],          weight.sizes.at(0),
+                      topk_ids.sizes.at(1),    Dtype(tokens_dtype), 1};
   expect_width("x", s.H);
   weight.expect("gate_weight", F32, {s.E, s.H});
   probs.expect("probs", F32, {s.T, s.E});
@@ -117,9 +118,8 @@ void py_modulated_gating_bwd(const Maybe& dtokens, const Maybe& dtopk_weights, c
   dscale.expect("dscale", scale.dtype, scale.sizes);
   dweight.expect("dgate_weight", F32, {s.E, s.H});
   cuda::modulated_gating_bwd(s, modulation, optional(dtokens).data, optional(dtopk_weights).as<float>(),
-                             dprobs_of(dprobs, s), weight.as<float>(), topk_ids.as<int32_t>(),
-                             probs.as<float>(), moments.as<float>(), dx.data, dshift.data, dscale.data,
-                             dweight.as<float>(),
+                             dprobs_of(dprobs, s), weight.as<float>(), topk_ids.as<int32_t>(), probs.as<float>(),
+                             moments.as<float>(), dx.data, dshift.data, dscale.data, dweight.as<float>(),
                              scratch_of(workspace, cuda::modulated_gating_bwd_workspace_bytes(s, modulation)),
                              stream_of(stream));
 }
@@ -233,11 +233,11 @@ void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const
     optional(dshared_down_proj).expect("dshared_down_proj", s.dtype, {s.H, s.Is});
   }
   const bool recompute = !gate_up && !shared_gate_up;
-  cuda::moe_mlp_bwd(s, plan_view(plan, s.T, s.E), w, x.data, dout.data, optional(gate_up).data,
-                    optional(shared_gate_up).data, dx.data, drow_weight.as<float>(),
-                    {dgate_up_proj.data, ddown_proj.data, optional(dshared_gate_up_proj).data,
-                     optional(dshared_down_proj).data},
-                    scratch_of(workspace, cuda::moe_mlp_bwd_workspace_bytes(s, recompute)), stream_of(stream));
+  cuda::moe_mlp_bwd(
+      s, plan_view(plan, s.T, s.E), w, x.data, dout.data, optional(gate_up).data, optional(shared_gate_up).data,
+      dx.data, drow_weight.as<float>(),
+      {dgate_up_proj.data, ddown_proj.data, optional(dshared_gate_up_proj).data, optional(dshared_down_proj).data},
+      scratch_of(workspace, cuda::moe_mlp_bwd_workspace_bytes(s, recompute)), stream_of(stream));
 }
 
 void py_combine(const Tensor& y_rows, const Plan& plan, const Maybe& shared, const Tensor& out, uintptr_t stream) {
@@ -290,8 +290,7 @@ void py_gated_residual_bwd(const Tensor& dout, const Tensor& y, const Tensor& ga
   expect_aligned("y", y);
   expect_aligned("gate", gate);
   cuda::gated_residual_bwd(B, T, H, dout.dtype, y.dtype, gate.dtype, dout.data, y.data, gate.data, dy.data, dgate.data,
-                           scratch_of(workspace, cuda::gated_residual_bwd_workspace_bytes(B, T, H)),
-                           stream_of(stream));
+                           scratch_of(workspace, cuda::gated_residual_bwd_workspace_bytes(B, T, H)), stream_of(stream));
 }
 
 }  // namespace

@@ -95,8 +95,8 @@ Experts experts_of(const Tensor& x, const Plan& plan, const WeightViews& views, 
   expect_width("shared_down_proj", s.Is);
   expect_aligned("x", x);
   ExpertWeights w{};
-  w.gate_up_proj = weights_of("gate_up", *gate_up, optional(shared_gate_up), gate_up_index, s, s.halves(), {s.I, s.H},
-                              {s.Is, s.H});
+  w.gate_up_proj =
+      weights_of("gate_up", *gate_up, optional(shared_gate_up), gate_up_index, s, s.halves(), {s.I, s.H}, {s.Is, s.H});
   w.down_proj = weights_of("down", *down, optional(shared_down), down_index, s, 1, {s.H, s.I}, {s.H, s.Is});
   return {s, w};
 }

@@ -22,7 +22,7 @@ template <class... Parts>
 
 #define MOE_STRING_(x) #x
 #define MOE_STRING(x) MOE_STRING_(x)
-#define MOE_CHECK(condition, ...)                                                             \
-  do {                                                                                        \
+#define MOE_CHECK(condition, ...)                                                              \
+  do {                                                                                         \
     if (!(condition)) ::moe::fail(__FILE__ ":" MOE_STRING(__LINE__), #condition, __VA_ARGS__); \
   } while (0)

@@ -20,12 +20,12 @@ struct DProbs {
   int64_t stride;
 };
 
-// A RoutingPlan to be filled.
+// A RoutingPlan to be filled, in the order of its fields.
 struct PlanOut {
+  float* row_weight;           // (R,)
   int32_t* expert_counts;      // (E,)
   int32_t* expert_offsets;     // (E + 1,)
   int32_t* row_token;          // (R,)
-  float* row_weight;           // (R,)
   int32_t* row_pick;           // (R,)
   int32_t* token_row_offsets;  // (T + 1,)
   int32_t* token_rows;         // (R,)
@@ -33,9 +33,9 @@ struct PlanOut {
 
 // What the rooms behind dispatch read of a RoutingPlan; bounds are the caller's to check (bindings do, on a CPU).
 struct PlanView {
+  const float* row_weight;           // (R,)
   const int32_t* expert_offsets;     // (E + 1,)
   const int32_t* row_token;          // (R,)
-  const float* row_weight;           // (R,)
   const int32_t* token_row_offsets;  // (T + 1,)
   const int32_t* token_rows;         // (R,)
 };

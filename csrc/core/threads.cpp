@@ -65,9 +65,8 @@ void parallel_tasks(int threads, int64_t tasks, const std::function<void(int64_t
 
 void parallel_ranges(int threads, int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   const int64_t pieces = std::clamp<int64_t>(count / std::max<int64_t>(grain, 1), 1, std::max(threads, 1));
-  parallel_tasks(threads, count > 0 ? pieces : 0, [&](int64_t piece, int) {
-    body(count * piece / pieces, count * (piece + 1) / pieces);
-  });
+  parallel_tasks(threads, count > 0 ? pieces : 0,
+                 [&](int64_t piece, int) { body(count * piece / pieces, count * (piece + 1) / pieces); });
 }
 
 }  // namespace moe

@@ -1,14 +1,23 @@
 #include "experts.h"
 
 #include "combine.h"
-#include "engine.h"
+#include "experts_tasks.h"
 
 namespace moe {
 namespace {
 
 CombineArgs combine_args(const MoeSizes& s, const PlanView& plan, const float* y, bool weighted, void* out) {
-  return {s.T, s.H, Dtype::kFloat32, s.dtype, s.threads, y, weighted ? plan.row_weight : nullptr, plan.token_row_offsets,
-          plan.token_rows, s.Is > 0 ? y + s.R * s.H : nullptr, out};
+  return {s.T,
+          s.H,
+          Dtype::kFloat32,
+          s.dtype,
+          s.threads,
+          y,
+          weighted ? plan.row_weight : nullptr,
+          plan.token_row_offsets,
+          plan.token_rows,
+          s.Is > 0 ? y + s.R * s.H : nullptr,
+          out};
 }
 
 }  // namespace

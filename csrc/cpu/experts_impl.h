@@ -12,7 +12,7 @@ inline const uint32_t* items_at(const void* base, int64_t elements) {
 }
 
 // One chunk of K for all rows of a group: for each tile and panel, multiply, then finish(row, rows, panel, tile).
-// prefetch(row, panel, walks) names what finish touches. Panel p is packed at packed + p * panel_items * NR.
+// prefetch(row, panel, streams) names what finish touches. Panel p is packed at packed + p * panel_items * NR.
 template <class C, class Prefetch, class Finish>
 inline void rows_by_panels(const uint32_t* a, int64_t lda_items, int64_t rows, const uint32_t* packed,
                            int64_t panel_items, int64_t items, int64_t panels, Ahead& ahead, const Prefetch& prefetch,
@@ -24,10 +24,10 @@ inline void rows_by_panels(const uint32_t* a, int64_t lda_items, int64_t rows, c
     const int count = int(tiles.begin(i + 1) - row);
     const Micro kernel = micro_for<C, false>(count);
     for (int64_t p = 0; p < panels; ++p) {
-      Walks walks;
-      prefetch(row, p, walks);
-      ahead.share(walks);
-      kernel(a + row * lda_items, lda_items, packed + p * panel_items * NR, items, tile, NR, false, walks);
+      Streams streams;
+      prefetch(row, p, streams);
+      ahead.share(streams);
+      kernel(a + row * lda_items, lda_items, packed + p * panel_items * NR, items, tile, NR, false, streams);
       finish(row, count, p, tile);
     }
   }
@@ -113,12 +113,13 @@ void up(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
       packed = static_cast<const uint32_t*>(scratch);
       gate_up_ahead<C>(ahead, g, end * step, min64(more * step, g.I - end * step));
     }
-    const auto prefetch = [&](int64_t row, int64_t p, Walks& walks) {
+    const auto prefetch = [&](int64_t row, int64_t p, Streams& streams) {
       const int64_t column = (begin + p) * step, act_width = step * int64_t(sizeof(typename C::Elem));
-      walks.rows(static_cast<typename C::Elem*>(g.act) + row * g.ld_i + column, g.ld_i * sizeof(typename C::Elem), act_width);
+      streams.rows(static_cast<typename C::Elem*>(g.act) + row * g.ld_i + column, g.ld_i * sizeof(typename C::Elem),
+                   act_width);
       for (int64_t half = 0; g.gate_up && half < g.halves(); ++half)
-        walks.rows(static_cast<Store*>(g.gate_up) + (row * g.halves() + half) * g.I + column,
-                   g.halves() * g.I * sizeof(Store), step * sizeof(Store));
+        streams.rows(static_cast<Store*>(g.gate_up) + (row * g.halves() + half) * g.I + column,
+                     g.halves() * g.I * sizeof(Store), step * sizeof(Store));
     };
     const auto finish = [&](int64_t row, int rows, int64_t p, const float* tile) {
       const int64_t column = (begin + p) * step, n = g.I - column;
@@ -138,8 +139,8 @@ void up(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
         store(kept + r * g.halves() * g.I + (glu ? g.I : W), second, glu ? n : n - W);
       }
     };
-    rows_by_panels<C>(items_at<C>(g.x, 0), g.ld_h / C::kPair, g.rows, packed, items, items, end - begin, ahead, prefetch,
-                      finish);
+    rows_by_panels<C>(items_at<C>(g.x, 0), g.ld_h / C::kPair, g.rows, packed, items, items, end - begin, ahead,
+                      prefetch, finish);
   }
 }
 
@@ -158,11 +159,11 @@ inline void accumulate_y(const Group& g, const uint32_t* a, int64_t lda_items, c
       const int64_t column = (panel_begin + p) * NR, n = g.H - column;
       float* y = g.y + row * g.H + column;
       const bool whole = n >= NR;
-      Walks walks;
-      walks.rows(y, g.H * 4, NR * 4);
-      ahead.share(walks);
-      kernel(a + row * lda_items, lda_items, packed + p * panel_items * NR, items, whole ? y : tile,
-             whole ? g.H : NR, whole && !first, walks);
+      Streams streams;
+      streams.rows(y, g.H * 4, NR * 4);
+      ahead.share(streams);
+      kernel(a + row * lda_items, lda_items, packed + p * panel_items * NR, items, whole ? y : tile, whole ? g.H : NR,
+             whole && !first, streams);
       for (int r = 0; !whole && r < rows; ++r)
         for (int64_t c = 0; c < n; ++c) y[r * g.H + c] = tile[r * NR + c] + (first ? 0.f : y[r * g.H + c]);
     }
@@ -247,14 +248,14 @@ void dact(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
     pack_panels<C>(weight.at(0, begin * NR), g.H, g.I - begin * NR, end - begin, items, packed);
     Ahead ahead(Tiles(g.rows).count * (end - begin));
     weight.at(0, end * NR).ahead(ahead, g.H, min64(more * NR, g.I - end * NR));
-    const auto prefetch = [&](int64_t row, int64_t p, Walks& walks) {
+    const auto prefetch = [&](int64_t row, int64_t p, Streams& streams) {
       const int64_t column = (begin + p) * NR;
-      walks.rows(static_cast<const Elem*>(g.act) + row * g.ld_i + column, g.ld_i * sizeof(Elem), NR * sizeof(Elem));
+      streams.rows(static_cast<const Elem*>(g.act) + row * g.ld_i + column, g.ld_i * sizeof(Elem), NR * sizeof(Elem));
       for (int64_t half = 0; half < g.halves(); ++half) {
-        walks.rows(static_cast<const Store*>(g.gate_up) + (row * g.halves() + half) * g.I + column,
-                   g.halves() * g.I * sizeof(Store), NR * sizeof(Store));
-        walks.rows(static_cast<const Elem*>(g.dgate_up) + (row * g.halves() + half) * g.ld_i + column,
-                   g.halves() * g.ld_i * sizeof(Elem), NR * sizeof(Elem));
+        streams.rows(static_cast<const Store*>(g.gate_up) + (row * g.halves() + half) * g.I + column,
+                     g.halves() * g.I * sizeof(Store), NR * sizeof(Store));
+        streams.rows(static_cast<const Elem*>(g.dgate_up) + (row * g.halves() + half) * g.ld_i + column,
+                     g.halves() * g.ld_i * sizeof(Elem), NR * sizeof(Elem));
       }
     };
     const auto finish = [&](int64_t row, int rows, int64_t p, const float* tile) {
@@ -296,7 +297,8 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
   uint32_t* packed_a = packed_b + kPanelBytes / 4;
   alignas(64) float tile[MR * NR];
   if (rows == 0)
-    for (int64_t f = 0; f < features; ++f) std::memset(out + f * ldo, 0, size_t(min64(columns, panels * NR)) * sizeof(*out));
+    for (int64_t f = 0; f < features; ++f)
+      std::memset(out + f * ldo, 0, size_t(min64(columns, panels * NR)) * sizeof(*out));
   for (int64_t k = 0; k < rows; k += kChunk) {
     const int64_t valid = min64(kChunk, rows - k), items = items_of<C>(valid);
     const bool first = k == 0, last = k + kChunk >= rows;
@@ -319,10 +321,10 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
         int64_t ld = NR;
         if constexpr (kDirect)
           if (n >= NR) sum = to, ld = ldo;
-        Walks walks;
-        walks.rows(to, ldo * sizeof(*to), NR * sizeof(*to));
-        ahead.share(walks);
-        kernel(rows_a, C::kPair == 2 ? count : lda, packed_b + p * items * NR, items, sum, ld, !first, walks);
+        Streams streams;
+        streams.rows(to, ldo * sizeof(*to), NR * sizeof(*to));
+        ahead.share(streams);
+        kernel(rows_a, C::kPair == 2 ? count : lda, packed_b + p * items * NR, items, sum, ld, !first, streams);
         if (!last || (kDirect && n >= NR)) continue;
         for (int r = 0; r < count; ++r)
           for (int v = 0; v < NR; v += W) store(to + r * ldo + v, loadu<vf>(sum + r * NR + v), n - v);

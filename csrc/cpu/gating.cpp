@@ -34,8 +34,7 @@ int64_t gating_fwd(const GatingSizes& s, const void* x, const float* weight, flo
     for (int64_t t = begin; t < end; ++t) {
       if (!kernels().softmax(probs + t * s.E, s.E)) {
         int64_t seen = bad;
-        while (t < seen && !bad.compare_exchange_weak(seen, t)) {
-        }
+        while (t < seen && !bad.compare_exchange_weak(seen, t)) {}
         return;
       }
       top_k(probs + t * s.E, s.E, s.K, topk_weights + t * s.K, topk_ids + t * s.K);

@@ -13,7 +13,7 @@ int64_t gating_fwd(const GatingSizes&, const void* x, const float* weight, float
 
 // dlogits = probs * (g - sum(probs * g)), g = dprobs + dtopk_weights at the picks; dx = dlogits weight,
 // dweight (E, H) = dlogits^T x.
-void gating_bwd(const GatingSizes&, const float* dtopk_weights, const DProbs& dprobs, const void* x, const float* weight,
-                const int32_t* topk_ids, const float* probs, void* dx, float* dweight);
+void gating_bwd(const GatingSizes&, const float* dtopk_weights, const DProbs& dprobs, const void* x,
+                const float* weight, const int32_t* topk_ids, const float* probs, void* dx, float* dweight);
 
 }  // namespace moe

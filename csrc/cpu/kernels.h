@@ -77,17 +77,18 @@ struct Kernels {
   // out[t] = sum over the token's rows, ascending, of row_weight * y, then + shared[t]; fp32; out in storage dtype.
   // [dtype of y and shared][dtype of out]; fp32, or one dtype for both.
   void (*combine[kFloatDtypes][kFloatDtypes])(const void* y, const float* row_weight, const int32_t* token_row_offsets,
-                        const int32_t* token_rows, const void* shared, void* out, int64_t H, int64_t begin,
-                        int64_t end);
+                                              const int32_t* token_rows, const void* shared, void* out, int64_t H,
+                                              int64_t begin, int64_t end);
   // logits[t, e] = x[t] . weight[e], weight widened to fp32.
-  void (*logits[kFloatDtypes])(const void* x, const float* weight, float* logits, int64_t H, int64_t E, int64_t begin, int64_t end);
+  void (*logits[kFloatDtypes])(const void* x, const float* weight, float* logits, int64_t H, int64_t E, int64_t begin,
+                               int64_t end);
   // One row of logits to probabilities in place; false, and the row spoilt, where one is not finite.
   bool (*softmax)(float* row, int64_t E);
   // dx[t] = dlogits[t] weight; columns [begin, end) of dweight = dlogits^T x over all T tokens.
-  void (*logits_dx[kFloatDtypes])(const float* dlogits, const float* weight, void* dx, int64_t H, int64_t E, int64_t begin,
-                       int64_t end);
-  void (*logits_dweight[kFloatDtypes])(const float* dlogits, const void* x, float* dweight, int64_t T, int64_t H, int64_t E,
-                            int64_t begin, int64_t end);
+  void (*logits_dx[kFloatDtypes])(const float* dlogits, const float* weight, void* dx, int64_t H, int64_t E,
+                                  int64_t begin, int64_t end);
+  void (*logits_dweight[kFloatDtypes])(const float* dlogits, const void* x, float* dweight, int64_t T, int64_t H,
+                                       int64_t E, int64_t begin, int64_t end);
   // Multiply-accumulate in registers only, for the peak: returns FLOPs done.
   double (*peak[kFloatDtypes])(int64_t iterations);
 };

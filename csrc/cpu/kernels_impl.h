@@ -1,7 +1,9 @@
 // The kernels, once for all ISA levels. A level_*.cpp defines MOE_LEVEL (namespace), MOE_W (floats per vector),
 // MOE_MR (rows of the register tile) and MOE_BF16_PAIRS, is compiled with that level's flags, and includes this.
+#include "combine_impl.h"
 #include "experts_impl.h"
-#include "tokens_impl.h"
+#include "gating_impl.h"
+#include "peak_impl.h"
 
 namespace moe {
 namespace MOE_LEVEL {
@@ -12,8 +14,8 @@ Kernels make_table(const char* name) {
   table.name = name;
   table.vector_floats = W;
   table.has_bf16_pairs = MOE_BF16_PAIRS != 0;
-#define MOE_FILL(C, i)                                                                            \
-  table.gather[i] = gather<C>, table.pack_gate_up_proj[i] = pack_gate_up_proj<C>,                     \
+#define MOE_FILL(C, i)                                                                                                \
+  table.gather[i] = gather<C>, table.pack_gate_up_proj[i] = pack_gate_up_proj<C>,                                     \
   table.pack_down_proj[i] = pack_down_proj<C>, table.up[i] = up<C>, table.down[i] = down<C>, table.dact[i] = dact<C>, \
   table.dx[i] = dx<C>, table.ddown_proj[i] = ddown_proj<C>, table.dgate_up_proj[i] = dgate_up_proj<C>
   MOE_FILL(Float32, int(Compute::kFloat32));
@@ -25,7 +27,7 @@ Kernels make_table(const char* name) {
 #undef MOE_FILL
   table.peak[int(Dtype::kFloat32)] = table.peak[int(Dtype::kFloat16)] = peak<Float32>;
   table.peak[int(Dtype::kBFloat16)] = peak<BFloat16>;
-#define MOE_FILL(S, i)                                                                              \
+#define MOE_FILL(S, i)                                                                                       \
   table.combine[0][i] = combine<float, S>, table.combine[i][i] = combine<S, S>, table.logits[i] = logits<S>, \
   table.logits_dx[i] = logits_dx<S>, table.logits_dweight[i] = logits_dweight<S>
   MOE_FILL(float, int(Dtype::kFloat32));

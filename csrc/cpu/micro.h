@@ -54,14 +54,14 @@ inline void multiply_add(vf& acc, const uint32_t* a, vf b) {
 // Registers are emptied into `out` every kRegisterItems: rounding errors then grow like those of a blocked sum.
 template <class C, bool kColumns, int rows>
 void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, float* out, int64_t ldo, bool add,
-           const Walks& walks) {
+           const Streams& streams) {
   constexpr int kNear = 8 * MR / rows;  // k steps: few rows need the next line sooner
-  constexpr bool kWalks = rows > 4;     // with fewer B comes at the speed of memory, and a walk only delays it (10 %)
+  constexpr bool kStreams = rows > 4;  // with fewer B comes at the speed of memory, and a stream only delays it (10 %)
   constexpr int kBases = kColumns ? 1 : (rows + 2) / 3;
   const uint32_t* base[kBases];
 #pragma GCC unroll 8
   for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * lda;
-  const Walk *walk = walks.list(), *const last = walk + walks.count();
+  const Stream *stream = streams.list(), *const last = stream + streams.count();
   for (int64_t begin = 0; begin < items; begin += kRegisterItems) {
     vf acc[rows][2];
 #pragma GCC unroll 16
@@ -70,12 +70,12 @@ void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, flo
     for (int64_t k = begin; k < end;) {
       const char* ahead = reinterpret_cast<const char*>(out);
       int64_t step = 0;
-      if (walk != last) ahead = walk->at, step = walk->step, ++walk;
-      for (const int64_t stop = min64(end, k + kWalk); k < stop; ++k) {
+      if (stream != last) ahead = stream->at, step = stream->step, ++stream;
+      for (const int64_t stop = min64(end, k + kStream); k < stop; ++k) {
         const vf b0 = loadu<vf>(b), b1 = loadu<vf>(b + W);
         __builtin_prefetch(b + kNear * NR);
         if (NR * 4 > kLine) __builtin_prefetch(b + kNear * NR + W);
-        if (kWalks) __builtin_prefetch(ahead, 0, 2);
+        if (kStreams) __builtin_prefetch(ahead, 0, 2);
         ahead += step;
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
@@ -99,7 +99,7 @@ void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, flo
   }
 }
 
-using Micro = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*, int64_t, bool, const Walks&);
+using Micro = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*, int64_t, bool, const Streams&);
 
 template <class C, bool kColumns, int rows = MR>
 inline Micro micro_for(int count) {

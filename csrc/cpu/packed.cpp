@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "../core/error.h"
-#include "engine.h"
+#include "experts_tasks.h"
 
 namespace moe {
 namespace {

@@ -1,4 +1,4 @@
-// Memory traffic hidden under the multiplications: the micro-kernel prefetches one line per k step along "walks".
+// Memory traffic hidden under the multiplications: the micro-kernel prefetches one line per k step along "streams".
 #pragma once
 #include "simd.h"
 
@@ -7,31 +7,31 @@ namespace MOE_LEVEL {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int kWalk = 16;  // prefetches of one walk
+constexpr int kStream = 16;  // prefetches of one stream
 
-struct Walk {
+struct Stream {
   const char* at;
   int64_t step;  // bytes
 };
 
-// The walks of one micro-kernel call. More than it has steps for are forgotten: prefetches are only hints.
-class Walks {
+// The streams of one micro-kernel call. More than it has steps for are forgotten: prefetches are only hints.
+class Streams {
  public:
-  // Every line of `rows` <= kWalk rows of `bytes` bytes, `stride` bytes apart.
+  // Every line of `rows` <= kStream rows of `bytes` bytes, `stride` bytes apart.
   void rows(const void* first, int64_t stride, int64_t bytes) {
     const char* line = static_cast<const char*>(first);
     const int64_t lines = (bytes + kLine - 1) / kLine;
     for (int64_t l = 0; l < lines; ++l) add({line + l * kLine, stride});
   }
-  void add(Walk walk) {
-    if (count_ < kMost) list_[count_++] = walk;
+  void add(Stream stream) {
+    if (count_ < kMost) list_[count_++] = stream;
   }
   int count() const { return count_; }
-  const Walk* list() const { return list_; }
+  const Stream* list() const { return list_; }
 
  private:
   static constexpr int kMost = 64;
-  Walk list_[kMost];
+  Stream list_[kMost];
   int count_ = 0;
 };
 
@@ -44,17 +44,18 @@ class Ahead {
   // `rows` rows of `bytes` bytes, `stride` bytes apart.
   void block(const void* first, int64_t stride, int64_t rows, int64_t bytes) {
     const int64_t lines = (bytes + kLine - 1) / kLine;
-    if (rows > 0 && lines > 0) add({static_cast<const char*>(first), lines, stride, lines * ((rows + kWalk - 1) / kWalk)});
+    if (rows > 0 && lines > 0)
+      add({static_cast<const char*>(first), lines, stride, lines * ((rows + kStream - 1) / kStream)});
   }
   void contiguous(const void* first, int64_t bytes) {
-    if (bytes > 0) add({static_cast<const char*>(first), 0, kLine, (bytes + kWalk * kLine - 1) / (kWalk * kLine)});
+    if (bytes > 0) add({static_cast<const char*>(first), 0, kLine, (bytes + kStream * kLine - 1) / (kStream * kLine)});
   }
-  // Add this call's share to its walks.
-  void share(Walks& walks) {
+  // Add this call's share to its streams.
+  void share(Streams& streams) {
     const int64_t until = total_ * ++call_ / calls_;
     for (; next_ < until; ++next_, ++within_) {
-      if (within_ == pieces_[piece_].walks) ++piece_, within_ = 0;
-      walks.add(pieces_[piece_].walk(within_));
+      if (within_ == pieces_[piece_].streams) ++piece_, within_ = 0;
+      streams.add(pieces_[piece_].stream(within_));
     }
   }
 
@@ -62,14 +63,14 @@ class Ahead {
   static constexpr int kMost = 8;  // pieces; more are forgotten
   struct Piece {
     const char* first;
-    int64_t lines, stride, walks;
-    Walk walk(int64_t i) const {
-      if (lines == 0) return {first + i * kWalk * kLine, kLine};
-      return {first + i / lines * kWalk * stride + i % lines * kLine, stride};
+    int64_t lines, stride, streams;
+    Stream stream(int64_t i) const {
+      if (lines == 0) return {first + i * kStream * kLine, kLine};
+      return {first + i / lines * kStream * stride + i % lines * kLine, stride};
     }
   };
   void add(Piece piece) {
-    if (count_ < kMost) pieces_[count_++] = piece, total_ += piece.walks;
+    if (count_ < kMost) pieces_[count_++] = piece, total_ += piece.streams;
   }
 
   Piece pieces_[kMost];

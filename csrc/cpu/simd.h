@@ -158,9 +158,9 @@ static inline vf normal_cdf(vf x, vf& density) {
   const vf e = vexp(-z * z);
   density = e * 0.398942280f;
   const vf t = reciprocal(1.f + 0.5f * z);
-  constexpr float kErfcx[] = {2.820933151e-01f,  2.821344273e-01f, 2.464214222e-01f,  1.782110608e-01f,
-                              8.237888119e-02f,  -3.184982138e-02f, 8.775563544e-02f, -4.078488325e-01f,
-                              4.622603388e-01f,  -2.227723284e-01f, 4.121590680e-02f};
+  constexpr float kErfcx[] = {2.820933151e-01f, 2.821344273e-01f,  2.464214222e-01f, 1.782110608e-01f,
+                              8.237888119e-02f, -3.184982138e-02f, 8.775563544e-02f, -4.078488325e-01f,
+                              4.622603388e-01f, -2.227723284e-01f, 4.121590680e-02f};
   vf p = vf{} + kErfcx[10];
 #pragma GCC unroll 10
   for (int i = 9; i >= 0; --i) p = p * t + kErfcx[i];

@@ -3,7 +3,7 @@
 
 #include "columns.h"
 #include "gating.h"
-#include "router.h"
+#include "gating_warp.h"
 #include "scratch.h"
 #include "sums.h"
 
@@ -203,8 +203,7 @@ struct Column {
 // dx of kTogether tokens from `first` of the tile on, and what they add to dshift and dscale.
 template <class X, class S>
 __device__ __forceinline__ void normal_gradient(const Backward<X, S>& b, const Share& share, const Tile& tile,
-                                                int64_t begin, int first, int count, int64_t h, Column& column,
-                                                X* dx) {
+                                                int64_t begin, int first, int count, int64_t h, Column& column, X* dx) {
   float gradients[kTogether][4];
   weigh_experts(b.r, tile.dlogits + first * share.padded, share.padded, h, gradients);
 #pragma unroll

@@ -12,7 +12,7 @@ namespace moe::cuda {
 
 #ifdef MOE_FIBERS
 
-// Few processors, so that a block walks several tiles. MOE_FIBER_ENGINE = simt, sm80, sm90, sm90_middle
+// Few processors, so that a block takes several tiles. MOE_FIBER_ENGINE = simt, sm80, sm90, sm90_middle
 // or sm90_wide: what multiplies.
 Device current_device() { return {0, 3}; }
 

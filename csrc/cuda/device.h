@@ -14,10 +14,10 @@
 #include "../core/error.h"
 #include "stream.h"
 
-#define MOE_CUDA(call)                                                                        \
-  do {                                                                                        \
-    const cudaError_t code = (call);                                                          \
-    MOE_CHECK(code == cudaSuccess, #call, ": ", cudaGetErrorString(code));                    \
+#define MOE_CUDA(call)                                                     \
+  do {                                                                     \
+    const cudaError_t code = (call);                                       \
+    MOE_CHECK(code == cudaSuccess, #call, ": ", cudaGetErrorString(code)); \
   } while (0)
 
 namespace moe::cuda {
@@ -125,8 +125,7 @@ struct AnyFloats {
 // Sum over the lanes of a warp, the same bits in every lane.
 __device__ inline float warp_sum(float value) {
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    value += __shfl_xor_sync(kAllLanes, value, distance);
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
   return value;
 }
 

@@ -4,8 +4,6 @@
 
 #include "device.h"
 
-#include "device.h"
-
 namespace moe::cuda {
 namespace {
 
@@ -33,15 +31,15 @@ struct Picks {
   const float* topk_weights;
 };
 
-// Nobody can raise here: ids outside [0, E) are clamped, lest rows stay unwritten.
+// Nobody can raise here: ids outside [0, E) are clamped, so that every row is written.
 __device__ inline int expert_of(const Picks& picks, int64_t pick) {
   return min(max(picks.topk_ids[pick], 0), picks.E - 1);
 }
 
 // Of 32 picks: which lanes have this lane's expert. Lanes without a pick (-1) only find each other.
-struct Peers {
+struct SameExpertLanes {
   unsigned lanes;
-  __device__ explicit Peers(int expert) : lanes(__match_any_sync(kAllLanes, expert)) {}
+  __device__ explicit SameExpertLanes(int expert) : lanes(__match_any_sync(kAllLanes, expert)) {}
   __device__ int before(int lane) const { return __popc(lanes & ((1u << lane) - 1u)); }
   __device__ int count() const { return __popc(lanes); }
 };
@@ -53,8 +51,8 @@ __device__ void count_picks(const Picks& picks, int64_t begin, int64_t end, int*
   __syncwarp();
   for (int64_t first = begin; first < end; first += kWarp) {
     const int expert = first + lane < end ? expert_of(picks, first + lane) : -1;
-    const Peers peers(expert);
-    if (expert >= 0 && peers.before(lane) == 0) hits[expert] += peers.count();
+    const SameExpertLanes same(expert);
+    if (expert >= 0 && same.before(lane) == 0) hits[expert] += same.count();
     __syncwarp();
   }
 }
@@ -159,10 +157,10 @@ __global__ void __launch_bounds__(kThreads) dispatch_fwd_place(Picks picks, cons
   for (int64_t first = mine.begin; first < mine.end; first += kWarp) {
     const bool live = first + lane < mine.end;
     const int expert = live ? expert_of(picks, first + lane) : -1;
-    const Peers peers(expert);
-    const int rank = peers.before(lane), row = live ? next[warp * E + expert] + rank : 0;
+    const SameExpertLanes same(expert);
+    const int rank = same.before(lane), row = live ? next[warp * E + expert] + rank : 0;
     __syncwarp();
-    if (live && rank == 0) next[warp * E + expert] += peers.count();
+    if (live && rank == 0) next[warp * E + expert] += same.count();
     __syncwarp();
     if (live) place_pick(picks, plan, unsigned(first + lane), expert, row);
   }
@@ -183,8 +181,8 @@ __global__ void __launch_bounds__(kThreads) dispatch_bwd_zeros(int64_t count, fl
   if (i < count) out[i] = 0;
 }
 
-__global__ void __launch_bounds__(kThreads) dispatch_bwd_scatter(int64_t R, const float* drow_weight,
-                                                                 const int32_t* row_pick, float* out) {
+__global__ void __launch_bounds__(kThreads)
+    dispatch_bwd_scatter(int64_t R, const float* drow_weight, const int32_t* row_pick, float* out) {
   const int64_t r = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (r < R) out[row_pick[r]] = drow_weight[r];
 }

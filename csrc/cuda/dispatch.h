@@ -11,6 +11,7 @@ void dispatch_fwd(int64_t T, int64_t K, int64_t E, const int32_t* topk_ids, cons
                   void* workspace, cudaStream_t);
 
 // out (count,) = 0, then out[row_pick[r]] = drow_weight[r]; a pick has at most one row.
-void dispatch_bwd(int64_t R, int64_t count, const float* drow_weight, const int32_t* row_pick, float* out, cudaStream_t);
+void dispatch_bwd(int64_t R, int64_t count, const float* drow_weight, const int32_t* row_pick, float* out,
+                  cudaStream_t);
 
 }  // namespace moe::cuda

@@ -101,7 +101,8 @@ __device__ void store_accumulators(const Product& product, const Tile& tile, int
 #pragma unroll
       for (int half = 0; half < Product::kHalves; ++half) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) values[half][i] = sums[4 * (half * kColumns / 8 + slice * 4 + i / 2) + 2 * h + i % 2];
+        for (int i = 0; i < 8; ++i)
+          values[half][i] = sums[4 * (half * kColumns / 8 + slice * 4 + i / 2) + 2 * h + i % 2];
         gather_columns(values[half]);
       }
       if (row < rows && col < width)

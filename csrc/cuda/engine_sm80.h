@@ -8,7 +8,8 @@
 
 namespace moe::cuda::sm80 {
 
-constexpr int kM = 128, kN = 128, kThreads = 256, kStages = 3, kOperandBytes = kM * kLine, kStageBytes = 2 * kOperandBytes;
+constexpr int kM = 128, kN = 128, kThreads = 256, kStages = 3, kOperandBytes = kM * kLine,
+              kStageBytes = 2 * kOperandBytes;
 constexpr int kWarpM = 32, kWarpN = 64, kSteps = kLine / 32;  // products of a stage: 32 bytes of what is summed over
 constexpr int kSharedBytes = 99 * 1024;                       // of a block on every GPU from sm_80 on
 
@@ -85,8 +86,7 @@ __device__ void multiply_stage(const char* a, const char* b, int warp_m, int war
   for (int step = 0; step < kSteps; ++step) {
     unsigned rows[2][4];
 #pragma unroll
-    for (int block = 0; block < 2; ++block)
-      load_a<T, Product::kA>(rows[block], a, warp_m * kWarpM + block * 16, step);
+    for (int block = 0; block < 2; ++block) load_a<T, Product::kA>(rows[block], a, warp_m * kWarpM + block * 16, step);
 #pragma unroll
     for (int pair = 0; pair < kWarpN / 16; ++pair) {
       unsigned columns[4];

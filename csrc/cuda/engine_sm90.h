@@ -15,9 +15,9 @@ namespace moe::cuda::sm90 {
 using namespace hopper;
 
 constexpr int kM = 128, kK = 64, kGroup = 128, kThreads = 3 * kGroup;
-constexpr int kSlab = 64 * kLine;        // 64 lines: a box of an operand that lies kOuter, or 64 rows of one kInner
+constexpr int kSlab = 64 * kLine;  // 64 lines: a box of an operand that lies kOuter, or 64 rows of one kInner
 constexpr int kSharedBytes = 227 * 1024;  // what a block may use on sm_90
-constexpr int kTurn = 0, kCleared = 2;    // named barriers, one for each multiplying warpgroup
+constexpr int kTurn = 0, kCleared = 2;  // named barriers, one for each multiplying warpgroup
 
 template <class Product, int N>
 struct Config {
@@ -26,8 +26,8 @@ struct Config {
   static constexpr int kABytes = kM * kLine, kBBytes = N * kLine, kStageBytes = kABytes + kBBytes;
   static constexpr int kStages = N == 128 ? 6 : N == 192 ? 5 : 4;
   static constexpr bool kGathers = Product::kGathered != Gathered::kNone;
-  static constexpr int kBoxBytes = (Product::kGathered == Gathered::kA ? 0 : kABytes) +
-                                   (Product::kGathered == Gathered::kB ? 0 : kBBytes);
+  static constexpr int kBoxBytes =
+      (Product::kGathered == Gathered::kA ? 0 : kABytes) + (Product::kGathered == Gathered::kB ? 0 : kBBytes);
   static constexpr int kLoaderRegisters = kGathers ? 72 : 40, kMathRegisters = kGathers ? 216 : 232;
   static constexpr int kOffsets = kStages * kStageBytes;  // barriers, then the table of tiles
   static constexpr int shared_bytes(int table) {
@@ -65,8 +65,7 @@ struct Shared {
 // Boxes of an operand: `outer` is the coordinate along the tile, `row` what is added to the coordinate of rows. Rows are
 // a 2-D tensor; weights have the slice as the last dimension.
 template <Summed LIES, int SIZE>
-__device__ void load_boxes(const TensorMap& map, Barrier& barrier, char* shared, int k, int outer, int row,
-                           int slice) {
+__device__ void load_boxes(const TensorMap& map, Barrier& barrier, char* shared, int k, int outer, int row, int slice) {
   if (LIES == Summed::kInner) {
     load_box(map, barrier, shared, k, row + outer, 0, slice);
   } else {
@@ -161,8 +160,9 @@ __device__ void clear_tail(const Shared<Product, N>& shared, int stage, int rows
 // With `hand_over` the turn goes to the other warpgroup once all products of the tile are issued: it finds the tensor cores
 // at work. All full barriers of the tile have been waited for by then, which is what its view of the ring depends on.
 template <class Product, int N>
-__device__ void multiply_tile(const Tile& tile, const Shared<Product, N>& shared, Ring<Config<Product, N>::kStages>& ring,
-                              int consumer, bool hand_over, float (&sums)[Config<Product, N>::kBlocks][N / 2]) {
+__device__ void multiply_tile(const Tile& tile, const Shared<Product, N>& shared,
+                              Ring<Config<Product, N>::kStages>& ring, int consumer, bool hand_over,
+                              float (&sums)[Config<Product, N>::kBlocks][N / 2]) {
   using C = Config<Product, N>;
   int before = -1;  // the stage whose products may still be at work
   for (int k = tile.k_begin; k < tile.k_end; k += kK, ring.advance()) {
@@ -177,9 +177,9 @@ __device__ void multiply_tile(const Tile& tile, const Shared<Product, N>& shared
     for (int step = 0; step < kK / 16; ++step)
 #pragma unroll
       for (int block = 0; block < C::kBlocks; ++block)
-        multiply<typename Product::T, N, Product::kA, Product::kB>(
-            sums[block], descriptor<Product::kA>(a + block * kSlab, step),
-            descriptor<Product::kB>(shared.b(ring.stage), step));
+        multiply<typename Product::T, N, Product::kA, Product::kB>(sums[block],
+                                                                   descriptor<Product::kA>(a + block * kSlab, step),
+                                                                   descriptor<Product::kB>(shared.b(ring.stage), step));
     commit();
 #pragma unroll
     for (int block = 0; block < C::kBlocks; ++block) keep_order(sums[block]);

@@ -4,14 +4,14 @@
 #include "experts.h"
 #include "products.h"
 
-#define MOE_PRODUCTS(MACRO, T)                                                        \
-  MACRO(Up<T MOE_COMMA false>)                                                        \
-  MACRO(Up<T MOE_COMMA true>)                                                         \
-  MACRO(RowsTimes<T MOE_COMMA Summed::kInner>)                                        \
-  MACRO(RowsTimes<T MOE_COMMA Summed::kOuter>)                                        \
-  MACRO(Dact<T MOE_COMMA false>)                                                      \
-  MACRO(Dact<T MOE_COMMA true>)                                                       \
-  MACRO(Dweight<T MOE_COMMA Gathered::kA>)                                            \
+#define MOE_PRODUCTS(MACRO, T)                 \
+  MACRO(Up<T MOE_COMMA false>)                 \
+  MACRO(Up<T MOE_COMMA true>)                  \
+  MACRO(RowsTimes<T MOE_COMMA Summed::kInner>) \
+  MACRO(RowsTimes<T MOE_COMMA Summed::kOuter>) \
+  MACRO(Dact<T MOE_COMMA false>)               \
+  MACRO(Dact<T MOE_COMMA true>)                \
+  MACRO(Dweight<T MOE_COMMA Gathered::kA>)     \
   MACRO(Dweight<T MOE_COMMA Gathered::kB>)
 #define MOE_COMMA ,
 
@@ -26,7 +26,7 @@ struct Tiling {
 struct Launch {
   Device device;
   Tiling tiling;
-  int tiles;     // at most so many, whatever the routing
+  int tiles;  // at most so many, whatever the routing
   int64_t rows;  // routed ones
   cudaStream_t stream;
 };

@@ -12,10 +12,10 @@ constexpr int64_t kKept = 8192;  // keys of a group in shared memory: four block
 
 struct Choice {
   int64_t T, G, C;  // tokens: all, of a group, those that an expert takes of it
-  int64_t rows;     // of an expert: its tokens in all groups
+  int64_t rows;  // of an expert: its tokens in all groups
   int E;
   const float* affinities;  // (T, E)
-  int32_t* row_of;          // (E, T): the row of a token at an expert; ~row where it has none, row being the next one
+  int32_t* row_of;  // (E, T): the row of a token at an expert; ~row where it has none, row being the next one
 };
 
 // Affinities as unsigned integers in the same order: -0 equals 0, NaN is above infinity as in torch's sort.

@@ -131,19 +131,24 @@ void dact(const Call& call, const ExpertWeights& w, const T* dout, bool combined
 // out (E, M, N) and shared_out (Ms, Ns) = sums of left^T right over the rows, once `sums` have been done.
 template <class T, Gathered GATHERED>
 void dweight(const Call& call, Pair<const T> left, Pair<const T> right, bool gather, int64_t M, int64_t Ms, int64_t N,
-             int64_t Ns, void* out, void* shared_out, float* const (&partials)[2],
-             std::vector<SumJob>& sums) {
+             int64_t Ns, void* out, void* shared_out, float* const (&partials)[2], std::vector<SumJob>& sums) {
   const MoeSizes& s = call.s;
   const Tiling tiling = call.weight_tiling(N);
   const Parts parts = parts_of(call, tiling, M, N);
   const bool shared = s.Is > 0;
   Dweight<T, GATHERED> p{};
-  p.tiles = {call.groups(), int(ceil_div(M, tiling.m)), int(ceil_div(N, tiling.n)), parts.split,
-             shared ? int(ceil_div(Ms, tiling.m)) : 0, shared ? int(ceil_div(Ns, tiling.n)) : 0, parts.shared_split};
+  p.tiles = {call.groups(),
+             int(ceil_div(M, tiling.m)),
+             int(ceil_div(N, tiling.n)),
+             parts.split,
+             shared ? int(ceil_div(Ms, tiling.m)) : 0,
+             shared ? int(ceil_div(Ns, tiling.n)) : 0,
+             parts.shared_split};
   p.left = left.routed, p.shared_left = left.shared, p.right = right.routed, p.shared_right = right.shared;
   p.row_token = gather ? call.plan.row_token : nullptr;
   p.out = static_cast<T*>(out), p.shared_out = static_cast<T*>(shared_out);
-  p.partials = parts.split > 1 ? partials[0] : nullptr, p.shared_partials = parts.shared_split > 1 ? partials[1] : nullptr;
+  p.partials = parts.split > 1 ? partials[0] : nullptr,
+  p.shared_partials = parts.shared_split > 1 ? partials[1] : nullptr;
   p.M = int(M), p.Ms = int(Ms), p.N = int(N), p.Ns = int(Ns);
   const int64_t tiles = s.E * p.tiles.num_m * p.tiles.num_n * parts.split;
   call.run(p, tiling, tiles + int64_t(p.tiles.shared_num_m) * p.tiles.shared_num_n * parts.shared_split);
@@ -194,8 +199,7 @@ void backward(const Call& call, const ExpertWeights& w, const T* x, const T* dou
   sum.T = s.T, sum.H = s.H, sum.dtype = s.dtype, sum.rows = b.dx.routed, sum.out = dx;
   sum.token_row_offsets = call.plan.token_row_offsets, sum.token_rows = call.plan.token_rows;
   sum.shared = s.Is ? b.dx.shared : nullptr;
-  if (combined)
-    sum.parts = b.parts, sum.num_parts = b.num_parts, sum.drow_weight = drow_weight;
+  if (combined) sum.parts = b.parts, sum.num_parts = b.num_parts, sum.drow_weight = drow_weight;
   combine_fwd(sum, call.stream);
 }
 
@@ -268,7 +272,7 @@ void moe_mlp_fwd(const MoeSizes& s, const PlanView& plan, const ExpertWeights& w
     sum.shared = s.Is ? f.y.shared : nullptr, sum.out = out;
     if (residual)
       sum.residual = residual->residual, sum.gate = residual->gate, sum.residual_dtype = residual->dtype,
-      sum.gate_dtype = residual->gate_dtype,      sum.B = residual->B, sum.y = residual->y;
+      sum.gate_dtype = residual->gate_dtype, sum.B = residual->B, sum.y = residual->y;
     combine_fwd(sum, stream);
   });
 }

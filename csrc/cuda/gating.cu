@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "columns.h"
-#include "router.h"
+#include "gating_warp.h"
 #include "sums.h"
 
 namespace moe::cuda {
@@ -110,8 +110,8 @@ void gating_bwd(const GatingSizes& s, const float* dtopk_weights, const DProbs& 
   with_dtype(s.dtype, [&](auto element) {
     using S = decltype(element);
     const auto kernel = share.experts == 8 ? gating_bwd_products<S, 8> : gating_bwd_products<S, 16>;
-    launch(kernel, blocks, share.cut.threads, shared, stream, r, share, static_cast<const S*>(x),
-           static_cast<S*>(dx), partials);
+    launch(kernel, blocks, share.cut.threads, shared, stream, r, share, static_cast<const S*>(x), static_cast<S*>(dx),
+           partials);
   });
   ordered_sum(partials, share.chunks, s.E * s.H, dweight, Dtype::kFloat32, stream);
 }

@@ -12,8 +12,9 @@ void gating_fwd(const GatingSizes&, const void* x, const float* weight, float* p
 // As moe::gating_bwd; dtopk_weights may be null. The workspace holds partial sums over blocks of tokens,
 // which are added in order.
 int64_t gating_bwd_workspace_bytes(const GatingSizes&);
-void gating_bwd(const GatingSizes&, const float* dtopk_weights, const DProbs& dprobs, const void* x, const float* weight,
-                const int32_t* topk_ids, const float* probs, void* dx, float* dweight, void* workspace, cudaStream_t);
+void gating_bwd(const GatingSizes&, const float* dtopk_weights, const DProbs& dprobs, const void* x,
+                const float* weight, const int32_t* topk_ids, const float* probs, void* dx, float* dweight,
+                void* workspace, cudaStream_t);
 
 // adaLN: x (B, L, H), shift and scale (B, H), each of its own dtype; tokens (T, H) of GatingSizes::dtype; T = B L.
 struct Modulation {

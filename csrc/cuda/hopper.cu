@@ -27,9 +27,9 @@ TensorMap tensor_map(Dtype dtype, const void* data, const int64_t (&sizes)[4], c
   for (int i = 0; i < 4; ++i) extent[i] = cuuint64_t(sizes[i]), boxes[i] = cuuint32_t(box[i]);
   for (int i = 0; i < 3; ++i) bytes[i] = cuuint64_t(strides[i + 1] * dtype_bytes(dtype));
   TensorMap map;
-  const CUresult code = encoder()(&map, type, 4, const_cast<void*>(data), extent, bytes, boxes, steps,
-                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult code =
+      encoder()(&map, type, 4, const_cast<void*>(data), extent, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   MOE_CHECK(code == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(code), " for a tensor of ", sizes[3], " x ",
             sizes[2], " x ", sizes[1], " x ", sizes[0]);
   return map;

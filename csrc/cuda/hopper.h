@@ -7,11 +7,11 @@
 
 #include <utility>
 
+#include "ampere.h"
 #include "cute/arch/copy_sm90_tma.hpp"
 #include "cute/arch/mma_sm90_gmma.hpp"
 #include "cutlass/arch/barrier.h"
 #include "cutlass/arch/reg_reconfig.h"
-#include "ampere.h"
 #include "device.h"
 #include "products.h"
 
@@ -85,8 +85,8 @@ __device__ inline uint64_t shared_address(const void* shared) { return cute::cas
 
 template <class T, int N, cute::SM90::GMMA::Major A, cute::SM90::GMMA::Major B>
 struct Wgmma;
-#define MOE_WGMMA(T, N, NAME)                                                        \
-  template <cute::SM90::GMMA::Major A, cute::SM90::GMMA::Major B>                                \
+#define MOE_WGMMA(T, N, NAME)                                     \
+  template <cute::SM90::GMMA::Major A, cute::SM90::GMMA::Major B> \
   struct Wgmma<T, N, A, B> : cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##_SS<A, B> {};
 MOE_WGMMA(bf16, 128, BF16BF16)
 MOE_WGMMA(bf16, 192, BF16BF16)

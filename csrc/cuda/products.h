@@ -1,9 +1,9 @@
 // The four grouped products of the experts room: what they multiply, which tile comes when, what becomes of a tile.
 // How a tile is multiplied is the business of the engines (engine_simt.h, engine_sm80.h, engine_sm90.h).
 #pragma once
+#include "../core/shapes.h"
 #include "activation.h"
 #include "device.h"
-#include "../core/shapes.h"
 
 namespace moe::cuda {
 
@@ -43,10 +43,10 @@ struct Tile {
 // What the end of a product reads beside its sums: nothing, or Kept of the product. An engine asks for it one step ahead.
 struct Nothing {};
 
-constexpr int kBand = 8;  // tiles in m that are walked for one n before the next: neighbours in time share operands
+constexpr int kBand = 8;  // tiles in m that come for one n before the next: neighbours in time share operands
 
 // Tile `index` of num_m x num_n, n slower than m in bands.
-__device__ inline void walk(int index, int num_m, int num_n, Tile& tile) {
+__device__ inline void order_tiles(int index, int num_m, int num_n, Tile& tile) {
   const int band = index / (kBand * num_n), within = index % (kBand * num_n);
   const int size = min(num_m - band * kBand, kBand);
   tile.m = band * kBand + within % size;
@@ -88,8 +88,8 @@ struct RowTiles {
     }
     tile.group = tile.shared ? groups.E : low;
     tile.first = groups.first(tile.group), tile.rows = groups.rows(tile.group);
-    walk(tile.shared ? index - routed : index - table[low] * num_n, int(ceil_div(tile.rows, BLOCK_M)),
-         tile.shared ? shared_num_n : num_n, tile);
+    order_tiles(tile.shared ? index - routed : index - table[low] * num_n, int(ceil_div(tile.rows, BLOCK_M)),
+                tile.shared ? shared_num_n : num_n, tile);
     return tile;
   }
 };
@@ -98,7 +98,7 @@ struct RowTiles {
 template <class T>
 struct RowsTimesWeights {
   RowTiles tiles;
-  const T* rows;         // (R, K), or (T, K) with row_token
+  const T* rows;  // (R, K), or (T, K) with row_token
   const T* shared_rows;  // (T, Ks)
   const int32_t* row_token;
   Weights from;  // slices (halves N, K), or (K, N); of an index (N, K), or (K / matrices, N)
@@ -147,7 +147,9 @@ struct Up : RowsTimesWeights<T_> {
   T* gate_up;
   T* shared_gate_up;
 
-  __device__ Matrix<T> b(const Tile& tile, int part) const { return this->template weights<Summed::kInner>(tile, part); }
+  __device__ Matrix<T> b(const Tile& tile, int part) const {
+    return this->template weights<Summed::kInner>(tile, part);
+  }
   __device__ Kept kept(const Tile&, int, int) const { return {}; }
   __device__ float store(const Tile& tile, int row, int col, const float (&gate)[8], const float (&up)[8],
                          const Kept&) const {
@@ -294,7 +296,7 @@ struct WeightTiles {
     const int within = tile.shared ? index : index % (area * split);
     const int one = tile.shared ? shared_num_m * shared_num_n : area;
     tile.part = within / one;
-    walk(within % one, tile.shared ? shared_num_m : num_m, tile.shared ? shared_num_n : num_n, tile);
+    order_tiles(within % one, tile.shared ? shared_num_m : num_m, tile.shared ? shared_num_n : num_n, tile);
     return tile;
   }
 };
@@ -310,14 +312,14 @@ struct Dweight {
   static constexpr Gathered kGathered = GATHERED;
   static constexpr bool kRowSum = false, kLongEpilogue = false;
   WeightTiles tiles;
-  const T* left;         // (R or T, M)
+  const T* left;  // (R or T, M)
   const T* shared_left;  // (T, Ms)
-  const T* right;        // (R or T, N)
+  const T* right;  // (R or T, N)
   const T* shared_right;
   const int32_t* row_token;  // null: both sides have a row per routed row
-  T* out;                    // (E, M, N)
-  T* shared_out;             // (Ms, Ns)
-  float* partials;           // (split, E, M, N), null where split is 1
+  T* out;  // (E, M, N)
+  T* shared_out;  // (Ms, Ns)
+  float* partials;  // (split, E, M, N), null where split is 1
   float* shared_partials;
   int M, Ms, N, Ns;
 

@@ -69,7 +69,8 @@ inline void load_transposed(unsigned (&to)[4], const void* row) {
     const int lane = fibers::lane();
     for (int i = 0; i < 4; ++i)
       for (int half = 0; half < 2; ++half)
-        std::memcpy(reinterpret_cast<char*>(&to[i]) + 2 * half, lanes[8 * i + lane % 4 * 2 + half].row + lane / 4 * 2, 2);
+        std::memcpy(reinterpret_cast<char*>(&to[i]) + 2 * half, lanes[8 * i + lane % 4 * 2 + half].row + lane / 4 * 2,
+                    2);
   });
 }
 

@@ -185,8 +185,8 @@ void test_gated_residual_bwd(int64_t B, int64_t L, int64_t H, Dtype dtype, Dtype
   const Floats gate = random_values(B * H, 1, dtype);
   Buffer bdout(dtype, dout), by(y_dtype, y), bgate(dtype, gate), dy(y_dtype, T * H), dgate(dtype, B * H);
   Buffer workspace(Dtype::kFloat32, cuda::gated_residual_bwd_workspace_bytes(B, T, H) / 4);
-  cuda::gated_residual_bwd(B, T, H, dtype, y_dtype, dtype, bdout.data(), by.data(), bgate.data(), dy.data(), dgate.data(),
-                           workspace.data(), nullptr);
+  cuda::gated_residual_bwd(B, T, H, dtype, y_dtype, dtype, bdout.data(), by.data(), bgate.data(), dy.data(),
+                           dgate.data(), workspace.data(), nullptr);
   Doubles want(size_t(T * H)), want_dgate(size_t(B * H));
   for (int64_t i = 0; i < T * H; ++i) {
     const int64_t b = i / H / L * H + i % H;

@@ -92,11 +92,16 @@ struct Plan {
   Ints counts, offsets, row_token, row_pick, token_row_offsets, token_rows;
   Floats row_weight;
   Plan(int64_t T, int64_t E, int64_t R)
-      : counts(E, -7), offsets(E + 1, -7), row_token(R, -7), row_pick(R, -7), token_row_offsets(T + 1, -7),
-        token_rows(R, -7), row_weight(poisoned(R)) {}
+      : counts(E, -7),
+        offsets(E + 1, -7),
+        row_token(R, -7),
+        row_pick(R, -7),
+        token_row_offsets(T + 1, -7),
+        token_rows(R, -7),
+        row_weight(poisoned(R)) {}
   PlanOut out() {
-    return {counts.data(),   offsets.data(),           row_token.data(), row_weight.data(),
-            row_pick.data(), token_row_offsets.data(), token_rows.data()};
+    return {row_weight.data(),        counts.data(),    offsets.data(), row_token.data(), row_pick.data(),
+            token_row_offsets.data(), token_rows.data()};
   }
   void take_tokens_rows(const std::vector<Ints>& rows_of) {
     token_row_offsets[0] = 0;

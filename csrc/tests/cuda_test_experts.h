@@ -58,8 +58,12 @@ struct Layer {
   KindOfWeights gate_up, down;
   Plan plan;
   Layer(const MoeSizes& sizes, int64_t K)
-      : s(sizes), x(s.dtype, random_values(s.T * s.H, 1, s.dtype)), dout(s.dtype, random_values(s.T * s.H, 1, s.dtype)),
-        gate_up(s, s.halves()), down(s, 1), plan(s.T, s.E, s.R) {
+      : s(sizes),
+        x(s.dtype, random_values(s.T * s.H, 1, s.dtype)),
+        dout(s.dtype, random_values(s.T * s.H, 1, s.dtype)),
+        gate_up(s, s.halves()),
+        down(s, 1),
+        plan(s.T, s.E, s.R) {
     Ints ids(size_t(s.R)), workspace(size_t(cuda::dispatch_workspace_bytes(s.T, K, s.E) / 4));
     for (int64_t i = 0; i < s.R; ++i) ids[i] = int32_t((i / K * 7 + i % K * 3) % s.E);
     const Floats weights = random_values(s.R, 1, Dtype::kFloat32);
@@ -76,7 +80,7 @@ struct Layer {
     out.emplace_back(Dtype::kFloat32, size_t(s.R));
     const auto of = [&](int i) -> char* { return out[i].bytes.empty() ? nullptr : out[i].data(); };
     const ExpertWeights w{gate_up.weights(gate_up_indexed), down.weights(down_indexed)};
-    const PlanView view{plan.offsets.data(), plan.row_token.data(), plan.row_weight.data(),
+    const PlanView view{plan.row_weight.data(), plan.offsets.data(), plan.row_token.data(),
                         plan.token_row_offsets.data(), plan.token_rows.data()};
     const int64_t bytes = std::max(cuda::moe_mlp_fwd_workspace_bytes(s), cuda::moe_mlp_bwd_workspace_bytes(s, false));
     Buffer workspace(Dtype::kFloat32, size_t(bytes / 4));
@@ -94,8 +98,9 @@ void test_weights_anywhere(const char* engine, MoeSizes s, int64_t K) {
   const std::vector<Buffer> want = layer.run(false, false);
   for (const auto& [gate_up, down] : std::vector<std::array<bool, 2>>{{true, true}, {true, false}, {false, true}}) {
     const std::vector<Buffer> got = layer.run(gate_up, down);
-    const std::string name = label("weights anywhere", s.dtype, s.T, s.H, s.E, K, s.I, s.Is, int(s.activation), gate_up,
-                                   down) + " " + engine;
+    const std::string name =
+        label("weights anywhere", s.dtype, s.T, s.H, s.E, K, s.I, s.Is, int(s.activation), gate_up, down) + " " +
+        engine;
     for (size_t i = 0; i < want.size(); ++i) {
       const Floats values = got[i].floats();
       const bool finite = std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });

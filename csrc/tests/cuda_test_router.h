@@ -52,8 +52,7 @@ struct Gating {
       Ints order(s.E);
       std::iota(order.begin(), order.end(), 0);
       std::stable_sort(order.begin(), order.end(), [p](int a, int b) { return p[a] > p[b]; });
-      for (int64_t k = 0; k < s.K; ++k)
-        good &= ids[t * s.K + k] == order[k] && topk[t * s.K + k] == p[order[k]];
+      for (int64_t k = 0; k < s.K; ++k) good &= ids[t * s.K + k] == order[k] && topk[t * s.K + k] == p[order[k]];
     }
     expect(good, name + " picks");
   }
@@ -64,7 +63,8 @@ struct Gating {
     for (int64_t t = 0; t < s.T; ++t) {
       double mean = 0;
       double* d = &out[t * s.E];
-      for (int64_t e = 0; e < s.E && !dprobs.empty(); ++e) d[e] = dprobs[int64_t(dprobs.size()) == s.E ? e : t * s.E + e];
+      for (int64_t e = 0; e < s.E && !dprobs.empty(); ++e)
+        d[e] = dprobs[int64_t(dprobs.size()) == s.E ? e : t * s.E + e];
       for (int64_t k = 0; k < s.K && !dtopk.empty(); ++k) d[ids[t * s.K + k]] += dtopk[t * s.K + k];
       for (int64_t e = 0; e < s.E; ++e) mean += d[e] * probs[t * s.E + e];
       for (int64_t e = 0; e < s.E; ++e) d[e] = probs[t * s.E + e] * (d[e] - mean);
@@ -97,7 +97,8 @@ struct Gating {
     Buffer workspace(Dtype::kFloat32, cuda::gating_bwd_workspace_bytes(s) / 4);
     Floats dweight = poisoned(s.E * s.H);
     cuda::gating_bwd(s, with_topk ? dtopk.data() : nullptr,
-                     with_probs ? DProbs{dprobs.data(), one_row ? 0 : s.E} : DProbs{}, stored.data(), weight.data(), ids.data(), probs.data(), dx.data(), dweight.data(), workspace.data(), nullptr);
+                     with_probs ? DProbs{dprobs.data(), one_row ? 0 : s.E} : DProbs{}, stored.data(), weight.data(),
+                     ids.data(), probs.data(), dx.data(), dweight.data(), workspace.data(), nullptr);
     const Doubles d = dlogits(dtopk, dprobs);
     expect_close(dx.floats(), weighed(d), s.dtype, name + " dx");
     expect_close(dweight, outer(d, x), Dtype::kFloat32, name + " dweight");

@@ -80,7 +80,8 @@ inline void load_box(const TensorMap& map, Barrier& b, void* shared, int c0, int
             const int64_t at[] = {c0 + i0, c1 + i1, c2 + i2, c3 + i3};
             int64_t offset = 0;
             bool live = true;
-            for (int d = 0; d < 4; ++d) live = live && at[d] >= 0 && at[d] < map.sizes[d], offset += at[d] * map.strides[d];
+            for (int d = 0; d < 4; ++d)
+              live = live && at[d] >= 0 && at[d] < map.sizes[d], offset += at[d] * map.strides[d];
             char* into = static_cast<char*>(shared) + line * 128 + ((i0 * 2) ^ (line % 8 * 16));
             live ? std::memcpy(into, map.data + offset * 2, 2) : std::memset(into, 0, 2);
           }

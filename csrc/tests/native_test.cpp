@@ -106,8 +106,17 @@ Written test_placed(const Case& c, const Layout& layout, const Layout& grad_layo
   moe_mlp_bwd(s, plan, w, bx.data(), bdout.data(), gate_up.data(), shared_gate_up.data(), bdx.data(), drow.data(),
               grads.table);
   const ExpertTable& g = grads.table;
-  Written got{bout.bytes, bdx.bytes, {}, {}, drow, grads.gate_up(g.gate, g.up), grads.values(g.down),
-              grads.gate_up(g.shared_gate, g.shared_up), grads.values(g.shared_down), {}, {}};
+  Written got{bout.bytes,
+              bdx.bytes,
+              {},
+              {},
+              drow,
+              grads.gate_up(g.gate, g.up),
+              grads.values(g.down),
+              grads.gate_up(g.shared_gate, g.shared_up),
+              grads.values(g.shared_down),
+              {},
+              {}};
   expect(relative_error(bout.floats(), c.out) < limit, where + " out");
   expect(relative_error(bdx.floats(), c.dx) < limit, where + " dx");
   expect(relative_error(drow, c.drow) < limit, where + " drow_weight");
@@ -192,7 +201,8 @@ void test_half() {
     assign(scalar, value);
     lost += scalar.bits != i && !std::isnan(value);
     const float middle = value + (next - value) / 2;
-    floats[3 * i] = middle, floats[3 * i + 1] = std::nextafter(middle, value), floats[3 * i + 2] = std::nextafter(middle, next);
+    floats[3 * i] = middle, floats[3 * i + 1] = std::nextafter(middle, value),
+               floats[3 * i + 2] = std::nextafter(middle, next);
   }
   const int32_t offsets[] = {0, 1}, row = 0;
   kernels().combine[2][2](halves.data(), nullptr, offsets, &row, nullptr, back.data(), count, 0, 1);
@@ -256,7 +266,8 @@ void test_expert_choice() {
   affinities[2 * E] = affinities[5 * E] = affinities[6 * E] = affinities[7 * E] = 9;  // a tie of four for three places
   Plan plan(T, E, R);
   dispatch_expert_choice_fwd(T, E, capacity, group, affinities.data(), 3, plan.out());
-  expect(plan.row_token[0] == 2 && plan.row_token[1] == 5 && plan.row_token[2] == 6, "expert choice: lowest tokens win");
+  expect(plan.row_token[0] == 2 && plan.row_token[1] == 5 && plan.row_token[2] == 6,
+         "expert choice: lowest tokens win");
   for (int64_t r = 0; r < R; ++r)
     expect(plan.row_weight[r] == affinities[plan.row_pick[r]] && plan.row_pick[r] / E == plan.row_token[r],
            "expert choice: weight and pick");
@@ -287,12 +298,12 @@ int main(int, char** argv) {
   using A = Activation;
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
     test_layer({40, 64, 4, 80, 96, 48, dtype, A::kSwiGLU, 1}, 2, "mixed");
-    test_layer({37, 33, 5, 111, 50, 17, dtype, A::kSwiGLU, 1}, 3, "mixed");   // nothing is a multiple of a vector
-    test_layer({60, 48, 6, 120, 40, 0, dtype, A::kGELU, 1}, 2, "mixed");      // no shared expert
+    test_layer({37, 33, 5, 111, 50, 17, dtype, A::kSwiGLU, 1}, 3, "mixed");  // nothing is a multiple of a vector
+    test_layer({60, 48, 6, 120, 40, 0, dtype, A::kGELU, 1}, 2, "mixed");  // no shared expert
     test_layer({23, 35, 4, 46, 21, 13, dtype, A::kGELU, 1}, 2, "mixed");
-    test_layer({19, 40, 7, 38, 24, 8, dtype, A::kSwiGLU, 1}, 2, "skewed");    // all tokens to two experts, five empty
-    test_layer({1, 16, 3, 1, 8, 8, dtype, A::kSwiGLU, 1}, 1, "mixed");        // one token
-    test_layer({0, 16, 3, 0, 8, 8, dtype, A::kSwiGLU, 1}, 1, "mixed");        // no token at all
+    test_layer({19, 40, 7, 38, 24, 8, dtype, A::kSwiGLU, 1}, 2, "skewed");  // all tokens to two experts, five empty
+    test_layer({1, 16, 3, 1, 8, 8, dtype, A::kSwiGLU, 1}, 1, "mixed");  // one token
+    test_layer({0, 16, 3, 0, 8, 8, dtype, A::kSwiGLU, 1}, 1, "mixed");  // no token at all
     test_layer({600, 24, 2, 600, 600, 0, dtype, A::kSwiGLU, 1}, 1, "mixed");  // K longer than one chunk, both ways
   }
   test_changed_weights_are_noticed();

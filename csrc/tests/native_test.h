@@ -69,7 +69,8 @@ struct Buffer {
   Floats floats() const {
     Floats out(bytes.size() / size_t(dtype_bytes(dtype)));
     with_dtype(dtype, [&](auto element) {
-      for (size_t i = 0; i < out.size(); ++i) out[i] = to_float(reinterpret_cast<const decltype(element)*>(bytes.data())[i]);
+      for (size_t i = 0; i < out.size(); ++i)
+        out[i] = to_float(reinterpret_cast<const decltype(element)*>(bytes.data())[i]);
     });
     return out;
   }
@@ -80,7 +81,7 @@ struct Buffer {
 struct Layout {
   std::string name;
   bool scattered;  // each in memory of its own, made in shuffled order, rows padded; else (E, 2I, H), or (E, H, 2I)
-  bool up_first;   // [up; gate]
+  bool up_first;  // [up; gate]
   bool gate_transposed, transposed;  // the latter: up and down
 };
 const Layout kLayouts[] = {{"stacked", false, false, false, false},
@@ -117,7 +118,8 @@ class Placed {
     for (const Matrices* half : {&gate, &up}) {
       if (!half->present()) continue;
       Floats own(n * one);
-      for (size_t e = 0; e < n; ++e) std::copy_n(&values[(halves * e + (half == &up ? halves - 1 : 0)) * one], one, &own[e * one]);
+      for (size_t e = 0; e < n; ++e)
+        std::copy_n(&values[(halves * e + (half == &up ? halves - 1 : 0)) * one], one, &own[e * one]);
       set(*half, own.data());
     }
   }
@@ -164,13 +166,17 @@ class Placed {
     down = empty(n, s_.H, I, layout_.transposed, s_.dtype);
     if (layout_.scattered) return scatter({&gate, &up, &down});
     stack({&down});
-    if (s_.halves() == 1) stack({&up});
-    else if (layout_.up_first) stack({&up, &gate});
-    else stack({&gate, &up});
+    if (s_.halves() == 1)
+      stack({&up});
+    else if (layout_.up_first)
+      stack({&up, &gate});
+    else
+      stack({&gate, &up});
   }
   // One allocation of (n, sum of rows, columns), or transposed.
   void stack(const std::vector<Matrices*>& parts) {
-    const int64_t n = int64_t(parts[0]->data.size()), one = parts[0]->rows * parts[0]->columns, halves = int64_t(parts.size());
+    const int64_t n = int64_t(parts[0]->data.size()), one = parts[0]->rows * parts[0]->columns,
+                  halves = int64_t(parts.size());
     char* base = static_cast<char*>(allocate(n * halves * one));
     for (int64_t half = 0; half < halves; ++half) {
       Matrices& m = *parts[size_t(half)];
@@ -205,11 +211,11 @@ struct Plan {
   Plan(int64_t T, int64_t E, int64_t R)
       : counts(E), offsets(E + 1), row_token(R), row_pick(R), token_row_offsets(T + 1), token_rows(R), row_weight(R) {}
   PlanOut out() {
-    return {counts.data(),   offsets.data(),           row_token.data(), row_weight.data(),
-            row_pick.data(), token_row_offsets.data(), token_rows.data()};
+    return {row_weight.data(),        counts.data(),    offsets.data(), row_token.data(), row_pick.data(),
+            token_row_offsets.data(), token_rows.data()};
   }
   PlanView view() const {
-    return {offsets.data(), row_token.data(), row_weight.data(), token_row_offsets.data(), token_rows.data()};
+    return {row_weight.data(), offsets.data(), row_token.data(), token_row_offsets.data(), token_rows.data()};
   }
 };
 

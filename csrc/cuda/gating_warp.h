@@ -223,7 +223,8 @@ struct RouterGradient {
 template <int lanes>
 __device__ __forceinline__ void router_gradient(const RouterGradient& r, int64_t t, bool live, int padded, float* row) {
   const int lane = threadIdx.x % lanes;
-  for (int e = lane; e < padded; e += lanes) row[e] = live && e < r.E && r.dprobs.rows ? r.dprobs.rows[t * r.dprobs.stride + e] : 0;
+  for (int e = lane; e < padded; e += lanes)
+    row[e] = live && e < r.E && r.dprobs.rows ? r.dprobs.rows[t * r.dprobs.stride + e] : 0;
   __syncwarp();
   if (live && r.dtopk_weights)
     for (int k = lane; k < r.K; k += lanes) row[r.topk_ids[t * r.K + k]] += r.dtopk_weights[t * r.K + k];

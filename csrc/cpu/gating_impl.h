@@ -1,28 +1,10 @@
-// Per-token kernels of one ISA level: combine and the router's products; and the peak loop.
+// Gating: the router's products and its softmax, once for all ISA levels.
 #pragma once
 #include "micro.h"
 
 namespace moe {
 namespace MOE_LEVEL {
 namespace {
-
-template <class Y, class S>
-void combine(const void* y, const float* row_weight, const int32_t* token_row_offsets, const int32_t* token_rows,
-             const void* shared, void* out, int64_t H, int64_t begin, int64_t end) {
-  for (int64_t t = begin; t < end; ++t)
-    for (int64_t h = 0; h < H; h += W) {
-      const int64_t n = H - h;
-      vf value{};
-      for (int32_t i = token_row_offsets[t]; i < token_row_offsets[t + 1]; ++i) {
-        const int64_t row = token_rows[i];
-        const vf routed = load(static_cast<const Y*>(y) + row * H + h, n);
-        value += row_weight ? row_weight[row] * routed : routed;
-      }
-      // last: one rounding at its magnitude instead of one per row
-      if (shared) value += load(static_cast<const Y*>(shared) + t * H + h, n);
-      store(static_cast<S*>(out) + t * H + h, value, n);
-    }
-}
 
 // Tokens and experts whose sums are held in registers together.
 constexpr int kTokenBlock = W == 16 ? 4 : 2;
@@ -49,8 +31,7 @@ inline void logits_block(const S* x, const float* weight, float* out, int64_t H,
 template <int tokens, class S>
 inline void logits_rows(const S* x, const float* weight, float* out, int64_t H, int64_t E) {
   int64_t e = 0;
-  for (; e + kExpertBlock <= E; e += kExpertBlock)
-    logits_block<tokens, kExpertBlock>(x, weight + e * H, out + e, H, E);
+  for (; e + kExpertBlock <= E; e += kExpertBlock) logits_block<tokens, kExpertBlock>(x, weight + e * H, out + e, H, E);
   for (; e < E; ++e) logits_block<tokens, 1>(x, weight + e * H, out + e, H, E);
 }
 
@@ -119,27 +100,6 @@ void logits_dweight(const float* dlogits, const void* x, float* dweight, int64_t
       logits_dweight_block<kExpertBlock>(dlogits + e, column, dweight + e * H + h, T, H, E, n);
     for (; e < E; ++e) logits_dweight_block<1>(dlogits + e, column, dweight + e * H + h, T, H, E, n);
   }
-}
-
-template <class C>
-double peak(int64_t iterations) {
-  alignas(64) uint32_t a[MR] = {};
-  alignas(64) uint32_t b[NR] = {};
-  vf acc[MR][2] = {};
-  asm volatile("" : : "r"(a), "r"(b) : "memory");
-  const vf b0 = loadu<vf>(b), b1 = loadu<vf>(b + W);
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) asm volatile("" : "+x"(acc[r][0]), "+x"(acc[r][1]));  // not known to be equal
-  for (int64_t k = 0; k < iterations; ++k) {
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-      multiply_add<C>(acc[r][0], a, b0);
-      multiply_add<C>(acc[r][1], a, b1);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) asm volatile("" : : "x"(acc[r][0]), "x"(acc[r][1]));
-  return double(iterations) * MR * NR * C::kPair * 2;
 }
 
 }  // namespace

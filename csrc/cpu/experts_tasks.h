@@ -67,7 +67,8 @@ class Engine {
     std::vector<Group> pieces;
     for (const Group& g : all) {
       const int64_t cuts = std::max<int64_t>(1, ceil_div(forward_bytes(g), kWaveBytes));
-      for (int64_t c = 0; c < cuts && g.rows > 0; ++c) pieces.push_back(slice(g, g.rows * c / cuts, g.rows * (c + 1) / cuts));
+      for (int64_t c = 0; c < cuts && g.rows > 0; ++c)
+        pieces.push_back(slice(g, g.rows * c / cuts, g.rows * (c + 1) / cuts));
     }
     prepare(pieces, &Engine::forward_bytes);
     waves(pieces, &Engine::forward_bytes, [&](std::vector<Group>& wave) {
@@ -100,8 +101,10 @@ class Engine {
       }
       gather(wave, x, &Group::x);
       compute_gate_up(wave, free);
-      if (by_row) gather(in_row_order(wave, plan), dout, &Group::dout);
-      else gather(wave, dout, &Group::dout);
+      if (by_row)
+        gather(in_row_order(wave, plan), dout, &Group::dout);
+      else
+        gather(wave, dout, &Group::dout);
       columns(wave, table_.dact[int(compute_)], panel_, &Group::I);
       for (const Group& g : wave)
         if (g.drow_weight_parts) sum_parts(g, drow_weight + (g.row_token - plan.row_token));
@@ -117,7 +120,9 @@ class Engine {
     return ceil_div(g.*width, width == &Group::I && sizes_.halves() == 2 ? panel_ / 2 : panel_);
   }
   int64_t packed_gate_up_bytes(const Group& g) const { return panels(g, &Group::I) * panel_bytes(g.H); }
-  int64_t packed_bytes(const Group& g) const { return packed_gate_up_bytes(g) + panels(g, &Group::H) * panel_bytes(g.I); }
+  int64_t packed_bytes(const Group& g) const {
+    return packed_gate_up_bytes(g) + panels(g, &Group::H) * panel_bytes(g.I);
+  }
   void pack(const Group& g, char* out) const {
     parallel_ranges(sizes_.threads, panels(g, &Group::I), 1, [&](int64_t begin, int64_t end) {
       table_.pack_gate_up_proj[int(compute_)](g, begin, end, out + begin * panel_bytes(g.H));
@@ -155,7 +160,8 @@ class Engine {
   }
   int64_t backward_bytes(const Group& g) const {
     const int64_t again = g.gate_up ? 0 : g.halves() * g.I * dtype_bytes(sizes_.dtype);
-    return g.rows * ((2 * g.ld_h + (1 + g.halves()) * g.ld_i) * dtype_bytes(elem_) + ceil_div(g.I, panel_) * 4 + again) +
+    return g.rows *
+               ((2 * g.ld_h + (1 + g.halves()) * g.ld_i) * dtype_bytes(elem_) + ceil_div(g.I, panel_) * 4 + again) +
            6 * (kSlackBytes + 64);
   }
   int64_t scratch_stride() const { return Workspace::padded(scratch_bytes(sizes_.H, std::max(sizes_.I, sizes_.Is))); }
@@ -304,8 +310,10 @@ class Engine {
       const int64_t cuts_f = std::clamp<int64_t>(shares.tasks(g, 6) / cuts_p, least, features);  // six such products
       for (int64_t f = 0; f < cuts_f; ++f)
         for (int64_t p = 0; p < cuts_p; ++p)
-          tasks.push_back({&g, kind, {half, features * f / cuts_f, features * (f + 1) / cuts_f, panels * p / cuts_p,
-                                      panels * (p + 1) / cuts_p}});
+          tasks.push_back({&g,
+                           kind,
+                           {half, features * f / cuts_f, features * (f + 1) / cuts_f, panels * p / cuts_p,
+                            panels * (p + 1) / cuts_p}});
     };
     for (const Group& g : wave) {
       for (int64_t half = 0; half < g.halves(); ++half) add_blocks(g, 0, half, g.dhalf_proj(half), g.I, g.H);
