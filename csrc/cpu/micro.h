@@ -56,8 +56,8 @@ template <class C, bool kColumns, int rows>
 void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, float* out, int64_t ldo, bool add,
            const Streams& streams) {
   constexpr int kNear = 8 * MR / rows;  // k steps: few rows need the next line sooner
-  constexpr bool kStreams = rows > 4;  // with fewer B comes at the speed of memory, and a stream only delays it (10 %)
-  constexpr int kBases = kColumns ? 1 : (rows + 2) / 3;
+  constexpr bool kAhead = rows > 4;  // with fewer B comes at the speed of memory, and a stream only delays it (10 %)
+  constexpr int kBases = kColumns ? 1 : (rows + 2) / 3;  // x86 reaches base, base + lda and base + 2 lda in one address
   const uint32_t* base[kBases];
 #pragma GCC unroll 8
   for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * lda;
@@ -71,11 +71,11 @@ void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, flo
       const char* ahead = reinterpret_cast<const char*>(out);
       int64_t step = 0;
       if (stream != last) ahead = stream->at, step = stream->step, ++stream;
-      for (const int64_t stop = min64(end, k + kStream); k < stop; ++k) {
+      for (const int64_t stop = min64(end, k + kStreamLines); k < stop; ++k) {
         const vf b0 = loadu<vf>(b), b1 = loadu<vf>(b + W);
         __builtin_prefetch(b + kNear * NR);
         if (NR * 4 > kLine) __builtin_prefetch(b + kNear * NR + W);
-        if (kStreams) __builtin_prefetch(ahead, 0, 2);
+        if (kAhead) __builtin_prefetch(ahead, 0, 2);
         ahead += step;
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {

@@ -7,7 +7,7 @@ namespace MOE_LEVEL {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int kStream = 16;  // prefetches of one stream
+constexpr int kStreamLines = 16;  // prefetches of one stream
 
 struct Stream {
   const char* at;
@@ -17,7 +17,7 @@ struct Stream {
 // The streams of one micro-kernel call. More than it has steps for are forgotten: prefetches are only hints.
 class Streams {
  public:
-  // Every line of `rows` <= kStream rows of `bytes` bytes, `stride` bytes apart.
+  // Every line of `rows` <= kStreamLines rows of `bytes` bytes, `stride` bytes apart.
   void rows(const void* first, int64_t stride, int64_t bytes) {
     const char* line = static_cast<const char*>(first);
     const int64_t lines = (bytes + kLine - 1) / kLine;
@@ -45,10 +45,11 @@ class Ahead {
   void block(const void* first, int64_t stride, int64_t rows, int64_t bytes) {
     const int64_t lines = (bytes + kLine - 1) / kLine;
     if (rows > 0 && lines > 0)
-      add({static_cast<const char*>(first), lines, stride, lines * ((rows + kStream - 1) / kStream)});
+      add({static_cast<const char*>(first), lines, stride, lines * ((rows + kStreamLines - 1) / kStreamLines)});
   }
   void contiguous(const void* first, int64_t bytes) {
-    if (bytes > 0) add({static_cast<const char*>(first), 0, kLine, (bytes + kStream * kLine - 1) / (kStream * kLine)});
+    if (bytes > 0)
+      add({static_cast<const char*>(first), 0, kLine, (bytes + kStreamLines * kLine - 1) / (kStreamLines * kLine)});
   }
   // Add this call's share to its streams.
   void share(Streams& streams) {
@@ -65,8 +66,8 @@ class Ahead {
     const char* first;
     int64_t lines, stride, streams;
     Stream stream(int64_t i) const {
-      if (lines == 0) return {first + i * kStream * kLine, kLine};
-      return {first + i / lines * kStream * stride + i % lines * kLine, stride};
+      if (lines == 0) return {first + i * kStreamLines * kLine, kLine};
+      return {first + i / lines * kStreamLines * stride + i % lines * kLine, stride};
     }
   };
   void add(Piece piece) {
