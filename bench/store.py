@@ -184,7 +184,7 @@ def _proc_field(path: str, name: str) -> str | None:
 def versions() -> dict:
     """Return the versions of Python, this project and what it computes with; packages not installed are left out."""
     found = {"python": platform.python_version()}
-    for package in ("moe-kernels", *PACKAGES):
+    for package in ("dit-moe-kernels", *PACKAGES):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

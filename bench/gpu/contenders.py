@@ -40,7 +40,7 @@ class Contender:
 
     @property
     def ours(self) -> bool:
-        return self.package == "moe-kernels"
+        return self.package == "dit-moe-kernels"
 
     @property
     def bound(self) -> float:
@@ -157,11 +157,11 @@ def _compiled_loop(case: Case) -> workloads.Workload:
 
 _ROOMS = ("gating", "dispatch", "experts", "combine", "layer")
 CONTENDERS = (
-    Contender("triton", package="moe-kernels", levels=_ROOMS, device="cuda"),
-    Contender("cuda", package="moe-kernels", levels=_ROOMS, device="cuda"),
-    Contender("native", package="moe-kernels", levels=_ROOMS, device="cpu"),
-    Contender("grouped", package="moe-kernels", levels=_ROOMS),
-    Contender("eager", package="moe-kernels", levels=_ROOMS),
+    Contender("triton", package="dit-moe-kernels", levels=_ROOMS, device="cuda"),
+    Contender("cuda", package="dit-moe-kernels", levels=_ROOMS, device="cuda"),
+    Contender("native", package="dit-moe-kernels", levels=_ROOMS, device="cpu"),
+    Contender("grouped", package="dit-moe-kernels", levels=_ROOMS),
+    Contender("eager", package="dit-moe-kernels", levels=_ROOMS),
     Contender("authors_tp1"),
     Contender("sorted_loop"),
     Contender("grouped_mm", _layer(grouped_mm)),

@@ -156,6 +156,6 @@ def where(row: dict) -> str:
 
 def version(backend: str, row: dict) -> str:
     """Return the package that computes: torch for its own code, triton for what it compiles, else this project."""
-    package = {"grouped": "torch", "eager": "torch", "triton": "triton"}.get(backend, "moe-kernels")
-    commit = f" ({row['commit'][:10]})" if package == "moe-kernels" and row["commit"] else ""
+    package = {"grouped": "torch", "eager": "torch", "triton": "triton"}.get(backend, "dit-moe-kernels")
+    commit = f" ({row['commit'][:10]})" if package == "dit-moe-kernels" and row["commit"] else ""
     return f"{package} {row['versions'][package]}{commit}" if package in row["versions"] else ""

@@ -74,7 +74,7 @@ class Contender:
     @property
     def version(self) -> str:
         """Name and version of whose code it is; call `use(library)` first."""
-        package = "moe-kernels" if self.ours else DISTRIBUTIONS.get(self.library, self.library) or "torch"
+        package = "dit-moe-kernels" if self.ours else DISTRIBUTIONS.get(self.library, self.library) or "torch"
         return f"{package} {metadata.version(package)}"
 
 
