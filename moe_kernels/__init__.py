@@ -1,5 +1,6 @@
 """Mixture-of-experts layers for diffusion transformers: four rooms, one plan, several backends."""
 
+from . import _installation  # first: says what to do where torch is missing
 from ._checks import set_nonfinite
 from .adapters import replace_moe, restore_moe
 from .backends import BackendInfo, backends
@@ -8,6 +9,8 @@ from .ops import aux_loss, combine, dispatch, dispatch_expert_choice, experts, g
 from .packing import packed_weights
 from .plan import RoutingPlan
 from .routing import ExpertChoice, TokenChoice
+
+_installation.warn_of_namesake()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -23,7 +23,7 @@ from bench.instrument.outputs import command, without_paths
 SCHEMA = 2
 MAX_SAMPLES = 200  # per row; more tell nothing new about a median
 REQUIRED = ("schema", "kind", "date", "commit", "dirty", "command", "machine", "versions")
-DISTRIBUTION = "moe-kernels"
+DISTRIBUTION = "dit-moe-kernels"
 PACKAGES = ("torch", "triton", "numpy", "scipy", "scikit-learn", "pytest-benchmark")
 ROOT = Path(__file__).parents[2]
 GRAMMAR = ("and", "or", "not", "(", ")")  # of -k

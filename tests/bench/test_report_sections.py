@@ -107,7 +107,7 @@ def test_backends_say_where_they_ran_or_why_not(monkeypatch, tmp_path):
     monkeypatch.setattr(overview, "VERIFIED", known)
     native, cuda = overview.backends(all_rows())
     assert native["verified"] == ["EPYC, 2026-01-01: fp32"] and native["label"] == ""
-    assert native["places"][0].endswith("2 threads") and native["version"].startswith("moe-kernels ")
+    assert native["places"][0].endswith("2 threads") and native["version"].startswith("dit-moe-kernels ")
     assert cuda == {**cuda, "places": [], "reason": "no <GPU>", "label": "not yet run on hardware"}
     known.write_text("{}")
     assert [b["label"] for b in overview.backends(all_rows())] == ["", "not yet run on hardware"], "native ran here"
