@@ -1,6 +1,6 @@
 """What adaLN puts around the layer: LayerNorm, modulation and gating in one pass; gate and residual, and back.
 
-Programs stay inside one image, so that sums over an image need no atomics: they write partial sums, added in
+Programs stay inside one image, so that sums over an image need no atomics: they write partial sums, which are added in
 order later.
 """
 

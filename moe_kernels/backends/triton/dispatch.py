@@ -13,7 +13,7 @@ from . import grid, tiles
 
 HISTOGRAM = 4096  # elements of the (picks, experts) table of a program
 CHOOSING = 2048  # tokens that a program of expert choice looks at together
-PROGRAMS = 2  # that place picks, on a processor
+PROGRAMS = 2  # of token choice, on a processor
 
 
 @triton.jit

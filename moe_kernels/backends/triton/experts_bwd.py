@@ -147,8 +147,7 @@ def experts_bwd_dact(
 
 
 def dact(dout: Tensor, x: Tensor, plan, down_proj: Weight, gate_up: Pair, combined: bool) -> tuple[Pair, Pair, Tensor]:
-    """Return dgate_up (R, 2I) and row_weight act (R, I), each with the shared expert's, and the partial sums of
-    drow_weight, (R, tiles of columns)."""
+    """Return dgate_up (R, 2I) and row_weight act (R, I), both with the shared expert's; drow_weight's partial sums."""
     (T, H), R, E, I = x.shape, plan.num_rows, plan.num_experts, down_proj[0].shape[-1]
     Is = grid.width(down_proj[1])
     dgate_up, shared_dgate_up = (torch.empty_like(t) for t in gate_up)
@@ -283,8 +282,9 @@ def _splits(out: Tensor, plan, tile: tiles.Tile, shared_shape: tuple[int, ...]) 
 def dweight(
     left: Pair, right: Pair, plan, shapes: Sequence[tuple[int, ...]], gather: tuple[bool, bool]
 ) -> tuple[Pair, list[tuple[Tensor, Tensor]]]:
-    """Return the gradients of a weight (E, M, N) and of its shared counterpart, sums over rows of left^T right, and
-    what `sum_in_order` has to do before they are ready.
+    """Return the gradients of a weight (E, M, N) and of its shared counterpart: sums over rows of left^T right.
+
+    With them comes what `sum_in_order` has to do before they are ready.
 
     gather: which side has a row per token instead of a row per routed row.
     """

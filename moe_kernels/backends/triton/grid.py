@@ -20,7 +20,7 @@ Weight = tuple[Tensor, Tensor | None, Tensor | None]  # a kind of MoEWeights: th
 def launch(kernel: Any, programs: tuple[int, ...], /, **arguments: Any) -> None:
     """Launch a kernel where there is something to do; multiplications and additions may fuse, as nvcc does.
 
-    This is what kernel[programs](...) does, without one copy of the arguments, of which a product has 35.
+    This is what kernel[programs](...) does, without one copy of the arguments, of which a product has some 35.
     """
     if all(programs):
         kernel.run(grid=programs, warmup=False, enable_fp_fusion=True, **arguments)
@@ -82,8 +82,10 @@ def _descriptor(t: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
 
 
 def place_of(weight: Weight, tma: bool) -> dict[str, Any]:
-    """Return how kernels find the matrices of a weight; descriptors know the steps, and another one might compile the
-    kernel anew."""
+    """Return how kernels find the matrices of a weight.
+
+    Steps are 0 with descriptors, which know them: another value might compile the kernel anew.
+    """
     memory, shared, index = weight
     return {
         "index": given(index, memory),
