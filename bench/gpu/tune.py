@@ -56,23 +56,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def products() -> dict[str, Callable[[SimpleNamespace], Sequence[Tensor]]]:
     """Return the launches of a layer that have a tile, by name, as functions of what `prepare` returns."""
-    from moe_kernels.backends.triton import launches
+    from moe_kernels.backends.triton import experts, experts_bwd, sums
 
     def dact(p: SimpleNamespace) -> Sequence[Tensor]:
-        dgate_up, act, parts = launches.dact(p.dout, p.x, p.plan, p.down_proj, p.gate_up, True)
-        return *dgate_up, *act, parts.sum(1)  # how many parts there are depends on the tile
+        dgate_up, act, partials = experts_bwd.dact(p.dout, p.x, p.plan, p.down_proj, p.gate_up, True)
+        return *dgate_up, *act, partials.sum(1)  # how many partial sums there are depends on the tile
 
     def dweight(left: Any, right: Any, p: SimpleNamespace, weight: Any, gather: tuple[bool, bool]) -> Sequence[Tensor]:
         shapes = [t.shape for t in weight if t is not None]
-        gradients, pending = launches.dweight(left, right, p.plan, shapes, gather)
-        launches.sum_in_order(*pending)
+        gradients, pending = experts_bwd.dweight(left, right, p.plan, shapes, gather)
+        sums.sum_in_order(*pending)
         return gradients
 
     return {
-        "up": lambda p: sum(launches.up(p.x, p.plan, p.gate_up_proj, p.down_proj, True), ()),
-        "down": lambda p: launches.rows_times(p.act, p.down_proj, p.plan, p.x, k_inner=True),
+        "up": lambda p: sum(experts.up(p.x, p.plan, p.gate_up_proj, p.down_proj, True), ()),
+        "down": lambda p: experts.rows_times(p.act, p.down_proj, p.plan, p.x, k_inner=True),
         "dact": dact,
-        "dx": lambda p: launches.rows_times(p.dgate_up, p.gate_up_proj, p.plan, p.x, k_inner=False),
+        "dx": lambda p: experts.rows_times(p.dgate_up, p.gate_up_proj, p.plan, p.x, k_inner=False),
         "dgate_up_proj": lambda p: dweight(p.dgate_up, (p.x, p.x), p, p.gate_up_proj, (False, True)),
         "ddown_proj": lambda p: dweight((p.dout, p.dout), p.act, p, p.down_proj, (True, False)),
     }
@@ -80,15 +80,15 @@ def products() -> dict[str, Callable[[SimpleNamespace], Sequence[Tensor]]]:
 
 def prepare(case: Case) -> SimpleNamespace:
     """Make what the products of a layer read, for the routed experts and the shared one; weights are stacked."""
-    from moe_kernels.backends.triton import launches
+    from moe_kernels.backends.triton import experts, experts_bwd
 
     p = make_inputs(case)
     plan = moe_kernels.dispatch(p.topk_ids, p.topk_weights, case.shape.E, "triton")
     q = SimpleNamespace(x=p.x, dout=torch.randn_like(p.x), plan=plan)
     q.gate_up_proj = p.gate_up_proj, p.shared_gate_up_proj, None
     q.down_proj = p.down_proj, p.shared_down_proj, None
-    q.act, q.gate_up = launches.up(q.x, plan, q.gate_up_proj, q.down_proj, True)
-    q.dgate_up = launches.dact(q.dout, q.x, plan, q.down_proj, q.gate_up, True)[0]
+    q.act, q.gate_up = experts.up(q.x, plan, q.gate_up_proj, q.down_proj, True)
+    q.dgate_up = experts_bwd.dact(q.dout, q.x, plan, q.down_proj, q.gate_up, True)[0]
     return q
 
 

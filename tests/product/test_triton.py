@@ -22,11 +22,11 @@ from moe_kernels.weights import MoEWeights
 from tests.contenders import BACKENDS, gradients, moe_compute, moe_ours
 from tests.trap_cases import BY_NAME, DEVICE, draw_router, make_problem
 
-triton_backend = pytest.importorskip("moe_kernels.backends.triton", exc_type=ImportError)
-launches, tiles = triton_backend.launches, triton_backend.tiles
+triton_backend = pytest.importorskip("moe_kernels.backends.triton.backend", exc_type=ImportError)
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+from moe_kernels.backends.triton import gating, grid, tiles  # noqa: E402
 from moe_kernels.backends.triton.experts import rounded  # noqa: E402
 
 where_it_runs = pytest.mark.skipif(
@@ -48,16 +48,16 @@ def count_launches(shape, T, monkeypatch) -> tuple[int, int]:
     w = MoEWeights(new(shape.E, 2 * shape.I, shape.H), new(shape.E, shape.H, shape.I), *shared)
 
     def counting(way):
-        def launch(kernel, grid, *args, **options):
-            counts[way] += all(grid)
+        def launch(kernel, programs, **arguments):
+            counts[way] += all(programs)
 
         return launch
 
-    monkeypatch.setattr(launches, "launch", counting(0))
+    monkeypatch.setattr(grid, "launch", counting(0))
     topk_weights, topk_ids, probs = backend.gating(x, gate_weight, shape.K)
     plan = backend.dispatch(topk_ids, topk_weights, shape.E)
     _, *saved = backend.moe_mlp(x, plan, w, "swiglu", True)
-    monkeypatch.setattr(launches, "launch", counting(1))
+    monkeypatch.setattr(grid, "launch", counting(1))
     _, drow_weight, *_ = backend.moe_mlp_bwd(x, x, plan, w, *saved, "swiglu")
     backend.dispatch_bwd(drow_weight, plan.row_pick, T * shape.K)
     backend.gating_bwd(drow_weight.view(T, shape.K), probs, x, gate_weight, topk_ids, probs)
@@ -235,7 +235,7 @@ def test_operands_that_the_copy_engine_cannot_take_go_as_pointers():
     even, odd = weight[:-1].view(2, 16, 32), weight[1:].view(2, 16, 32)
     narrow, empty = torch.zeros(2, 16, 3, device=DEVICE), even[:0]
     for pair, tma in (((even, None), True), ((even, odd[0]), False), ((narrow, None), False), ((empty, None), False)):
-        used, operands = launches._operands(tile, *((t, (1, 16, 16)) for t in pair))
+        used, operands = grid.operands(tile, *((t, (1, 16, 16)) for t in pair))
         assert used == tma and all(isinstance(operand, torch.Tensor) != tma for operand in operands)
 
 
@@ -248,9 +248,9 @@ def test_logits_that_are_not_finite_leave_the_plan_whole(value, seed):
     """
     T, E, K = 37, 5, 2
     x, gate_weight = draw_router(T, 32, E, K, torch.float32, 1.0, seed)
-    expected = launches.gating_fwd(x, gate_weight, K)
+    expected = gating.forward(x, gate_weight, K)
     x[11] = value
-    weights, ids, probs = launches.gating_fwd(x, gate_weight, K)
+    weights, ids, probs = gating.forward(x, gate_weight, K)
     others = torch.arange(T) != 11
     for got, good in zip((weights, ids, probs), expected, strict=True):
         assert torch.equal(got[others], good[others])

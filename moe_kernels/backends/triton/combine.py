@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from . import grid
+from .grid import Pair
 
 
 @triton.jit
@@ -25,8 +30,8 @@ def combine_fwd(
     WEIGHTED: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     GATED: tl.constexpr,
-    PARTS: tl.constexpr,
-    PARTS_PADDED: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    PARTIALS_PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -35,7 +40,7 @@ def combine_fwd(
     out = y, or with GATED residual + gate_b y, b the image of L tokens, and y besides.
 
     In the backward of the layer rows are dx_rows, unweighted, and every row also gets its
-    drow_weight = sum of its PARTS partial sums, in order: each row belongs to exactly one token.
+    drow_weight = sum of its PARTIALS partial sums, in order: each row belongs to exactly one token.
     """
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     live_t = tokens < T
@@ -52,11 +57,11 @@ def combine_fwd(
         if WEIGHTED:
             value *= tl.load(row_weight + row, mask=has, other=0.0).to(tl.float32)[:, None]
         total += value
-        if PARTS > 0:
+        if PARTIALS > 0:
             if tl.program_id(1) == 0:
-                parts = tl.arange(0, PARTS_PADDED)
-                live = has[:, None] & (parts < PARTS)[None, :]
-                summands = tl.load(partial_drow_weight + row[:, None] * PARTS + parts[None, :], mask=live, other=0.0)
+                i = tl.arange(0, PARTIALS_PADDED)
+                live = has[:, None] & (i < PARTIALS)[None, :]
+                summands = tl.load(partial_drow_weight + row[:, None] * PARTIALS + i[None, :], mask=live, other=0.0)
                 tl.store(drow_weight + row, tl.sum(summands, 1), mask=has)
     at = tokens.to(tl.int64)[:, None] * H + h[None, :]
     live = live_t[:, None] & live_h[None, :]
@@ -67,6 +72,90 @@ def combine_fwd(
         factor = tl.load(gate + (tokens // L).to(tl.int64)[:, None] * H + h[None, :], mask=live, other=0.0)
         total = tl.load(residual + at, mask=live, other=0.0).to(tl.float32) + factor.to(tl.float32) * total
     tl.store(out + at, total, mask=live)
+
+
+def sum_rows(
+    rows: Pair, plan, out: Tensor, weighted: bool, partials: Tensor | None = None, drow_weight: Tensor | None = None
+) -> Tensor:
+    """Fill out (T, H) with every token's sum of its rows (R, H), and of the shared ones (T, H).
+
+    With partials (R, n) fill drow_weight (R,) with their sums.
+    """
+    _forward(
+        rows,
+        plan,
+        residual=out,
+        gate=out,
+        out=out,
+        y=out,
+        tokens_per_image=1,
+        weighted=weighted,
+        gated=False,
+        partials=partials,
+        drow_weight=drow_weight,
+    )
+    return out
+
+
+def sum_rows_gated(rows: Pair, plan, residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """Return residual + gate_b y (T, H), and fill y with every token's weighted sum of its rows and the shared one."""
+    out = torch.empty_like(residual)
+    _forward(
+        rows,
+        plan,
+        residual=residual,
+        gate=gate,
+        out=out,
+        y=y,
+        tokens_per_image=out.shape[0] // max(gate.shape[0], 1),
+        weighted=True,
+        gated=True,
+        partials=None,
+        drow_weight=None,
+    )
+    return out
+
+
+def _forward(
+    rows: Pair,
+    plan,
+    residual: Tensor,
+    gate: Tensor,
+    out: Tensor,
+    y: Tensor,
+    tokens_per_image: int,
+    weighted: bool,
+    gated: bool,
+    partials: Tensor | None,
+    drow_weight: Tensor | None,
+) -> None:
+    (T, H), num_partials = out.shape, grid.width(partials)
+    block_h = min(512, triton.next_power_of_2(H))
+    grid.launch(
+        combine_fwd,
+        (triton.cdiv(T, 8), triton.cdiv(H, block_h)),
+        rows=rows[0],
+        row_weight=plan.row_weight,
+        token_row_offsets=plan.token_row_offsets,
+        token_rows=plan.token_rows,
+        shared=grid.given(rows[1], out),
+        residual=residual,
+        gate=gate,
+        out=out,
+        y=y,
+        partial_drow_weight=grid.given(partials, out),
+        drow_weight=grid.given(drow_weight, out),
+        T=T,
+        L=tokens_per_image,
+        H=H,
+        WEIGHTED=weighted,
+        HAS_SHARED=rows[1] is not None,
+        GATED=gated,
+        PARTIALS=num_partials,
+        PARTIALS_PADDED=triton.next_power_of_2(max(num_partials, 1)),
+        BLOCK_T=8,
+        BLOCK_H=block_h,
+    )
 
 
 @triton.jit
@@ -96,3 +185,24 @@ def combine_bwd(
         product += gradient * tl.load(y_rows + at, mask=live, other=0.0).to(tl.float32)
         tl.store(dy_rows + at, weight[:, None] * gradient, mask=live)
     tl.store(drow_weight + rows, tl.sum(product, 1), mask=live_r)
+
+
+def backward(dout: Tensor, y_rows: Tensor, plan) -> tuple[Tensor, Tensor]:
+    """Return dy_rows (R, H) and drow_weight (R,), of dout (T, H) and y_rows (R, H)."""
+    R, H = y_rows.shape
+    dy_rows, drow_weight = torch.empty_like(y_rows), torch.empty_like(plan.row_weight)
+    grid.launch(
+        combine_bwd,
+        (triton.cdiv(R, 16),),
+        dout=dout,
+        y_rows=y_rows,
+        row_token=plan.row_token,
+        row_weight=plan.row_weight,
+        dy_rows=dy_rows,
+        drow_weight=drow_weight,
+        R=R,
+        H=H,
+        BLOCK_R=16,
+        BLOCK_H=min(512, triton.next_power_of_2(H)),
+    )
+    return dy_rows, drow_weight

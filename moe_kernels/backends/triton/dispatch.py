@@ -7,6 +7,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from . import grid, tiles
+
+HISTOGRAM = 4096  # elements of the (picks, experts) table of a program
+CHOOSING = 2048  # tokens that a program of expert choice looks at together
+PROGRAMS = 2  # of token choice, on a processor
 
 
 @triton.jit
@@ -96,6 +103,47 @@ def dispatch_place(
         tl.store(token_row_offsets + token, token * K, mask=live & (k == 0))
 
 
+def token_choice(topk_ids: Tensor, topk_weights: Tensor, plan) -> None:
+    """Fill a plan from the picks of each token, (T, K)."""
+    R, K, E, E_PADDED = topk_ids.numel(), topk_ids.shape[1], plan.num_experts, grid.padded(plan.num_experts)
+    block = max(16, HISTOGRAM // E_PADDED)
+    chunk = block * triton.cdiv(R, block * PROGRAMS * tiles.device_of(topk_ids).processors)
+    programs = triton.cdiv(R, chunk)
+    counts = topk_ids.new_empty((programs, E_PADDED))
+    grid.launch(
+        dispatch_count,
+        (programs,),
+        topk_ids=topk_ids,
+        counts=counts,
+        R=R,
+        chunk=chunk,
+        E=E,
+        E_PADDED=E_PADDED,
+        BLOCK=block,
+    )
+    grid.launch(
+        dispatch_place,
+        (programs,),
+        topk_ids=topk_ids,
+        topk_weights=topk_weights,
+        counts=counts,
+        expert_counts=plan.expert_counts,
+        expert_offsets=plan.expert_offsets,
+        row_token=plan.row_token,
+        row_weight=plan.row_weight,
+        row_pick=plan.row_pick,
+        token_row_offsets=plan.token_row_offsets,
+        token_rows=plan.token_rows,
+        R=R,
+        chunk=chunk,
+        E=E,
+        K=K,
+        E_PADDED=E_PADDED,
+        BLOCK=block,
+        BLOCK_COUNTS=64,
+    )
+
+
 @triton.jit
 def dispatch_bwd(drow_weight, row_pick, dweights, R, BLOCK: tl.constexpr):
     """dweights[row_pick_r] = drow_weight_r: every pick has one row at most."""
@@ -103,6 +151,22 @@ def dispatch_bwd(drow_weight, row_pick, dweights, R, BLOCK: tl.constexpr):
     live = rows < R
     pick = tl.load(row_pick + rows, mask=live, other=0)
     tl.store(dweights + pick, tl.load(drow_weight + rows, mask=live, other=0.0), mask=live)
+
+
+def backward(drow_weight: Tensor, row_pick: Tensor, count: int) -> Tensor:
+    """Return (count,): each row's gradient at its pick, zero where no row came from."""
+    R = row_pick.numel()
+    dweights = drow_weight.new_empty(count) if R == count else drow_weight.new_zeros(count)
+    grid.launch(
+        dispatch_bwd,
+        (triton.cdiv(R, 1024),),
+        drow_weight=drow_weight,
+        row_pick=row_pick,
+        dweights=dweights,
+        R=R,
+        BLOCK=1024,
+    )
+    return dweights
 
 
 @triton.jit
@@ -213,3 +277,37 @@ def choice_tokens(
         tl.store(expert_counts + experts, tl.zeros_like(experts) + rows_per_expert, mask=experts < E)
         tl.store(expert_offsets + experts, starts, mask=experts < E)
         tl.store(expert_offsets + E, E * rows_per_expert)
+
+
+def expert_choice(affinities: Tensor, capacity: int, tokens_per_group: int, plan) -> None:
+    """Fill a plan: in every group of tokens, each expert takes the `capacity` largest of its affinities (T, E)."""
+    (T, E), G = affinities.shape, tokens_per_group
+    row_of = plan.row_token.new_empty((E, T))
+    grid.launch(
+        choice_select,
+        (T // G * E,),
+        affinities=affinities,
+        row_of=row_of,
+        row_token=plan.row_token,
+        row_weight=plan.row_weight,
+        row_pick=plan.row_pick,
+        capacity=capacity,
+        G=G,
+        E=E,
+        BLOCK=min(CHOOSING, grid.padded(G)),
+    )
+    block = max(16, HISTOGRAM // grid.padded(E))
+    grid.launch(
+        choice_tokens,
+        (triton.cdiv(T, block),),
+        row_of=row_of,
+        expert_counts=plan.expert_counts,
+        expert_offsets=plan.expert_offsets,
+        token_row_offsets=plan.token_row_offsets,
+        token_rows=plan.token_rows,
+        rows_per_expert=T // G * capacity,
+        T=T,
+        E=E,
+        E_PADDED=grid.padded(E),
+        BLOCK=block,
+    )

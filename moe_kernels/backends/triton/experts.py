@@ -13,9 +13,15 @@ descriptors a tile reads is chosen outside of its loop, so that both go through 
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import grid
+from .grid import Pair, Weight
 from .groups import expert_rows, locate, num_tiles
 
 
@@ -36,10 +42,10 @@ def either(first, condition, second):
 
 
 @triton.jit
-def slice_of(index, group, part, E: tl.constexpr, PARTS: tl.constexpr, INDEXED: tl.constexpr):
-    """Return which slice of its memory the matrix `part`, of PARTS, of a group is in; group E is the shared expert."""
+def slice_of(index, group, half, E: tl.constexpr, HALVES: tl.constexpr, INDEXED: tl.constexpr):
+    """Return which slice of its memory a group's matrix `half`, of HALVES, is in; group E is the shared expert."""
     if INDEXED:
-        return tl.load(index + group * PARTS + part)
+        return tl.load(index + group * HALVES + half)
     return tl.where(group == E, 0, group)
 
 
@@ -83,17 +89,17 @@ def activation(gate, up, GELU: tl.constexpr):
 
 
 @triton.jit
-def halves(t, M: tl.constexpr, N: tl.constexpr):
+def split_columns(t, M: tl.constexpr, N: tl.constexpr):
     """Return the left and the right half of the columns of t (M, N)."""
     return tl.split(tl.permute(tl.reshape(t, (M, 2, N // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def quarters(t, M: tl.constexpr, N: tl.constexpr):
-    """Return the columns of t (M, N) in four parts."""
-    left, right = halves(t, M, N)
-    first, second = halves(left, M, N // 2)
-    third, fourth = halves(right, M, N // 2)
+    """Return the four quarters of the columns of t (M, N), from left to right."""
+    left, right = split_columns(t, M, N)
+    first, second = split_columns(left, M, N // 2)
+    third, fourth = split_columns(right, M, N // 2)
     return first, second, third, fourth
 
 
@@ -112,13 +118,13 @@ def up_epilogue(
     N: tl.constexpr,
 ):
     """Store a slice of columns of experts_fwd_up's tile: fewer registers than all of it at once."""
-    PARTS: tl.constexpr = 1 if GELU else 2
+    HALVES: tl.constexpr = 1 if GELU else 2
     columns = column + tl.arange(0, N)
     live = (rows < last)[:, None] & (columns < width)[None, :]
     at = rows.to(tl.int64)[:, None]
     tl.store(out + at * width + columns[None, :], activation(gate, up, GELU), mask=live)
     if SAVE:
-        wide_at = at * (PARTS * width) + columns[None, :]
+        wide_at = at * (HALVES * width) + columns[None, :]
         tl.store(saved + wide_at, gate, mask=live)
         if not GELU:
             tl.store(saved + width + wide_at, up, mask=live)
@@ -156,7 +162,7 @@ def experts_fwd_up(
     SPECIALIZE: tl.constexpr,
 ):
     """act_r = activation(x[token of r] gate_up_proj_e^T), the rows of x gathered while they are loaded."""
-    PARTS: tl.constexpr = 1 if GELU else 2
+    HALVES: tl.constexpr = 1 if GELU else 2
     start, stop = expert_rows(expert_offsets, E, E_PADDED)
     num_n, shared_num_n = tl.cdiv(I, BLOCK_N), tl.cdiv(SHARED_I, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_tiles(start, stop, T, num_n, shared_num_n, BLOCK_M), tl.num_programs(0)):
@@ -169,8 +175,8 @@ def experts_fwd_up(
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         x_at = x + tokens[:, None] * H + k[None, :]
-        gate_slice = slice_of(index, group, 0, E, PARTS, INDEXED)
-        up_slice = slice_of(index, group, PARTS - 1, E, PARTS, INDEXED)
+        gate_slice = slice_of(index, group, 0, E, HALVES, INDEXED)
+        up_slice = slice_of(index, group, HALVES - 1, E, HALVES, INDEXED)
         up_row = 0 if INDEXED else width
         if TMA:
             weight = either(shared_gate_up_proj, shared, gate_up_proj)
@@ -202,6 +208,51 @@ def experts_fwd_up(
             up_epilogue(gates[i], ups[i], out, saved, rows, last, column, width, GELU, SAVE, BLOCK_N // 4)
 
 
+def _halves_of(gate_up_proj: Weight, down_proj: Weight, E: int) -> int:
+    """Return how many matrices an expert has beside down_proj: gate and up, or up alone."""
+    memory, shared, index = gate_up_proj
+    if index is None:
+        return memory.shape[1] // down_proj[0].shape[-1]
+    return index.numel() // (E + (shared is not None))
+
+
+def up(x: Tensor, plan, gate_up_proj: Weight, down_proj: Weight, save: bool) -> tuple[Pair, Pair]:
+    """Return act (R, I) and gate_up (R, 2I), each with the shared expert's; gate_up is (0,) unless `save`."""
+    (T, H), R, E, I = x.shape, plan.num_rows, plan.num_experts, down_proj[0].shape[-1]
+    Is, halves = grid.width(down_proj[1]), _halves_of(gate_up_proj, down_proj, E)
+    act, shared_act = x.new_empty((R, I)), x.new_empty((T if Is else 0, Is))
+    gate_up = x.new_empty((R, halves * I) if save else 0)
+    shared_gate_up = x.new_empty((T, halves * Is) if save and Is else 0)
+    tile = grid.tile_of("up", x, plan, I, H)
+    tma, weights = grid.operands(tile, *((t, (1, tile.n, tile.k)) for t in gate_up_proj[:2]))
+    grid.launch(
+        experts_fwd_up,
+        grid.programs_of(x, plan, tile, triton.cdiv(I, tile.n), triton.cdiv(Is, tile.n)),
+        x=x,
+        gate_up_proj=weights[0],
+        shared_gate_up_proj=weights[1],
+        expert_offsets=plan.expert_offsets,
+        row_token=plan.row_token,
+        act=act,
+        shared_act=shared_act,
+        gate_up=gate_up,
+        shared_gate_up=shared_gate_up,
+        T=T,
+        H=H,
+        I=I,
+        SHARED_I=Is,
+        E=E,
+        E_PADDED=grid.padded(E),
+        GELU=halves == 1,
+        SAVE=save,
+        PRECISION=grid.input_precision(x),
+        SPECIALIZE=tile.specialize,
+        **grid.place_of(gate_up_proj, tma),
+        **tile.arguments(),
+    )
+    return (act, shared_act), (gate_up, shared_gate_up)
+
+
 @triton.jit
 def experts_rows_times(
     rows_in,
@@ -221,7 +272,7 @@ def experts_rows_times(
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
     K_INNER: tl.constexpr,
-    PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
     INDEXED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -233,7 +284,7 @@ def experts_rows_times(
 ):
     """rows_out_r = rows_in_r W_e^T for a weight (n, N, K) (K_INNER: down_proj), else rows_in_r W_e (gate_up_proj).
 
-    W_e has K rows; of PARTS matrices, one behind the other, each has K / PARTS, a multiple of BLOCK_K.
+    W_e has K rows; of HALVES matrices, one behind the other, each has K / HALVES, a multiple of BLOCK_K.
     """
     start, stop = expert_rows(expert_offsets, E, E_PADDED)
     MASKED: tl.constexpr = K % BLOCK_K or SHARED_K % BLOCK_K or (N % BLOCK_N and not K_INNER)
@@ -246,8 +297,8 @@ def experts_rows_times(
         rows = row + tl.arange(0, BLOCK_M)
         columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
-        matrix = slice_of(index, group, 0, E, PARTS, INDEXED)
-        second = slice_of(index, group, PARTS - 1, E, PARTS, INDEXED)
+        matrix = slice_of(index, group, 0, E, HALVES, INDEXED)
+        second = slice_of(index, group, HALVES - 1, E, HALVES, INDEXED)
         if TMA:
             a, b = either(shared_in, shared, rows_in), either(shared_weight, shared, weight)
         else:
@@ -261,9 +312,9 @@ def experts_rows_times(
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for first in tl.range(0, depth, BLOCK_K, warp_specialize=SPECIALIZE):
             b_slice, b_first = matrix, first
-            if PARTS > 1:
-                beyond = first >= depth // PARTS
-                b_slice, b_first = tl.where(beyond, second, matrix), first - tl.where(beyond, depth // PARTS, 0)
+            if HALVES > 1:
+                beyond = first >= depth // HALVES
+                b_slice, b_first = tl.where(beyond, second, matrix), first - tl.where(beyond, depth // HALVES, 0)
             if TMA:
                 a_tile = a.load([row, first])
                 if K_INNER:
@@ -278,3 +329,41 @@ def experts_rows_times(
             total = multiply(a_tile, b_tile, total, PRECISION)
         out = tl.where(shared, shared_out, rows_out) + rows.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(out, total, mask=(rows < last)[:, None] & (columns < N)[None, :])
+
+
+def rows_times(rows: Pair, weight: Weight, plan, x: Tensor, k_inner: bool) -> Pair:
+    """Return rows_e W_e^T (k_inner, W (N, K)) or rows_e W_e (W (K, N)), (R, N), and the shared expert's (T, N)."""
+    K, Ks, N, E = rows[0].shape[1], 0 if weight[1] is None else rows[1].shape[1], x.shape[1], plan.num_experts
+    out, shared_out = x.new_empty((plan.num_rows, N)), torch.empty_like(x) if Ks else None
+    tile = grid.tile_of("rows_times", x, plan, N, K)
+    num_n = triton.cdiv(N, tile.n)
+    halves = K // weight[0].shape[-1 if k_inner else -2]
+    if halves > 1:
+        tile = tile._replace(k=math.gcd(tile.k, K // halves, Ks // halves))  # no step in two matrices
+    in_block, w_block = (tile.m, tile.k), (1, tile.n, tile.k) if k_inner else (1, tile.k, tile.n)
+    sources = (rows[0], in_block), (rows[1] if Ks else None, in_block), (weight[0], w_block), (weight[1], w_block)
+    tma, operands = grid.operands(tile, *sources)
+    grid.launch(
+        experts_rows_times,
+        grid.programs_of(x, plan, tile, num_n, num_n if Ks else 0),
+        rows_in=operands[0],
+        shared_in=operands[1],
+        weight=operands[2],
+        shared_weight=operands[3],
+        expert_offsets=plan.expert_offsets,
+        rows_out=out,
+        shared_out=grid.given(shared_out, out),
+        T=x.shape[0],
+        K=K,
+        SHARED_K=Ks,
+        N=N,
+        E=E,
+        E_PADDED=grid.padded(E),
+        K_INNER=k_inner,
+        HALVES=halves,
+        PRECISION=grid.input_precision(x),
+        SPECIALIZE=tile.specialize,
+        **grid.place_of(weight, tma),
+        **tile.arguments(),
+    )
+    return out, shared_out

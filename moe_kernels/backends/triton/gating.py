@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .sums import exact_exp
+from . import grid, tiles
+from .sums import exact_exp, sum_in_order
 
 
 @triton.jit
@@ -106,6 +111,49 @@ def gating_fwd(
     picks(logits, tokens, live_t, topk_weights, topk_ids, probs, E, K, E_PADDED)
 
 
+def router_blocks(E: int, most_tokens: int = 32) -> dict[str, int]:
+    """Return how a router's kernels are cut and run: up to `most_tokens` tokens, all experts, features in steps."""
+    experts = grid.padded(E)
+    return {"E_PADDED": experts, "BLOCK_T": most_tokens if experts <= 32 else 16, "BLOCK_H": 64, "num_warps": 4}
+
+
+def incoming(dtopk_weights: Tensor | None, dprobs: Tensor | None, probs: Tensor) -> dict[str, Any]:
+    """Return the gradients that reach a router, as its kernels take them: a stand-in and a flag for what is not there.
+
+    dprobs is (T, E), or one row (1, E) for all tokens.
+    """
+    return {
+        "dtopk_weights": grid.given(dtopk_weights, probs),
+        "dprobs": grid.given(dprobs, probs),
+        "HAS_DTOPK": dtopk_weights is not None,
+        "DPROBS": "none" if dprobs is None else "rows" if dprobs.shape[0] == probs.shape[0] else "row",
+    }
+
+
+def forward(x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return topk_weights (T, K), topk_ids (T, K) int32 and probs (T, E), of x (T, H) and gate_weight (E, H)."""
+    (T, H), E = x.shape, gate_weight.shape[0]
+    topk_weights = x.new_empty((T, top_k), dtype=torch.float32)
+    topk_ids = x.new_empty((T, top_k), dtype=torch.int32)
+    probs = x.new_empty((T, E), dtype=torch.float32)
+    blocks = router_blocks(E)
+    grid.launch(
+        gating_fwd,
+        (triton.cdiv(T, blocks["BLOCK_T"]),),
+        x=x,
+        gate_weight=gate_weight,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        probs=probs,
+        T=T,
+        H=H,
+        E=E,
+        K=top_k,
+        **blocks,
+    )
+    return topk_weights, topk_ids, probs
+
+
 @triton.jit
 def gating_bwd(
     dtopk_weights,
@@ -152,3 +200,33 @@ def gating_bwd(
         tl.store(dx + at[:, None] * H + h[None, :], tl.dot(dlogits, w_tile, input_precision="ieee"), mask=live_x)
         dweight = tl.dot(tl.trans(dlogits), x_tile, dweight, input_precision="ieee")
     tl.store(partial_dweight + (chunk.to(tl.int64) * E + experts[:, None]) * H + h[None, :], dweight, mask=live_w)
+
+
+def backward(
+    dtopk_weights: Tensor | None, dprobs: Tensor | None, x: Tensor, gate_weight: Tensor, topk_ids: Tensor, probs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return dx (T, H) and dgate_weight (E, H)."""
+    (T, H), E, K = x.shape, gate_weight.shape[0], topk_ids.shape[1]
+    dx, dgate_weight = torch.empty_like(x), torch.empty_like(gate_weight)
+    blocks = router_blocks(E)
+    chunk = blocks["BLOCK_T"] * max(1, triton.cdiv(T, blocks["BLOCK_T"] * tiles.device_of(x).processors))
+    partials = x.new_empty((triton.cdiv(T, chunk), E, H), dtype=torch.float32)
+    grid.launch(
+        gating_bwd,
+        (partials.shape[0], triton.cdiv(H, blocks["BLOCK_H"])),
+        x=x,
+        gate_weight=gate_weight,
+        topk_ids=topk_ids,
+        probs=probs,
+        dx=dx,
+        partial_dweight=partials,
+        T=T,
+        tokens_per_chunk=chunk,
+        H=H,
+        E=E,
+        K=K,
+        **incoming(dtopk_weights, dprobs, probs),
+        **blocks,
+    )
+    sum_in_order((partials, dgate_weight))
+    return dx, dgate_weight

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from . import grid
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693359375)  # 10 bits: n LN2_HIGH is exact
@@ -30,6 +33,29 @@ def ordered_sum(partials, out, count, n, other_partials, other_out, other_count,
     i = first + tl.arange(0, BLOCK)
     live = i < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(tl.where(other, other_count, count)):
-        total += tl.load(source + tl.cast(part, tl.int64) * size + i, mask=live, other=0.0)
+    for partial in range(tl.where(other, other_count, count)):
+        total += tl.load(source + tl.cast(partial, tl.int64) * size + i, mask=live, other=0.0)
     tl.store(into + i, total, mask=live)
+
+
+def sum_in_order(*sums: tuple[Tensor, Tensor]) -> None:
+    """For each (partials, out): out = partials[0] + partials[1] + ...; two of them a launch."""
+    for first in range(0, len(sums), 2):
+        partials, out = sums[first]
+        two = first + 1 < len(sums)
+        other_partials, other_out = sums[first + 1] if two else (partials, out)
+        n, other_n = out.numel(), other_out.numel() if two else 0
+        block = min(1024, grid.padded(max(n, other_n)))
+        grid.launch(
+            ordered_sum,
+            (triton.cdiv(n, block) + triton.cdiv(other_n, block),),
+            partials=partials,
+            out=out,
+            count=partials.shape[0],
+            n=n,
+            other_partials=other_partials,
+            other_out=other_out,
+            other_count=other_partials.shape[0],
+            other_n=other_n,
+            BLOCK=block,
+        )

@@ -32,8 +32,14 @@ class Tile(NamedTuple):
 
     def arguments(self) -> dict[str, int]:
         """Return what every launch of a product takes as keyword arguments."""
-        blocks = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "GROUP": self.group}
-        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+        return {
+            "BLOCK_M": self.m,
+            "BLOCK_N": self.n,
+            "BLOCK_K": self.k,
+            "GROUP": self.group,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 @cache

@@ -1,0 +1,96 @@
+"""From tensors to launches: what the launchers beside the kernels share, such as grids, and operands of the products.
+
+Launches go to the current device and stream. Sizes follow from shapes alone: nothing here waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import tiles
+
+Pair = tuple[Tensor, Tensor | None]  # of the routed experts and of the shared one
+Weight = tuple[Tensor, Tensor | None, Tensor | None]  # a kind of MoEWeights: the two memories, and the index
+
+
+def launch(kernel: Any, programs: tuple[int, ...], /, **arguments: Any) -> None:
+    """Launch a kernel where there is something to do; multiplications and additions may fuse, as nvcc does.
+
+    This is what kernel[programs](...) does, without one copy of the arguments, of which a product has some 35.
+    """
+    if all(programs):
+        kernel.run(grid=programs, warmup=False, enable_fp_fusion=True, **arguments)
+
+
+def padded(n: int) -> int:
+    """Return the power of two that a block of n elements takes; products want at least 16."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def width(shared: Tensor | None) -> int:
+    """Return the last size of a tensor, 0 of one that is not there."""
+    return 0 if shared is None else shared.shape[-1]
+
+
+def given(t: Tensor | None, stand_in: Tensor) -> Tensor:
+    """Return what a kernel gets for a tensor that may not be there, and that it will not touch then."""
+    return stand_in if t is None else t
+
+
+def tile_of(kernel: str, x: Tensor, plan, n: int, k: int) -> tiles.Tile:
+    """Return the tile of a product over the rows of a plan, see `tiles.choose`."""
+    rows = plan.num_rows // plan.num_experts
+    return tiles.choose(kernel, tiles.device_of(x), tiles.precision(x.dtype), rows, n, k)
+
+
+def input_precision(x: Tensor) -> str:
+    """Return what kernels call PRECISION."""
+    return "tf32" if tiles.precision(x.dtype) == "tf32" else "ieee"
+
+
+def programs_of(x: Tensor, plan, tile: tiles.Tile, num_n: int, shared_num_n: int) -> tuple[int]:
+    """Return the number of programs: at most what runs at once, at most the tiles that any routing can give."""
+    R, E = plan.num_rows, plan.num_experts
+    most = (R // tile.m + min(E, R)) * num_n + triton.cdiv(x.shape[0], tile.m) * shared_num_n
+    return (min(most, tile.programs * tiles.device_of(x).processors),)
+
+
+def operands(tile: tiles.Tile, *wanted: tuple[Tensor | None, tuple[int, ...]]) -> tuple[bool, list[Any]]:
+    """Return whether descriptors are used, and what a kernel gets for each (tensor, block) or (None, block): its
+    descriptor, or itself; what is None looks like the one before.
+
+    The copy engine wants rows and addresses of 16 bytes: where a tensor has others, all go as tensors.
+    """
+    filled = []
+    for operand in wanted:
+        filled.append(filled[-1] if operand[0] is None else operand)
+    tma = tile.tma and all(
+        t.numel() and t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0 for t, _ in filled
+    )
+    return tma, [_descriptor(*operand) if tma else operand[0] for operand in filled]
+
+
+def _descriptor(t: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """Describe a tensor as blocks of its last sizes; one that lacks sizes in front gets ones."""
+    missing = len(block) - t.dim()
+    sizes, strides = [1] * missing + list(t.shape), [t.numel()] * missing + list(t.stride())
+    return TensorDescriptor(t, sizes, strides, list(block))
+
+
+def place_of(weight: Weight, tma: bool) -> dict[str, Any]:
+    """Return how kernels find the matrices of a weight.
+
+    Steps are 0 with descriptors, which know them: another value might compile the kernel anew.
+    """
+    memory, shared, index = weight
+    return {
+        "index": given(index, memory),
+        "step": 0 if tma or memory.dim() < 3 else memory.stride(0),
+        "shared_step": 0 if tma or shared is None or shared.dim() < 3 else shared.stride(0),
+        "INDEXED": index is not None,
+        "TMA": tma,
+    }
