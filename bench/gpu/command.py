@@ -193,7 +193,7 @@ class Job:
         wheel, start = self.args.wheel, time.monotonic()
         (self.out / "build.log").unlink(missing_ok=True)
         code = 0 if wheel else self._build_wheel()
-        wheel = wheel or next(iter(sorted(self.out.glob("moe_kernels-*.whl"))), None)
+        wheel = wheel or next(iter(sorted(self.out.glob(f"{store.DISTRIBUTION.replace('-', '_')}-*.whl"))), None)
         if not code and wheel:
             code = self._logged("build.log", [*PIP, "install", "--no-deps", "--force-reinstall", str(wheel)])
         if not code and wheel:

@@ -153,7 +153,7 @@ def test_bad_arguments_are_named(tmp_path, capsys):
 
 
 def wheel_in(folder: Path) -> Path:
-    wheel = folder / "moe_kernels-0.1.0-cp312.whl"
+    wheel = folder / "dit_moe_kernels-0.1.0-cp312.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for name in ("_C.so", "_cuda.so", "_checks.py", "layer.py"):
             archive.writestr(f"moe_kernels/{name}", b"whatever")
