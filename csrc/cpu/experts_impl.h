@@ -170,34 +170,38 @@ inline void accumulate_y(const Group& g, const uint32_t* a, int64_t lda_items, c
   }
 }
 
+// One chunk of k of the panels [begin, end).
+struct Round {
+  int64_t k, count, begin, end;
+};
+
 template <class C>
 void down(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
   constexpr int64_t kChunk = kChunkItems * C::kPair;
   const Factor<C> weight = over_inputs<C>(g.down_proj);
   const int64_t width = panels_in_l2(2 * min64(kChunkItems, items_of<C>(g.I)), NR), whole = items_of<C>(g.I);
   const auto* all_packed = static_cast<const uint32_t*>(g.packed_down_proj);
-  for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
-    const int64_t end = min64(panel_end, begin + width);
-    for (int64_t k = 0; k < g.I; k += kChunk) {
-      const int64_t count = min64(kChunk, g.I - k), items = items_of<C>(count);
-      // What the next round reads: the next chunk of these panels, or the first of the next ones.
-      const bool last = k + count == g.I;
-      const int64_t next_k = last ? 0 : k + count, next_count = min64(kChunk, g.I - next_k);
-      const int64_t next = last ? end : begin, next_end = last ? min64(panel_end, end + width) : end;
-      Ahead ahead(Tiles(g.rows).count * (end - begin));
-      const uint32_t* packed = static_cast<const uint32_t*>(scratch);
-      if (all_packed) {
-        packed = all_packed + (begin * whole + k / C::kPair) * NR;
-        for (int64_t p = next; p < next_end; ++p)
-          ahead.contiguous(all_packed + (p * whole + next_k / C::kPair) * NR, items_of<C>(next_count) * NR * 4);
-      } else {
-        pack_panels<C>(weight.at(k, begin * NR), count, g.H - begin * NR, end - begin, items,
-                       static_cast<uint32_t*>(scratch));
-        weight.at(next_k, next * NR).ahead(ahead, next_count, min64(next_end * NR, g.H) - next * NR);
-      }
-      accumulate_y<C>(g, items_at<C>(g.act, k), g.ld_i / C::kPair, packed, all_packed ? whole : items, items, begin,
-                      end - begin, k == 0, ahead);
+  const auto round_at = [&](int64_t k, int64_t begin) {
+    return Round{k, min64(kChunk, g.I - k), begin, min64(panel_end, begin + width)};
+  };
+  for (Round now = round_at(0, panel_begin); now.begin < panel_end;) {
+    const int64_t items = items_of<C>(now.count), panels = now.end - now.begin;
+    const bool last = now.k + now.count == g.I;
+    const Round next = last ? round_at(0, now.end) : round_at(now.k + now.count, now.begin);
+    Ahead ahead(Tiles(g.rows).count * panels);  // what the next round reads
+    const uint32_t* packed = static_cast<const uint32_t*>(scratch);
+    if (all_packed) {
+      packed = all_packed + (now.begin * whole + now.k / C::kPair) * NR;
+      for (int64_t p = next.begin; p < next.end; ++p)
+        ahead.contiguous(all_packed + (p * whole + next.k / C::kPair) * NR, items_of<C>(next.count) * NR * 4);
+    } else {
+      pack_panels<C>(weight.at(now.k, now.begin * NR), now.count, g.H - now.begin * NR, panels, items,
+                     static_cast<uint32_t*>(scratch));
+      weight.at(next.k, next.begin * NR).ahead(ahead, next.count, min64(next.end * NR, g.H) - next.begin * NR);
     }
+    accumulate_y<C>(g, items_at<C>(g.act, now.k), g.ld_i / C::kPair, packed, all_packed ? whole : items, items,
+                    now.begin, panels, now.k == 0, ahead);
+    now = next;
   }
 }
 
@@ -285,6 +289,8 @@ void dact(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
 
 // ---------------------------------------------------------------------------------------------- weight gradients
 // out[f, c] = sum over rows of a(row, f) b(row, c), for one block; a, b compute buffers, out storage.
+// The sums of a tile over chunks of rows stand in `out` itself where it is fp32 and the panel whole; else in `tile` where
+// one chunk has all rows, in scratch where there are several; the last chunk stores those, converted or cut.
 template <class C>
 void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::Elem* b, int64_t ldb, int64_t rows,
                       int64_t features, int64_t columns, int64_t panels, typename C::Store* out, int64_t ldo,

@@ -294,14 +294,15 @@ class Engine {
 
   // The weight gradients that are wanted and y of every group: independent of each other, one task list.
   void gradients(const std::vector<Group>& wave) const {
+    enum class Kind { kGateUp, kDx, kDown };  // dgate_proj or dup_proj; dx, whose block has panels alone; ddown_proj
     struct Task {
       const Group* group;
-      int kind;  // 0: dgate_proj or dup_proj, 1: dx, 2: ddown_proj
+      Kind kind;
       GradBlock block;
     };
     std::vector<Task> tasks;
     const Shares shares(wave, kTasksPerThread * sizes_.threads);
-    const auto add_blocks = [&](const Group& g, int kind, int64_t half, const Matrix& to, int64_t out, int64_t in) {
+    const auto add_blocks = [&](const Group& g, Kind kind, int64_t half, const Matrix& to, int64_t out, int64_t in) {
       if (!to.data) return;
       const int64_t features = to.transposed ? in : out, width = to.transposed ? out : in;
       const int64_t panels = ceil_div(width, panel_);
@@ -310,24 +311,29 @@ class Engine {
       const int64_t cuts_f = std::clamp<int64_t>(shares.tasks(g, 6) / cuts_p, least, features);  // six such products
       for (int64_t f = 0; f < cuts_f; ++f)
         for (int64_t p = 0; p < cuts_p; ++p)
-          tasks.push_back({&g,
-                           kind,
-                           {half, features * f / cuts_f, features * (f + 1) / cuts_f, panels * p / cuts_p,
-                            panels * (p + 1) / cuts_p}});
+          tasks.push_back({&g, kind,
+                           GradBlock{half, features * f / cuts_f, features * (f + 1) / cuts_f, panels * p / cuts_p,
+                                     panels * (p + 1) / cuts_p}});
     };
     for (const Group& g : wave) {
-      for (int64_t half = 0; half < g.halves(); ++half) add_blocks(g, 0, half, g.dhalf_proj(half), g.I, g.H);
+      for (int64_t half = 0; half < g.halves(); ++half)
+        add_blocks(g, Kind::kGateUp, half, g.dhalf_proj(half), g.I, g.H);
       const int64_t panels = ceil_div(g.H, panel_), width = panels_in_l2(kChunkItems, panel_);
       for (int64_t p = 0; g.rows > 0 && p < panels; p += width)
-        tasks.push_back({&g, 1, {0, 0, 0, p, std::min(panels, p + width)}});
-      add_blocks(g, 2, 0, g.ddown_proj, g.H, g.I);
+        tasks.push_back({&g, Kind::kDx, GradBlock{0, 0, 0, p, std::min(panels, p + width)}});
+      add_blocks(g, Kind::kDown, 0, g.ddown_proj, g.H, g.I);
     }
     parallel_tasks(sizes_.threads, int64_t(tasks.size()), [&](int64_t i, int thread) {
       const Task& task = tasks[i];
       void* own = scratch_ + thread * scratch_stride();
-      if (task.kind == 0) table_.dgate_up_proj[int(compute_)](*task.group, task.block, own);
-      if (task.kind == 1) table_.dx[int(compute_)](*task.group, task.block.panel_begin, task.block.panel_end, own);
-      if (task.kind == 2) table_.ddown_proj[int(compute_)](*task.group, task.block, own);
+      switch (task.kind) {
+        case Kind::kGateUp:
+          return table_.dgate_up_proj[int(compute_)](*task.group, task.block, own);
+        case Kind::kDx:
+          return table_.dx[int(compute_)](*task.group, task.block.panel_begin, task.block.panel_end, own);
+        case Kind::kDown:
+          return table_.ddown_proj[int(compute_)](*task.group, task.block, own);
+      }
     });
   }
 

@@ -194,6 +194,12 @@ __device__ void multiply_tile(const Tile& tile, const Shared<Product, N>& shared
   if (before >= 0 && threadIdx.x % kWarp == 0) arrive(shared.empty(before));
 }
 
+// Cooperative: both warpgroups multiply every tile, 64 rows each. Ping-pong: each takes every other tile of the block,
+// and stores it while the other multiplies; the turn is a named barrier for each, and the ring's phases go on over tiles
+// that the other takes:
+//   consumer 0   multiply tile 0 | store tile 0    | multiply tile 2 | store tile 2 ...
+//   consumer 1   skip tile 0     | multiply tile 1 | store tile 1    | multiply tile 3 ...
+//   turn         0, at the start | 1, by 0 when its products are issued | 0, by 1 | ...
 template <class Product, int N>
 __device__ void multiply_tiles(const Product& product, const Shared<Product, N>& shared, int count, int consumer) {
   using C = Config<Product, N>;
@@ -240,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_sm90(const Product produc
   }
 }
 
-// Rows (rows, cols), contiguous, as boxes of 64 columns. Of no rows no box is loaded.
+// Rows (rows, cols), contiguous, as boxes of 64 columns. With no rows, no box is loaded.
 template <class T>
 TensorMap rows_map(const T* data, int64_t rows, int64_t cols, int box_rows) {
   if (rows == 0) return {};
