@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from . import _checks, ops
 from .backends import registry
-from .backends.base import Case
+from .backends.base import Request
 from .routing import Router, ScoresFirst, TokenChoice
 from .weights import LAYOUTS
 
@@ -219,9 +219,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def describe_backend(backend: str, weight: Tensor, E: int, H: int, I: int, Is: int, activation: str) -> str:
     """Say which backend computes a layer with these weights, and that "auto" chose it."""
-    case = Case("moe_mlp", weight.dtype, weight.device.type, E, H, I, Is, activation)
+    request = Request("moe_mlp", weight.dtype, weight.device.type, E, H, I, Is, activation)
     try:
-        chosen = registry.choose(backend, case).name
+        chosen = registry.choose(backend, request).name
     except (RuntimeError, ValueError) as error:
         return f"{backend} ({error})"
     return chosen if chosen == backend else f"{backend} -> {chosen}"

@@ -16,7 +16,7 @@ import reference.rooms
 import reference.routing
 from bench.instrument import rooms
 from moe_kernels import RoutingPlan
-from moe_kernels.backends.base import Case
+from moe_kernels.backends.base import Request
 from moe_kernels.backends.registry import get
 from tests.error_rule import judge
 from tests.trap_cases import DEVICE, PLAIN, TRAPS, Problem, Trap, make_problem
@@ -24,7 +24,7 @@ from tests.trap_cases import DEVICE, PLAIN, TRAPS, Problem, Trap, make_problem
 BACKENDS = tuple(
     info.name
     for info in moe_kernels.backends()
-    if info.available and not get(info.name).supports(Case("moe_mlp", torch.float32, DEVICE))
+    if info.available and not get(info.name).supports(Request("moe_mlp", torch.float32, DEVICE))
 )
 DTYPES = {
     "eager": (torch.float32, torch.bfloat16, torch.float64),

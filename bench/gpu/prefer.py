@@ -33,7 +33,7 @@ def key_of(case: Case) -> str:
     room, s = "moe_mlp" if case.level == "layer" else case.level, case.shape
     dtype = torch.float32 if room == "dispatch" else case.torch_dtype
     widths = {"gating": (s.H, 0), "combine": (s.H, 0), "dispatch": (0, 0)}.get(room, (s.H, s.I))
-    return preferred.key(base.Case(room, dtype, case.device, s.E, *widths))
+    return preferred.key(base.Request(room, dtype, case.device, s.E, *widths))
 
 
 def races(args: argparse.Namespace) -> dict[str, list[Case]]:

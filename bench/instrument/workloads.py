@@ -61,10 +61,11 @@ def why_not(case: Case) -> str | None:
     return None
 
 
-def _request(case: Case) -> base.Case:
+def _request(case: Case) -> Any:
     """Return the call that a backend is asked about; from the layer up, where it is several, the fused one."""
     room, s = (case.level if case.level in ROOMS else "moe_mlp"), case.shape
-    return base.Case(room, case.torch_dtype, case.device, s.E, s.H, s.I, s.Is, s.activation)
+    kind = getattr(base, "Request", None) or base.Case  # what revisions before 2026-11-27 call it (bench/compare)
+    return kind(room, case.torch_dtype, case.device, s.E, s.H, s.I, s.Is, s.activation)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ Gradient = Tensor | list[Tensor] | None
 
 
 @dataclass(frozen=True)
-class Case:
+class Request:
     """What a call asks for: everything a backend may refuse by. Token counts are not part of it."""
 
     room: str  # "gating" | "dispatch" | "experts" | "combine" | "moe_mlp"
@@ -52,8 +52,8 @@ class Backend(ABC):
         return ""
 
     @abstractmethod
-    def supports(self, case: Case) -> str | None:
-        """Return None where the case can be computed, else the reason why it cannot."""
+    def supports(self, request: Request) -> str | None:
+        """Return None where the request can be computed, else the reason why it cannot."""
 
     @abstractmethod
     def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

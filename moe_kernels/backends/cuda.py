@@ -19,7 +19,7 @@ from ..weights import MoEWeights
 from ._device import tf32_allowed, unfit_devices
 from ._views import TAGS, empty_plan
 from ._views import view as view_of
-from .base import Backend, Case
+from .base import Backend, Request
 
 FIBERS = "MOE_KERNELS_FIBERS"  # path of the module that runs the same sources on CPU tensors, for tests
 ALIGNMENT = 16  # bytes of one access of the kernels
@@ -107,15 +107,15 @@ class CudaBackend(Backend):
             return _INSTALL
         return "" if _c.on_fibers or torch.cuda.is_available() else "built, no device"
 
-    def supports(self, case: Case) -> str | None:
+    def supports(self, request: Request) -> str | None:
         expected = "cpu" if _c.on_fibers else "cuda"
-        if case.device != expected:
-            return f"device {case.device}, expected {expected}"
-        if case.dtype not in _FLOATS:
-            return f"dtype {case.dtype}, expected torch.float32, torch.bfloat16 or torch.float16"
+        if request.device != expected:
+            return f"device {request.device}, expected {expected}"
+        if request.dtype not in _FLOATS:
+            return f"dtype {request.dtype}, expected torch.float32, torch.bfloat16 or torch.float16"
         for what in ("hidden_size", "intermediate_size", "shared_intermediate_size"):
-            if getattr(case, what) % 8:
-                return f"{what} {getattr(case, what)}, expected a multiple of 8"
+            if getattr(request, what) % 8:
+                return f"{what} {getattr(request, what)}, expected a multiple of 8"
         return None if _c.on_fibers else unfit_devices((7, 5))
 
     @_on_device

@@ -13,7 +13,7 @@ from .. import _checks
 from .._checks import accumulator
 from ..plan import RoutingPlan
 from ..weights import MoEWeights
-from .base import Backend, Case
+from .base import Backend, Request
 
 
 class EagerBackend(Backend):
@@ -21,7 +21,7 @@ class EagerBackend(Backend):
 
     name = "eager"
 
-    def supports(self, case: Case) -> str | None:
+    def supports(self, request: Request) -> str | None:
         return None
 
     def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

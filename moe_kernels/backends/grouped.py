@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..plan import RoutingPlan
-from .base import Case
+from .base import Request
 from .eager import EagerBackend
 
 
@@ -19,15 +19,15 @@ class GroupedBackend(EagerBackend):
     def why_not(self) -> str:
         return "" if hasattr(F, "grouped_mm") else f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
 
-    def supports(self, case: Case) -> str | None:
-        if case.room not in ("experts", "moe_mlp"):
+    def supports(self, request: Request) -> str | None:
+        if request.room not in ("experts", "moe_mlp"):
             return None
-        if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"grouped_mm does not take {case.dtype}"
-        widths = {"hidden_size": case.hidden_size, "intermediate_size": case.intermediate_size}
+        if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"grouped_mm does not take {request.dtype}"
+        widths = {"hidden_size": request.hidden_size, "intermediate_size": request.intermediate_size}
         for name, width in widths.items():
-            if width * case.dtype.itemsize % 16:
-                return f"grouped_mm needs rows of a multiple of 16 bytes; {name} = {width} in {case.dtype} is not"
+            if width * request.dtype.itemsize % 16:
+                return f"grouped_mm needs rows of a multiple of 16 bytes; {name} = {width} in {request.dtype} is not"
         return None
 
     def rows_times(self, rows: Tensor, weight: Tensor, plan: RoutingPlan) -> Tensor:

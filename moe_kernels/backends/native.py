@@ -14,7 +14,7 @@ from .. import _checks
 from ..plan import RoutingPlan
 from ..weights import LayerWeights
 from ._views import TAGS, empty_plan, view
-from .base import Backend, Case
+from .base import Backend, Request
 
 _POOLED_BYTES = 4 << 20  # from here on malloc maps fresh pages, and page faults cost up to 10 % of a backward
 _MOST_TABLES = 1024  # a few kilobytes each
@@ -104,11 +104,11 @@ class NativeBackend(Backend):
         self._c = _extension()
         self._packed: dict[int, _Packed] = {}  # by the address of the first down_proj
 
-    def supports(self, case: Case) -> str | None:
-        if case.device != "cpu":
-            return f"device {case.device}, expected cpu"
-        if case.dtype not in _FLOATS:
-            return f"dtype {case.dtype}, expected torch.float32, torch.bfloat16 or torch.float16"
+    def supports(self, request: Request) -> str | None:
+        if request.device != "cpu":
+            return f"device {request.device}, expected cpu"
+        if request.dtype not in _FLOATS:
+            return f"dtype {request.dtype}, expected torch.float32, torch.bfloat16 or torch.float16"
         return None
 
     def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .base import Case
+from .base import Request
 
 FILE = Path(__file__).with_suffix(".json")
 
@@ -19,19 +19,19 @@ def table() -> dict[str, dict[str, str]]:
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
-def key(case: Case) -> str:
+def key(request: Request) -> str:
     """Return the name of a shape class: moe_mlp-bfloat16-E8-H384-I1536. What a room does not know of is 0."""
-    dtype = str(case.dtype).removeprefix("torch.")
-    return f"{case.room}-{dtype}-E{case.num_experts}-H{case.hidden_size}-I{case.intermediate_size}"
+    dtype = str(request.dtype).removeprefix("torch.")
+    return f"{request.room}-{dtype}-E{request.num_experts}-H{request.hidden_size}-I{request.intermediate_size}"
 
 
-def preferred(case: Case) -> str | None:
+def preferred(request: Request) -> str | None:
     """Return the backend that was faster for such cases on this machine's GPUs; None where nothing is known."""
-    return table().get(_gpu(), {}).get(key(case)) if case.device == "cuda" else None
+    return table().get(_gpu(), {}).get(key(request)) if request.device == "cuda" else None
 
 
 @cache
 def _gpu() -> str:
-    """Return the name of the GPUs; "" where there is none, or where they differ: a case does not say which is meant."""
+    """Return the name of the GPUs; "" where there is none, or where they differ: a request does not say which is meant."""
     names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     return names.pop() if len(names) == 1 else ""

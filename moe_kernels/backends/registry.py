@@ -1,4 +1,4 @@
-"""Which backends there are, which of them run here, and which one "auto" means for a case."""
+"""Which backends there are, which of them run here, and which one "auto" means for a request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .base import Backend, Case
+from .base import Backend, Request
 from .preferred import preferred
 
 ENVIRONMENT = "MOE_KERNELS_BACKEND"
@@ -59,37 +59,37 @@ def get(name: object) -> Backend:
     return backend
 
 
-def choose(name: str, case: Case) -> Backend:
-    """Return the backend that computes `case` under `name`.
+def choose(name: str, request: Request) -> Backend:
+    """Return the backend that computes `request` under `name`.
 
     "auto" is the one that was measured to be faster for such cases on this GPU (preferred.json) if it is available and
-    supports the case, else the first in the order of CLASSES that is and does.
+    supports the request, else the first in the order of CLASSES that is and does.
     The environment variable MOE_KERNELS_BACKEND, where set, says what "auto" means.
-    Raises: as `get`; RuntimeError with the reason where the named backend does not support the case.
+    Raises: as `get`; RuntimeError with the reason where the named backend does not support the request.
     """
     if name == "auto":
         name = os.environ.get(ENVIRONMENT, "auto")
         if name not in ("auto", *CLASSES):
             raise ValueError(f"{ENVIRONMENT}: got {name!r}, expected one of {', '.join(map(repr, ('auto', *CLASSES)))}")
-    return _choose(name, case)
+    return _choose(name, request)
 
 
 @cache
-def _choose(name: str, case: Case) -> Backend:
+def _choose(name: str, request: Request) -> Backend:
     if name != "auto":
         backend = get(name)
-        reason = backend.supports(case)
+        reason = backend.supports(request)
         if reason:
-            raise RuntimeError(f"backend {name!r} does not support this call ({case.room}): {reason}")
+            raise RuntimeError(f"backend {name!r} does not support this call ({request.room}): {reason}")
         return backend
-    reasons, first = [], preferred(case)
+    reasons, first = [], preferred(request)
     for candidate in sorted(CLASSES, key=lambda candidate: candidate != first):
         backend, reason = _load(candidate)
-        reason = reason or backend.supports(case)
+        reason = reason or backend.supports(request)
         if not reason:
             return backend
         reasons.append(f"{candidate}: {reason}")
-    raise RuntimeError(f"no backend supports this call ({case.room}): {'; '.join(reasons)}")
+    raise RuntimeError(f"no backend supports this call ({request.room}): {'; '.join(reasons)}")
 
 
 @cache

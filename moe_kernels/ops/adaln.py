@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..backends.base import Backend, Case
+from ..backends.base import Backend, Request
 from ..backends.registry import choose
 from ._library import register
 from .gating import one_row_or_all
@@ -53,7 +53,7 @@ def modulated_gating(
 
 def _backend(x: Tensor, gate_weight: Tensor, backend: str) -> Backend:
     E, H = gate_weight.shape
-    return choose(backend, Case("gating", x.dtype, x.device.type, num_experts=E, hidden_size=H))
+    return choose(backend, Request("gating", x.dtype, x.device.type, num_experts=E, hidden_size=H))
 
 
 def _kernel(x, shift, scale, gate_weight, top_k: int, eps: float, dtype: torch.dtype, backend: str):

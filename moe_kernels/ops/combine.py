@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..backends.base import Backend, Case
+from ..backends.base import Backend, Request
 from ..backends.registry import choose
 from ..plan import RoutingPlan
 from ._library import register
@@ -43,7 +43,7 @@ def combine(y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None = None, bac
 
 def _backend(y_rows: Tensor, plan: RoutingPlan, backend: str) -> Backend:
     return choose(
-        backend, Case("combine", y_rows.dtype, y_rows.device.type, plan.num_experts, hidden_size=y_rows.shape[1])
+        backend, Request("combine", y_rows.dtype, y_rows.device.type, plan.num_experts, hidden_size=y_rows.shape[1])
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..backends.base import Case
+from ..backends.base import Request
 from ..backends.registry import choose
 from ..plan import RoutingPlan
 from ._library import register
@@ -75,8 +75,8 @@ def _kernel(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, backend: s
         if low < 0 or high >= num_experts:
             raise ValueError(f"topk_ids: got ids from {low} to {high}, expected [0, {num_experts})")
     weights = topk_weights.to(_checks.accumulator(topk_weights.dtype)).contiguous()
-    case = Case("dispatch", weights.dtype, weights.device.type, num_experts=num_experts)
-    return choose(backend, case).dispatch(topk_ids.int().contiguous(), weights, num_experts).tensors()
+    request = Request("dispatch", weights.dtype, weights.device.type, num_experts=num_experts)
+    return choose(backend, request).dispatch(topk_ids.int().contiguous(), weights, num_experts).tensors()
 
 
 def _fake(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, backend: str):
@@ -108,8 +108,8 @@ def _backward(ctx: Any, drow_weight: Tensor | None, *_: None):
 
 
 def _bwd_kernel(drow_weight: Tensor, row_pick: Tensor, count: int, backend: str) -> Tensor:
-    case = Case("dispatch", drow_weight.dtype, drow_weight.device.type)
-    return choose(backend, case).dispatch_bwd(drow_weight.contiguous(), row_pick.contiguous(), count)
+    request = Request("dispatch", drow_weight.dtype, drow_weight.device.type)
+    return choose(backend, request).dispatch_bwd(drow_weight.contiguous(), row_pick.contiguous(), count)
 
 
 def _bwd_fake(drow_weight: Tensor, row_pick: Tensor, count: int, backend: str) -> Tensor:
@@ -120,8 +120,8 @@ def _expert_choice_kernel(affinities: Tensor, capacity: int, tokens_per_group: i
     if affinities.device.type == "cpu" and not bool(affinities.isfinite().all()):
         raise ValueError("affinities: got values that are not finite, expected finite ones")
     affinities = affinities.to(_checks.accumulator(affinities.dtype)).contiguous()
-    case = Case("dispatch", affinities.dtype, affinities.device.type, num_experts=affinities.shape[1])
-    return choose(backend, case).dispatch_expert_choice(affinities, capacity, tokens_per_group).tensors()
+    request = Request("dispatch", affinities.dtype, affinities.device.type, num_experts=affinities.shape[1])
+    return choose(backend, request).dispatch_expert_choice(affinities, capacity, tokens_per_group).tensors()
 
 
 def _expert_choice_fake(affinities: Tensor, capacity: int, tokens_per_group: int, backend: str):

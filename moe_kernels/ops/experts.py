@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..backends.base import Backend, Case
+from ..backends.base import Backend, Request
 from ..backends.registry import choose
 from ..plan import FIELDS, RoutingPlan
 from ..weights import LayerWeights
@@ -66,7 +66,7 @@ def experts(
 
 def _backend(w: LayerWeights, x: Tensor, activation: str, backend: str) -> Backend:
     sizes = w.num_experts, w.hidden_size, w.intermediate_size
-    return choose(backend, Case("experts", x.dtype, x.device.type, *sizes, activation=activation))
+    return choose(backend, Request("experts", x.dtype, x.device.type, *sizes, activation=activation))
 
 
 def _kernel(x, plan, gate_up_proj, down_proj, activation: str, layout: str, save_for_backward: bool, backend: str):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..backends.base import Case
+from ..backends.base import Request
 from ..backends.registry import choose
 from ._library import register
 
@@ -102,7 +102,7 @@ def one_row_or_all(t: Tensor | None) -> Tensor | None:
 
 def _backend(x: Tensor, gate_weight: Tensor, backend: str):
     E, H = gate_weight.shape
-    return choose(backend, Case("gating", x.dtype, x.device.type, num_experts=E, hidden_size=H))
+    return choose(backend, Request("gating", x.dtype, x.device.type, num_experts=E, hidden_size=H))
 
 
 def _kernel(x: Tensor, gate_weight: Tensor, top_k: int, backend: str):

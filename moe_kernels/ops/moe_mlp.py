@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..backends.base import Backend, Case
+from ..backends.base import Backend, Request
 from ..backends.registry import choose
 from ..plan import RoutingPlan
 from ..weights import LayerWeights
@@ -130,7 +130,7 @@ def pack_weights(
 
 def _backend(w: LayerWeights, x: Tensor, activation: str, backend: str) -> Backend:
     sizes = w.num_experts, w.hidden_size, w.intermediate_size, w.shared_intermediate_size
-    return choose(backend, Case("moe_mlp", x.dtype, x.device.type, *sizes, activation))
+    return choose(backend, Request("moe_mlp", x.dtype, x.device.type, *sizes, activation))
 
 
 def _kernel(
@@ -214,8 +214,8 @@ def _backward(ctx: Any, dout: Tensor | None, dgate_up: None, dshared_gate_up: No
 
 
 def _gated_kernel(dout: Tensor, y: Tensor, gate: Tensor, backend: str):
-    case = Case("combine", y.dtype, y.device.type, hidden_size=y.shape[1])
-    return choose(backend, case).gated_residual_bwd(dout.contiguous(), y, gate.contiguous())
+    request = Request("combine", y.dtype, y.device.type, hidden_size=y.shape[1])
+    return choose(backend, request).gated_residual_bwd(dout.contiguous(), y, gate.contiguous())
 
 
 def _gated_fake(dout: Tensor, y: Tensor, gate: Tensor, backend: str):

@@ -13,9 +13,9 @@ import torch
 
 from bench.instrument.cases import kernels_on
 from moe_kernels.backends import _device, cuda, preferred, registry
-from moe_kernels.backends.base import Backend, Case
+from moe_kernels.backends.base import Backend, Request
 
-LAYER = Case("moe_mlp", torch.bfloat16, "cuda", 8, 384, 1536, 768)
+LAYER = Request("moe_mlp", torch.bfloat16, "cuda", 8, 384, 1536, 768)
 GPU = "NVIDIA H200"
 FOR_GPUS = ("triton", "cuda")
 
@@ -129,8 +129,8 @@ def test_auto_takes_what_was_faster_for_this_gpu_and_class_of_shapes(two_for_gpu
     assert registry.choose("triton", LAYER).name == "triton"
 
 
-def other(**changes) -> Case:
-    return Case(**{**vars(LAYER), **changes})
+def other(**changes) -> Request:
+    return Request(**{**vars(LAYER), **changes})
 
 
 def test_what_was_faster_but_cannot_compute_this_is_passed_over(two_for_gpus):

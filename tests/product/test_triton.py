@@ -16,7 +16,7 @@ from bench.instrument.shapes import MODEL_SHAPES
 from bench.instrument.verify import whole_error
 from moe_kernels import dispatch
 from moe_kernels.backends import preferred, registry
-from moe_kernels.backends.base import Case
+from moe_kernels.backends.base import Request
 from moe_kernels.backends.eager import EagerBackend
 from moe_kernels.weights import MoEWeights
 from tests.contenders import BACKENDS, gradients, moe_compute, moe_ours
@@ -171,9 +171,9 @@ def with_gpu(monkeypatch):
 @pytest.mark.parametrize("room", ["gating", "dispatch", "experts", "combine", "moe_mlp"])
 def test_auto_is_triton_on_a_gpu(room, with_gpu):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert registry.choose("auto", Case(room, dtype, "cuda", 8, 384, 1536)).name == "triton"
-        assert registry.choose("auto", Case(room, dtype, "cpu", 8, 384, 1536)).name != "triton"
-    assert registry.choose("auto", Case(room, torch.float64, "cuda", 8, 384, 1536)).name not in ("triton", "native")
+        assert registry.choose("auto", Request(room, dtype, "cuda", 8, 384, 1536)).name == "triton"
+        assert registry.choose("auto", Request(room, dtype, "cpu", 8, 384, 1536)).name != "triton"
+    assert registry.choose("auto", Request(room, torch.float64, "cuda", 8, 384, 1536)).name not in ("triton", "native")
 
 
 @where_it_runs

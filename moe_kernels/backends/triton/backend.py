@@ -15,7 +15,7 @@ from ...plan import RoutingPlan
 from ...weights import MoEWeights
 from .._device import unfit_devices
 from .._views import empty_plan
-from ..base import Backend, Case
+from ..base import Backend, Request
 from . import adaln, combine, dispatch, experts, experts_bwd, gating
 from .grid import Pair
 from .sums import sum_in_order
@@ -62,12 +62,12 @@ class TritonBackend(Backend):
             return ""
         return "no CUDA device (TRITON_INTERPRET=1 lets the kernels run on the CPU, for tests)"
 
-    def supports(self, case: Case) -> str | None:
+    def supports(self, request: Request) -> str | None:
         expected = "cpu" if _INTERPRETED else "cuda"
-        if case.device != expected:
-            return f"device {case.device}, expected {expected}"
-        if case.dtype not in _FLOATS:
-            return f"dtype {case.dtype}, expected torch.float32, torch.bfloat16 or torch.float16"
+        if request.device != expected:
+            return f"device {request.device}, expected {expected}"
+        if request.dtype not in _FLOATS:
+            return f"dtype {request.dtype}, expected torch.float32, torch.bfloat16 or torch.float16"
         return None if _INTERPRETED else unfit_devices((8, 0))
 
     @_on_device
