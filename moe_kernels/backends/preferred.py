@@ -32,6 +32,6 @@ def preferred(request: Request) -> str | None:
 
 @cache
 def _gpu() -> str:
-    """Return the name of the GPUs; "" where there is none, or where they differ: a request does not say which is meant."""
+    """Return the name of the GPUs; "" where there is none, or where they differ: no request says which is meant."""
     names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     return names.pop() if len(names) == 1 else ""
