@@ -57,19 +57,19 @@ Slices slices(const std::string& name, const Tensor& t, Dtype dtype, Shape matri
   return {t.data, step, count};
 }
 
-// Weights of one kind, `parts` matrices an expert. What an index says is not checked: it is on the GPU.
+// Weights of one kind, `halves` matrices an expert. What an index says is not checked: it is on the GPU.
 Weights weights_of(const std::string& kind, const Tensor& routed, const Tensor& shared, const Maybe& index,
-                   const MoeSizes& s, int64_t parts, Shape matrix, Shape shared_matrix) {
+                   const MoeSizes& s, int64_t halves, Shape matrix, Shape shared_matrix) {
   const std::string name = kind + "_proj", shared_name = "shared_" + name;
   Weights w{};
   if (!index) {
-    w.routed = stacked(name, routed, s.dtype, {s.E, parts * matrix.rows, matrix.cols});
-    if (s.Is) w.shared = stacked(shared_name, shared, s.dtype, {parts * shared_matrix.rows, shared_matrix.cols});
+    w.routed = stacked(name, routed, s.dtype, {s.E, halves * matrix.rows, matrix.cols});
+    if (s.Is) w.shared = stacked(shared_name, shared, s.dtype, {halves * shared_matrix.rows, shared_matrix.cols});
     return w;
   }
   MOE_CHECK(s.I % kWhole == 0 && s.Is % kWhole == 0, kind, "_index: widths of ", s.I, " and ", s.Is,
             ", expected multiples of ", kWhole);
-  index->expect((kind + "_index").c_str(), I32, {(s.E + (s.Is > 0)) * parts});
+  index->expect((kind + "_index").c_str(), I32, {(s.E + (s.Is > 0)) * halves});
   w.routed = slices(name, routed, s.dtype, matrix), w.index = index->as<int32_t>();
   if (s.Is) w.shared = slices(shared_name, shared, s.dtype, shared_matrix);
   return w;

@@ -66,7 +66,7 @@ class MoELayer(nn.Module):
         if layout not in LAYOUTS:
             raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
         self.activation, self.backend, self.recompute, self.layout = activation, backend, recompute, layout
-        parts = _checks.activation(activation)
+        halves = _checks.activation(activation)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -76,8 +76,8 @@ class MoELayer(nn.Module):
             return parameter(*lead, columns, rows) if LAYOUTS[layout].in_out else parameter(*shape)
 
         self.gate_weight = parameter(E, H)
-        self.gate_up_proj, self.down_proj = projection(E, parts * I, H), projection(E, H, I)
-        self.shared_gate_up_proj = projection(parts * Is, H) if Is else None
+        self.gate_up_proj, self.down_proj = projection(E, halves * I, H), projection(E, H, I)
+        self.shared_gate_up_proj = projection(halves * Is, H) if Is else None
         self.shared_down_proj = projection(H, Is) if Is else None
         self.reset_parameters()
 

@@ -212,7 +212,7 @@ struct Dact : RowsTimesWeights<T_> {
     Eight<T> gate, up;
     float row_weight;
   };
-  static constexpr int kHalves = 1, kParts = GELU ? 1 : 2;
+  static constexpr int kHalves = 1, kKeptHalves = GELU ? 1 : 2;
   static constexpr Summed kA = Summed::kInner, kB = Summed::kOuter;
   static constexpr Gathered kGathered = Gathered::kA;
   static constexpr bool kRowSum = true, kLongEpilogue = true;  // as long as its products: to be done beside them
@@ -230,14 +230,14 @@ struct Dact : RowsTimesWeights<T_> {
   __device__ Kept kept(const Tile& tile, int row, int col) const {
     const int n = this->width(tile);
     const int64_t r = int64_t(tile.first) + row;
-    const T* from = (tile.shared ? shared_gate_up : gate_up) + r * (kParts * n) + col;
+    const T* from = (tile.shared ? shared_gate_up : gate_up) + r * (kKeptHalves * n) + col;
     return {*reinterpret_cast<const Eight<T>*>(from), GELU ? Eight<T>{} : *reinterpret_cast<const Eight<T>*>(from + n),
             tile.shared || !row_weight ? 1.0f : row_weight[r]};
   }
   __device__ float store(const Tile& tile, int row, int col, const float (&dact)[8], const float (&)[8],
                          const Kept& kept) const {
     const int n = this->width(tile);
-    const int64_t r = int64_t(tile.first) + row, wide_at = r * (kParts * n) + col;
+    const int64_t r = int64_t(tile.first) + row, wide_at = r * (kKeptHalves * n) + col;
     const float weight = kept.row_weight;
     float gate[8], up[8], value[8], sum = 0;
 #pragma unroll

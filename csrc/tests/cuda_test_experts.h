@@ -36,13 +36,13 @@ struct KindOfWeights {
   Slices stacked, shared_stacked;
   Scattered anywhere, shared_anywhere;
   Ints index;
-  KindOfWeights(const MoeSizes& s, int64_t parts)
-      : routed(s.dtype, random_values(s.E * parts * s.I * s.H, 0.2f, s.dtype)),
-        shared(s.dtype, random_values(parts * s.Is * s.H, 0.2f, s.dtype)),
-        stacked{routed.data(), parts * s.I * s.H, s.E},
-        shared_stacked{s.Is ? shared.data() : nullptr, parts * s.Is * s.H, 1},
-        anywhere(routed, s.E * parts, 24),
-        shared_anywhere(shared, s.Is ? parts : 0, 8),
+  KindOfWeights(const MoeSizes& s, int64_t halves)
+      : routed(s.dtype, random_values(s.E * halves * s.I * s.H, 0.2f, s.dtype)),
+        shared(s.dtype, random_values(halves * s.Is * s.H, 0.2f, s.dtype)),
+        stacked{routed.data(), halves * s.I * s.H, s.E},
+        shared_stacked{s.Is ? shared.data() : nullptr, halves * s.Is * s.H, 1},
+        anywhere(routed, s.E * halves, 24),
+        shared_anywhere(shared, s.Is ? halves : 0, 8),
         index(anywhere.numbers) {
     index.insert(index.end(), shared_anywhere.numbers.begin(), shared_anywhere.numbers.end());
   }

@@ -159,7 +159,7 @@ class NativeBackend(Backend):
     def experts(self, x, plan, w: LayerWeights, activation, save) -> tuple[Tensor, Tensor]:
         R = plan.num_rows
         y_rows = x.new_empty((R, x.shape[1]))
-        gate_up = _new((R, w.parts * w.intermediate_size) if save else (0,), x)
+        gate_up = _new((R, w.halves * w.intermediate_size) if save else (0,), x)
         self._c.experts_fwd(
             _view(x), _views(plan), _matrices(w)[:3], activation, _view(y_rows), _view(gate_up) if save else None,
             torch.get_num_threads(),
@@ -190,8 +190,8 @@ class NativeBackend(Backend):
     def moe_mlp(self, x: Tensor, plan: RoutingPlan, w: LayerWeights, activation: str, save: bool):
         shared = bool(w.shared_intermediate_size)
         out = torch.empty_like(x)
-        gate_up = _new((plan.num_rows, w.parts * w.intermediate_size) if save else (0,), x)
-        shared_gate_up = _new((x.shape[0], w.parts * w.shared_intermediate_size) if save and shared else (0,), x)
+        gate_up = _new((plan.num_rows, w.halves * w.intermediate_size) if save else (0,), x)
+        shared_gate_up = _new((x.shape[0], w.halves * w.shared_intermediate_size) if save and shared else (0,), x)
         packed = self._packed.get(_key(w))
         self._c.moe_mlp_fwd(
             _view(x), _views(plan), _matrices(w), activation, packed and packed.weights(), _view(out),

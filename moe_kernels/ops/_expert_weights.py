@@ -16,13 +16,13 @@ Weights = Tensor | Sequence[Tensor]
 Lists = Sequence[Sequence[Tensor]]  # gate_up, down, and those of the shared expert, as LayerWeights takes them
 
 
-def _shape(name: str, tensors: Sequence[Tensor], lead: tuple[int, ...], parts: int, in_out: bool) -> tuple[int, ...]:
+def _shape(name: str, tensors: Sequence[Tensor], lead: tuple[int, ...], halves: int, in_out: bool) -> tuple[int, ...]:
     """Return the shape of a weight argument as lead + (out, in); lead is (E,), for the shared expert ()."""
     first = tensors[0]
     if len(tensors) == 1 and first.dim() == len(lead) + 2:
         *outer, rows, columns = first.shape
         return (*outer, columns, rows) if in_out else (*outer, rows, columns)
-    count = parts * lead[0] if lead else parts
+    count = halves * lead[0] if lead else halves
     if len(tensors) != count or first.dim() != 2:
         raise ValueError(
             f"{name}: got {len(tensors)} tensors, the first of shape {tuple(first.shape)}, expected one stacked tensor "
@@ -32,7 +32,7 @@ def _shape(name: str, tensors: Sequence[Tensor], lead: tuple[int, ...], parts: i
         if tensor.shape != first.shape:
             raise ValueError(f"{name}[{position}]: got shape {tuple(tensor.shape)}, expected {tuple(first.shape)}")
     rows, columns = reversed(first.shape) if in_out else first.shape
-    return (*lead, parts * rows, columns)
+    return (*lead, halves * rows, columns)
 
 
 def check(
@@ -45,7 +45,7 @@ def check(
     shared: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Check the weights of the routed experts or of the shared one against x and the plan; return them as lists."""
-    parts = _checks.activation(activation)
+    halves = _checks.activation(activation)
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
     in_out, H = LAYOUTS[layout].in_out, x.shape[1]
@@ -57,14 +57,14 @@ def check(
             got, rows, columns, dims = (*got[:-2], got[-1], got[-2]), columns, rows, dims[::-1]
         _checks.shape(prefix + name, got, (*lead, rows, columns), meaning + ",".join(dims))
 
-    shape = _shape(prefix + "gate_up_proj", gate_up, lead, parts, in_out)
+    shape = _shape(prefix + "gate_up_proj", gate_up, lead, halves, in_out)
     rows = shape[-2]
-    if rows % parts or rows == 0:
-        expected = f"a positive multiple of {parts} ({activation})"
+    if rows % halves or rows == 0:
+        expected = f"a positive multiple of {halves} ({activation})"
         raise ValueError(f"{prefix}gate_up_proj: got {rows} {'columns' if in_out else 'rows'}, expected {expected}")
-    expect("gate_up_proj", shape, rows, H, (f"{parts if parts > 1 else ''}I", "H"))
+    expect("gate_up_proj", shape, rows, H, (f"{halves if halves > 1 else ''}I", "H"))
     down_shape = _shape(prefix + "down_proj", down, lead, 1, in_out)
-    expect("down_proj", down_shape, H, rows // parts, ("H", "I"))
+    expect("down_proj", down_shape, H, rows // halves, ("H", "I"))
     return gate_up, down
 
 

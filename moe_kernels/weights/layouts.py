@@ -109,7 +109,7 @@ class LayerWeights:
         self.hidden_size, self.intermediate_size = self._out_in(first)
         self.shared_intermediate_size = self._out_in(self.kinds[3][0])[1] if self.kinds[3] else 0
         self.dtype = first.dtype
-        self.parts = width(self.kinds[0], self.num_experts, self.layout) // self.intermediate_size
+        self.halves = width(self.kinds[0], self.num_experts, self.layout) // self.intermediate_size
 
     def _out_in(self, t: Tensor) -> tuple[int, int]:
         rows, columns = t.shape[-2:]
@@ -125,29 +125,29 @@ class LayerWeights:
         """Return what gate, up, down, shared gate, shared up and shared down are; gate is None for gelu."""
         gate_up, down, shared_gate_up, shared_down = self.kinds
         E, I, Is = self.num_experts, self.intermediate_size, self.shared_intermediate_size
-        found = [*self._halves(gate_up, E, I), self._matrices(down, E, 0, 1, self.hidden_size)]
+        found = [*self._both(gate_up, E, I), self._matrices(down, E, 0, 1, self.hidden_size)]
         if not Is:
             return [*found, None, None, None]
-        return [*found, *self._halves(shared_gate_up, 1, Is), self._matrices(shared_down, 1, 0, 1, self.hidden_size)]
+        return [*found, *self._both(shared_gate_up, 1, Is), self._matrices(shared_down, 1, 0, 1, self.hidden_size)]
 
-    def _halves(self, tensors: list[Tensor], count: int, rows: int) -> list[Matrices | None]:
-        if self.parts == 1:
+    def _both(self, tensors: list[Tensor], count: int, rows: int) -> list[Matrices | None]:
+        if self.halves == 1:
             return [None, self._matrices(tensors, count, 0, 1, rows)]
         # Matrices in turn are always [gate, up]: an order of halves is something that stacked ones have.
         gate = 1 if self.layout.up_first and len(tensors) == 1 else 0
-        return [self._matrices(tensors, count, part, 2, rows) for part in (gate, 1 - gate)]
+        return [self._matrices(tensors, count, half, 2, rows) for half in (gate, 1 - gate)]
 
-    def _matrices(self, tensors: list[Tensor], count: int, part: int, parts: int, rows: int) -> Matrices:
-        """Find the matrices of one kind: every `parts`-th from the `part`-th on; `rows` are their out features."""
-        stacked = len(tensors) == 1 and (parts > 1 or count > 1 or tensors[0].dim() == 3)
+    def _matrices(self, tensors: list[Tensor], count: int, half: int, halves: int, rows: int) -> Matrices:
+        """Find the matrices of one kind: every `halves`-th from the `half`-th on; `rows` are their out features."""
+        stacked = len(tensors) == 1 and (halves > 1 or count > 1 or tensors[0].dim() == 3)
         if not stacked:
-            mine = tensors[part::parts]
+            mine = tensors[half::halves]
             ld, transposed = self._steps(mine[0])
             return Matrices([t.data_ptr() for t in mine], rows, self._columns(mine[0]), ld, transposed, mine[0].dtype)
         t = tensors[0]
         ld, transposed = self._steps(t)
         step = t.stride(0) if t.dim() == 3 else 0
-        start = part * rows * (1 if transposed else ld)
+        start = half * rows * (1 if transposed else ld)
         size, base = t.element_size(), t.data_ptr()
         addresses = [base + (e * step + start) * size for e in range(count)]
         return Matrices(addresses, rows, self._columns(t), ld, transposed, t.dtype)
@@ -195,7 +195,7 @@ class LayerWeights:
         if self.layout.in_out:
             return False
         if self._is_stacked(position):
-            return kind[0].is_contiguous() and not (self.layout.up_first and self._parts(position) == 2)
+            return kind[0].is_contiguous() and not (self.layout.up_first and self._halves_of(position) == 2)
         return consecutive(kind) is not None
 
     def _indexed(self, positions: Sequence[int]) -> list[Tensor] | None:
@@ -215,21 +215,21 @@ class LayerWeights:
         kind = self.kinds[position]
         if not self._is_stacked(position):
             return slices_of(kind)
-        parts = self._parts(position)
+        halves = self._halves_of(position)
         rows, columns = self._shape(position)[-2:]
         if not kind[0].is_contiguous() or kind[0].data_ptr() % ALIGNMENT:
             return None
-        memory = kind[0].view(-1, rows // parts, columns)
-        swapped = int(self.layout.up_first and parts == 2)
+        memory = kind[0].view(-1, rows // halves, columns)
+        swapped = int(self.layout.up_first and halves == 2)
         return Slices(memory, tuple(i ^ swapped for i in range(memory.shape[0])))
 
-    def _parts(self, position: int) -> int:
-        return 1 if position % 2 else self.parts
+    def _halves_of(self, position: int) -> int:
+        return 1 if position % 2 else self.halves
 
     def _shape(self, position: int) -> tuple[int, ...]:
         """Return the shape of a kind stacked as "gate_up"."""
         E, H, I, Is = self.num_experts, self.hidden_size, self.intermediate_size, self.shared_intermediate_size
-        return ((E, self.parts * I, H), (E, H, I), (self.parts * Is, H), (H, Is))[position]
+        return ((E, self.halves * I, H), (E, H, I), (self.halves * Is, H), (H, Is))[position]
 
     def _stacked(self, position: int) -> Tensor:
         tensors, shape = self.kinds[position], self._shape(position)
@@ -246,7 +246,7 @@ class LayerWeights:
 
     def _ordered(self, t: Tensor, position: int) -> Tensor:
         """Swap the halves of (..., 2I, H) where the layout has them the other way round: from it, or to it."""
-        if not self.layout.up_first or self._parts(position) == 1:
+        if not self.layout.up_first or self._halves_of(position) == 1:
             return t
         return torch.cat(t.chunk(2, -2)[::-1], -2)
 
@@ -266,8 +266,8 @@ class LayerWeights:
     def _split(self, gradient: Tensor, kind: list[Tensor]) -> list[Tensor]:
         if self.layout.in_out:
             rows, columns = kind[0].shape
-            return [part.T.contiguous() for part in gradient.view(len(kind), columns, rows)]
-        return [own_storage(part) for part in gradient.view(len(kind), *kind[0].shape)]
+            return [half.T.contiguous() for half in gradient.view(len(kind), columns, rows)]
+        return [own_storage(half) for half in gradient.view(len(kind), *kind[0].shape)]
 
 
 def width(gate_up: Sequence[Tensor], num_experts: int, layout: Layout) -> int:
