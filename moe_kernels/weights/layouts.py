@@ -266,8 +266,8 @@ class LayerWeights:
     def _split(self, gradient: Tensor, kind: list[Tensor]) -> list[Tensor]:
         if self.layout.in_out:
             rows, columns = kind[0].shape
-            return [half.T.contiguous() for half in gradient.view(len(kind), columns, rows)]
-        return [own_storage(half) for half in gradient.view(len(kind), *kind[0].shape)]
+            return [matrix.T.contiguous() for matrix in gradient.view(len(kind), columns, rows)]
+        return [own_storage(matrix) for matrix in gradient.view(len(kind), *kind[0].shape)]
 
 
 def width(gate_up: Sequence[Tensor], num_experts: int, layout: Layout) -> int:
