@@ -26,7 +26,8 @@ ALLOCATORS = (
     (torch.Tensor, "new_empty"),
     (torch.Tensor, "new_empty_strided"),
 )
-collect_ignore = [] if find_spec("hypothesis") else ["test_reference_routing.py", "test_routing_properties.py"]
+NEED_HYPOTHESIS = ["reference/test_reference_routing.py", "product/test_routing_properties.py"]
+collect_ignore = [] if find_spec("hypothesis") else NEED_HYPOTHESIS
 
 
 def pytest_configure(config: pytest.Config) -> None:
