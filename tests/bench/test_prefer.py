@@ -129,7 +129,7 @@ def test_the_file_is_what_the_registry_reads_and_what_it_has_is_kept(tmp_path, r
     found = json.loads(path.read_text())["NVIDIA H200"]
     assert found.pop("moe_mlp-bfloat16-E8-H384-I1536") == "triton" and set(found.values()) == {"cuda"}
     assert {"moe_mlp-bfloat16-E8-H1152-I4608", "gating-bfloat16-E8-H384-I0", "dispatch-float32-E8-H0-I0"} <= set(found)
-    monkeypatch.setattr(workloads, "race", None)
+    monkeypatch.setattr(prefer, "race", None)
     assert main(argv) == 0 and "9 preferences of NVIDIA H200" in capsys.readouterr().out
     monkeypatch.setattr(prefer.moe_kernels, "backends", lambda: [BackendInfo("cuda", False, "built without CUDA", ())])
     assert main(argv) == 2

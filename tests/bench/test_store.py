@@ -152,7 +152,7 @@ def test_env_prints_machine_backends_and_the_one_openmp_runtime():
 def test_two_openmp_runtimes_are_told_apart(tmp_path, monkeypatch):
     """A second, renamed libgomp in the process shows."""
     code = (
-        "import ctypes, shutil, torch; from bench import store\n"
+        "import ctypes, shutil, torch; from bench.instrument import store\n"
         "own = store.openmp_runtimes(); assert own, 'no OpenMP'\n"
         f"copy = shutil.copy(own[0], {str(tmp_path / 'libgomp-other.so.1')!r}); ctypes.CDLL(copy)\n"
         "print(len(store.openmp_runtimes()))"
@@ -164,7 +164,7 @@ def test_two_openmp_runtimes_are_told_apart(tmp_path, monkeypatch):
 def test_a_crash_has_an_exit_code_of_its_own():
     """1 is an answer: DIFFERENT, wrong, SLOWER."""
     code = (
-        "import runpy, sys; from bench import cases\n"
+        "import runpy, sys; from bench.instrument import cases\n"
         "cases.main = lambda args: 1 / 0; sys.argv = ['bench', 'list']\n"
         "runpy.run_module('bench', run_name='__main__', alter_sys=True)"
     )
