@@ -9,7 +9,7 @@ namespace {
 
 std::vector<Group> unrouted_groups(const Engine& engine, const MoeSizes& s, const ExpertTable& w) {
   const std::vector<int32_t> offsets(size_t(s.E + 1), 0);
-  return engine.groups({offsets.data(), nullptr, nullptr, nullptr, nullptr}, w, nullptr, nullptr, {}, false);
+  return engine.groups({nullptr, offsets.data(), nullptr, nullptr, nullptr}, w, nullptr, nullptr, {}, false);
 }
 
 // The upper half of the value in the middle of each matrix: whoever rewrites a weight as a whole changes it.
