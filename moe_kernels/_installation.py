@@ -36,8 +36,8 @@ def warn_of_namesake() -> None:
     if any(file.parts[0] == "moe_kernels" for file in theirs.files or ()):
         warnings.warn(
             f"two distributions provide the package moe_kernels: {NAME} {ours.version}, which was imported, and "
-            f"{NAMESAKE} {theirs.version}, another project's. Each overwrites files of the other, and uninstalling "
-            f"one breaks both: pip uninstall {NAMESAKE} {NAME}, then install the one that you want",
+            f"{NAMESAKE} {theirs.version}: another project's, or this one's under its old name. Each overwrites files of "
+            f"the other, and uninstalling one breaks both: pip uninstall {NAMESAKE} {NAME}, then install the one that you want",
             RuntimeWarning,
             stacklevel=3,
         )
