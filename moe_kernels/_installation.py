@@ -33,11 +33,12 @@ def warn_of_namesake() -> None:
         theirs, ours = metadata.distribution(NAMESAKE), metadata.distribution(NAME)
     except metadata.PackageNotFoundError:
         return
-    if any(file.parts[0] == "moe_kernels" for file in theirs.files or ()):
+    if any("moe_kernels" in file.parts[:1] for file in theirs.files or ()):
         warnings.warn(
             f"two distributions provide the package moe_kernels: {NAME} {ours.version}, which was imported, and "
-            f"{NAMESAKE} {theirs.version}, another project's. Each overwrites files of the other, and uninstalling "
-            f"one breaks both: pip uninstall {NAMESAKE} {NAME}, then install the one that you want",
+            f"{NAMESAKE} {theirs.version}: another project's, or this one's under its old name. Each overwrites files "
+            f"of the other, and uninstalling one breaks both: pip uninstall {NAMESAKE} {NAME}, then install the one "
+            "that you want",
             RuntimeWarning,
             stacklevel=3,
         )

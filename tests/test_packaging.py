@@ -97,7 +97,7 @@ def test_two_distributions_of_the_package_are_a_warning(package, clash, tmp_path
     assert not done.stderr or clash
     if clash:
         assert "RuntimeWarning: two distributions provide the package moe_kernels: dit-moe-kernels 0.1.0" in done.stderr
-        assert "moe-kernels 0.8.2, another project's" in done.stderr
+        assert "moe-kernels 0.8.2: another project's" in done.stderr
         assert "pip uninstall moe-kernels dit-moe-kernels" in done.stderr
 
 
