@@ -63,10 +63,10 @@ class Contender:
 
     def why_not(self, case: Case | None = None) -> str | None:
         """Say why it cannot run here, or cannot run this case; None when nothing is known against it."""
+        if case and self.device and case.device != self.device:
+            return f"runs on {self.device}"
         if (reason := self.missing()) or case is None:
             return reason
-        if self.device and case.device != self.device:
-            return f"runs on {self.device}"
         if case.mode not in self.modes:
             return "inference only" if self.modes == ("fwd",) else f"computes {', '.join(self.modes)} only"
         if case.dtype not in self.dtypes:

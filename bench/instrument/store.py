@@ -124,7 +124,9 @@ def _parse(line: str, where: str) -> dict:
 
 def upgraded(row: dict) -> dict:
     """Return a row of schema 1 as one of schema 2, which has one form for everything that was timed."""
-    words = str(row.get("case")).split("-")
+    words, versions = str(row.get("case")).split("-"), row.get("versions", {})
+    if "moe-kernels" in versions:  # what the distribution was called
+        row = {**row, "versions": {DISTRIBUTION: versions["moe-kernels"], **versions}}
     if row.get("kind") not in ("time", "contest") or len(words) != 8:
         return {**row, "schema": 2}
     level, contender, model, routing, sizes, dtype, mode, where = words
