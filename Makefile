@@ -62,7 +62,7 @@ fibers: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 # The site, build/site: strict, so a dead link or an unknown name is an error; nothing in it comes from elsewhere.
 docs: setup

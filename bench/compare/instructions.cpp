@@ -40,10 +40,14 @@ int main(int, char** argv) {
   std::vector<float> weights(R, 0.5f), row_weight(R), drow(R);
   for (int64_t t = 0; t < T; ++t)
     for (int64_t k = 0; k < K; ++k) ids[t * K + k] = int32_t((t * t / 7 + k * 3) % (E - 1));
-  dispatch_fwd(T, K, E, ids.data(), weights.data(),
-               {counts.data(), offsets.data(), row_token.data(), row_weight.data(), row_pick.data(),
-                token_row_offsets.data(), token_rows.data()});
-  const PlanView plan{offsets.data(), row_token.data(), row_weight.data(), token_row_offsets.data(), token_rows.data()};
+  PlanOut filled{};  // by name: revisions have their fields in different orders
+  filled.expert_counts = counts.data(), filled.expert_offsets = offsets.data(), filled.row_token = row_token.data();
+  filled.row_weight = row_weight.data(), filled.row_pick = row_pick.data();
+  filled.token_row_offsets = token_row_offsets.data(), filled.token_rows = token_rows.data();
+  dispatch_fwd(T, K, E, ids.data(), weights.data(), filled);
+  PlanView plan{};
+  plan.expert_offsets = offsets.data(), plan.row_token = row_token.data(), plan.row_weight = row_weight.data();
+  plan.token_row_offsets = token_row_offsets.data(), plan.token_rows = token_rows.data();
 
   const auto x = numbers(dtype, T * H), up = numbers(dtype, E * U * H), down = numbers(dtype, E * H * I);
   const auto shared_up = numbers(dtype, Us * H), shared_down = numbers(dtype, H * Is), dout = numbers(dtype, T * H);

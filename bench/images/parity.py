@@ -144,7 +144,7 @@ class Ladder:
             block = baseline.model.blocks[layer].moe
             exact = oracle_layer(x, block)
             ours, theirs = (m.blocks[layer].moe(x).double() for m in (model, baseline.rival))
-            error = max(error, whole_error(ours, exact))
+            error = max(error, quotient(whole_error(ours, exact), 1.0))
             outputs = max(outputs, ratio(ours, theirs, exact), rows_ratio(ours, theirs, exact))
             plan = even_plan(len(x), model.config.top_k, model.config.num_experts)
             counts = plan.expert_counts.tolist()

@@ -275,7 +275,7 @@ FAILED tests/test_a.py::test_y[several tiles per expert-S/2] - AssertionError: F
 
 
 def test_tests_that_ask_for_the_free_memory_stand_apart():
-    source = (store.ROOT / "tests" / "test_gpu_backends.py").read_text()
+    source = (store.ROOT / command.TESTS / "test_gpu_backends.py").read_text()
     functions = source.split("\n\n\n")
     asking = [text for text in functions if "mem_get_info" in text]
     assert len(asking) == 2 and all("@pytest.mark.apart" in text for text in asking)

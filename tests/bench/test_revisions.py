@@ -13,7 +13,7 @@ import pytest
 
 from bench.__main__ import main
 from bench.compare import command, duel, instructions, revisions, trial
-from bench.compare.seat import Calls, Seat
+from bench.compare.seat import Calls, RevisionSeat
 from bench.instrument import cases, store
 
 ROOT = store.ROOT
@@ -201,14 +201,14 @@ def test_the_seat_counts_calls_and_saved_bytes_and_refuses_another_package():
         torch.ones(3) + torch.ones(3)
     assert calls.count == 3
     case = next(c for c in cases.all_cases("tiny") if (c.level, c.backend, c.mode) == ("layer", "eager", "fwdbwd"))
-    seat = Seat(case.id, str(ROOT))
+    seat = RevisionSeat(case.id, str(ROOT))
     fixed = seat.fixed()
     assert fixed == seat.fixed() and fixed["aten_calls"] > 10
     assert fixed["saved_bytes"] >= 4 * case.T * case.shape.H, "at least the input"
     with pytest.raises(RuntimeError, match="another moe_kernels"):
-        Seat(case.id, "/nowhere")
+        RevisionSeat(case.id, "/nowhere")
     with pytest.raises(LookupError, match=r"'native' does not support this call .*torch\.float64"):
-        Seat(case.id.replace("eager", "native").replace("fp32", "fp64"), str(ROOT))
+        RevisionSeat(case.id.replace("eager", "native").replace("fp32", "fp64"), str(ROOT))
 
 
 def test_instructions_are_the_same_again_or_have_a_reason(tmp_path, monkeypatch):
