@@ -40,10 +40,10 @@ def test_a_plan_by_hand():
     ids, weights = torch.tensor([[2, 0], [0, 3], [3, 2], [0, 2]]), torch.arange(8.0).view(4, 2)
     plan = rooms.dispatch(ids, weights, 5)
     assert [t.tolist() for t in plan] == [
+        [1, 2, 6, 0, 5, 7, 3, 4],
         [3, 0, 3, 2, 0],
         [0, 3, 3, 6, 8, 8],
         [0, 1, 3, 0, 2, 3, 1, 2],
-        [1, 2, 6, 0, 5, 7, 3, 4],
         [1, 2, 6, 0, 5, 7, 3, 4],
         [0, 2, 4, 6, 8],
         [0, 3, 1, 6, 4, 7, 2, 5],
