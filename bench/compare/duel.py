@@ -30,7 +30,7 @@ INTERRUPTED = "interrupted before it was timed"
 
 
 @dataclass
-class Pair(Crew):
+class RevisionCrew(Crew):
     """A worker for either side, which finds its revision's package before everybody else's."""
 
     checkouts: Mapping[str, Checkout] = field(default_factory=dict)
@@ -46,23 +46,23 @@ class Pair(Crew):
         return self.seat(targets, case.threads)
 
 
-class Stable:
+class CrewPool:
     """The pairs of workers that stay, by number, and new ones on demand."""
 
     def __init__(self, base: Checkout, head: Checkout):
         self.checkouts = {"base": base, "head": head}
-        self.staying: dict[int, Pair] = {}
+        self.staying: dict[int, RevisionCrew] = {}
 
     @contextmanager
-    def pair(self, number: int | None) -> Iterator[Pair]:
+    def pair(self, number: int | None) -> Iterator[RevisionCrew]:
         """Lend a pair; None: a new one, which ends with the block."""
         if number is None:
-            with Pair(checkouts=self.checkouts) as pair:
+            with RevisionCrew(checkouts=self.checkouts) as pair:
                 yield pair
         else:
-            yield self.staying.setdefault(number, Pair(checkouts=self.checkouts))
+            yield self.staying.setdefault(number, RevisionCrew(checkouts=self.checkouts))
 
-    def __enter__(self) -> Stable:
+    def __enter__(self) -> CrewPool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,11 +71,11 @@ class Stable:
 
 
 @dataclass
-class Bout:
-    """One case of a duel: what was found before any time was taken, and all rounds of the last look."""
+class CaseDuel:
+    """A case of a duel: what was found before any time was taken, and all rounds of the last look."""
 
     case: Case
-    stable: Stable
+    pool: CrewPool
     reasons: dict[str, str] = field(default_factory=dict)
     checks: dict[str, Check] = field(default_factory=dict)
     fixed: dict[str, dict] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class Bout:
     def verify(self, folder: Path) -> None:
         """Run both sides once and judge the results; `reasons` says who cannot run."""
         path = folder / "result.pt"
-        with self.stable.pair(0) as pair:
+        with self.pool.pair(0) as pair:
             for name, runner in pair.sit(self.case).items():
                 try:
                     if runner.reason:
@@ -113,7 +113,7 @@ class Bout:
             )
         if self.reasons:
             return [], []
-        with self.stable.pair(number) as pair:
+        with self.pool.pair(number) as pair:
             runners = pair.sit(self.case)
             self.reasons = {name: runner.reason for name, runner in runners.items() if runner.reason}
             if self.reasons:
@@ -137,7 +137,7 @@ class Bout:
         timed = {case.backend: s} if self.sound and s is not None and s.n > 0 else {}
         written = row("time", case, contender, timed, outcome, check, {}, contender.version if timed else "")
         fixed = {"flops": case.flops, "bytes": case.bytes, **self.fixed.get(name, {})}
-        return written | fixed | {"commit": self.stable.checkouts[name].commit, "dirty": False}
+        return written | fixed | {"commit": self.pool.checkouts[name].commit, "dirty": False}
 
 
 @dataclass
@@ -155,25 +155,25 @@ def duel(base: Checkout, head: Checkout, cases: Sequence[Case], budget: trial.Bu
     A case that base lacks has no row of base: it is new. One that only head cannot run is wrong there, whatever the
     reason. Interrupted (Ctrl-C), it returns what it has.
     """
-    out, bouts = Outcome(missing={case.id: INTERRUPTED for case in cases}), {}
-    with tempfile.TemporaryDirectory() as folder, Stable(base, head) as stable:
+    out, duels = Outcome(missing={case.id: INTERRUPTED for case in cases}), {}
+    with tempfile.TemporaryDirectory() as folder, CrewPool(base, head) as pool:
         judge = trial.Judge({}, budget, say)
         with suppress(KeyboardInterrupt):
             for case in sorted(cases, key=lambda case: case.threads):
-                bout = Bout(case, stable)
-                bout.verify(Path(folder))
-                bouts[case.id] = bout
-            judge.visits = {name: bout.visit for name, bout in bouts.items() if bout.sound}
+                case_duel = CaseDuel(case, pool)
+                case_duel.verify(Path(folder))
+                duels[case.id] = case_duel
+            judge.visits = {name: case_duel.visit for name, case_duel in duels.items() if case_duel.sound}
             judge.run()
-    out.verdicts = [verdict for verdict in judge.verdicts() if bouts[verdict.case].sound]
-    for name, bout in bouts.items():
+    out.verdicts = [verdict for verdict in judge.verdicts() if duels[verdict.case].sound]
+    for name, case_duel in duels.items():
         del out.missing[name]
-        lacking, why = bout.reasons.get("base", "").partition("LookupError: ")[1:]
-        out.rows["head"].append(bout.row("head"))
+        lacking, why = case_duel.reasons.get("base", "").partition("LookupError: ")[1:]
+        out.rows["head"].append(case_duel.row("head"))
         if lacking:
             out.missing[name] = f"base lacks it: {why}"
         else:
-            out.rows["base"].append(bout.row("base"))
-        if bout.sound and name not in judge.first:
+            out.rows["base"].append(case_duel.row("base"))
+        if case_duel.sound and name not in judge.first:
             out.missing[name] = INTERRUPTED
     return out

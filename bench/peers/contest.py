@@ -169,8 +169,8 @@ def main(args: argparse.Namespace) -> int:
     return int(any(row["wrong"] and row["ours"] for row in rows))
 
 
-def heats(contenders: Sequence[Contender], case: Case) -> list[list[Contender]]:
-    """Split the contenders so that those who run together fit into memory; ours take part in every heat."""
+def batches(contenders: Sequence[Contender], case: Case) -> list[list[Contender]]:
+    """Split the contenders so that those who run together fit into memory; ours take part in every batch."""
     shape = case.shape
     weights = case.torch_dtype.itemsize * 3 * shape.H * (shape.E * shape.I + shape.Is)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -187,8 +187,8 @@ def _run(cases: Sequence[Case], contenders: Sequence[Contender], rounds: int, se
         crew = stack.enter_context(Crew())
         for case in sorted(cases, key=lambda case: case.threads):
             rows: dict[str, dict] = {}
-            for heat in heats(contenders, case):
-                for row in compete(case, heat, crew, folder, rounds, seconds):
+            for batch in batches(contenders, case):
+                for row in compete(case, batch, crew, folder, rounds, seconds):
                     rows.setdefault(row["contender"], row)
             say(tables.line(list(rows.values())))
             yield from rows.values()

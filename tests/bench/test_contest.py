@@ -232,15 +232,15 @@ def test_what_is_not_installed_is_listed_with_its_reason(tmp_path, monkeypatch, 
     assert not libraries.installed("zentorch"), "another version than the pinned one"
 
 
-def test_heats_fit_into_memory_and_ours_are_in_each(monkeypatch):
+def test_batches_fit_into_memory_and_ours_are_in_each(monkeypatch):
     contenders = libraries.choose("native,native_packed,authors_tp1,sorted_loop,grouped,onednn")
     case = Case("layer", "native", MODEL_SHAPES["XL/2-8E2A"], "uniform", 256, "fp32", "fwd", 1)
     monkeypatch.setattr(contest.os, "sysconf", lambda name: 4096 if "SIZE" in name else (16 << 30) // 4096)
-    heats = [[c.name for c in heat] for heat in contest.heats(contenders, case)]
+    batches = [[c.name for c in batch] for batch in contest.batches(contenders, case)]
     ours = ["native", "native_packed"]
-    assert heats == [[*ours, "authors_tp1", "sorted_loop", "grouped"], [*ours, "onednn"]]
+    assert batches == [[*ours, "authors_tp1", "sorted_loop", "grouped"], [*ours, "onednn"]]
     small = Case("layer", "native", MODEL_SHAPES["digits"], "uniform", 256, "fp32", "fwd", 1)
-    assert len(contest.heats(contenders, small)) == 1 and len(contest.heats(contenders[:2], case)) == 1
+    assert len(contest.batches(contenders, small)) == 1 and len(contest.batches(contenders[:2], case)) == 1
 
 
 @pytest.fixture(scope="module")
