@@ -1,6 +1,6 @@
 """Contenders in worker processes of their own, so that no library's OpenMP, oneDNN or patching disturbs another.
 
-One scheduler interleaves their rounds; whoever is not timed blocks on a pipe. This process judges.
+One scheduler interleaves their rounds; those that are not timed block on a pipe. This process judges.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Crew:
         if threads != self.threads:
             self.close()
             self.threads = threads
-        for name in self.workers.keys() - targets:  # whoever sits this one out needs no memory
+        for name in self.workers.keys() - targets:  # one that does not take part needs no memory
             with suppress(WorkerError):
                 self.workers[name].build("builtins:object")
         runners = {name: Runner(self._worker(name)) for name in targets}

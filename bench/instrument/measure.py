@@ -134,7 +134,7 @@ def time_queued(
 ) -> tuple[float, float, Any]:
     """Do as `time_calls`, but on a GPU let it start on a call `lead` cycles late: kernels' time, not that of launching.
 
-    So it is inside a model whose CPU runs ahead; whoever waits for the GPU cannot. What the CPU takes per call is
+    So it is inside a model whose CPU runs ahead; a call that waits for the GPU cannot. What the CPU takes per call is
     `issue_us` among the figures.
     """
     return _time_on_gpu(fn, calls, device, lead) if device.startswith("cuda") else time_calls(fn, calls, device)
@@ -196,7 +196,7 @@ def interleave(
         precision: stop early once the interval of every contender's ratio to the first is narrower than this.
         timer: (contender, calls, device) -> wall and CPU seconds per call, and the result: where contenders run in
             other processes. min_call_s: shorter calls are repeated within a round (MIN_CALL_S, or MIN_EVENTS_S).
-        begin: told the name of a contender before it is called: whoever never returns is known.
+        begin: told the name of a contender before it is called, so that one that never returns is known.
     Returns:
         Samples per contender, in the given order.
     Raises: ValueError for no contenders, min_rounds < 1 or threads < 1.

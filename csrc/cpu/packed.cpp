@@ -12,7 +12,7 @@ std::vector<Group> unrouted_groups(const Engine& engine, const MoeSizes& s, cons
   return engine.groups({nullptr, offsets.data(), nullptr, nullptr, nullptr}, w, nullptr, nullptr, {}, false);
 }
 
-// The upper half of the value in the middle of each matrix: whoever rewrites a weight as a whole changes it.
+// The upper half of the value in the middle of each matrix: rewriting a weight as a whole changes it.
 std::vector<uint16_t> samples(const ExpertTable& w) {
   std::vector<uint16_t> out;
   for (const Matrices* kind : {&w.gate, &w.up, &w.down, &w.shared_gate, &w.shared_up, &w.shared_down}) {

@@ -133,7 +133,7 @@ class Placed {
     }
     return out;
   }
-  // Only the matrices of `written` have been: all else is as it was made. Spoils them.
+  // Only the matrices of `written` have been written: all else is as it was made. Overwrites them.
   bool nothing_else_written(const ExpertTable& written) {
     for (const Kind kind : kKinds)
       each(written.*kind, [](auto& element) { std::memset(&element, 0xFF, sizeof(element)); });
