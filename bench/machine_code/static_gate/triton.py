@@ -151,9 +151,9 @@ def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
     def new(*sizes: int, dtype: torch.dtype = DTYPES[dtype]) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
-    backend, parts = TritonBackend(), 2 if shape.activation == "swiglu" else 1
+    backend, halves = TritonBackend(), 2 if shape.activation == "swiglu" else 1
     H, I, Is, E, K, f32 = shape.H, shape.I, shape.Is, shape.E, shape.K, torch.float32
-    weights = MoEWeights(new(E, parts * I, H), new(E, H, I), new(parts * Is, H), new(H, Is))
+    weights = MoEWeights(new(E, halves * I, H), new(E, H, I), new(halves * Is, H), new(H, Is))
     with workloads.arithmetic(dtype):
         x, gate_weight = new(T, H), new(E, H)
         topk_weights, topk_ids, probs = backend.gating(x, gate_weight, K)
@@ -165,7 +165,7 @@ def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
             _, gate_up, shared_gate_up = backend.moe_mlp(x, plan, weights, shape.activation, save)
         backend.moe_mlp_bwd(x, x, plan, weights, gate_up, shared_gate_up, shape.activation)
         memory = [new(E, *matrix) for matrix in ((I, H), (H, I), (Is, H), (H, Is))]
-        indexed = MoEWeights(*memory, new(parts * (E + 1), dtype=torch.int32), new(E + 1, dtype=torch.int32))
+        indexed = MoEWeights(*memory, new(halves * (E + 1), dtype=torch.int32), new(E + 1, dtype=torch.int32))
         for save in (False, True):
             backend.moe_mlp(x, plan, indexed, shape.activation, save)
         backend.moe_mlp_bwd(x, x, plan, indexed, gate_up, shared_gate_up, shape.activation)

@@ -18,7 +18,7 @@ PROGRAMS = 2  # of token choice, on a processor
 
 @triton.jit
 def load_ids(topk_ids, at, live, E: tl.constexpr):
-    """Load ids, -1 where not live. A kernel cannot raise: other ids are clamped to [0, E), so that each row is written."""
+    """Load ids, -1 where not live. Kernels cannot raise: ids are clamped to [0, E), so that all rows are written."""
     ids = tl.load(topk_ids + at, mask=live, other=0)
     return tl.where(live, tl.minimum(tl.maximum(ids, 0), E - 1), -1)
 
