@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import moe_kernels
+from bench.gpu import issuing
 from bench.instrument import arguments, measure, stats, store
+from bench.instrument.cases import kernels_on
 from bench.instrument.progress import say
 from bench.instrument.shapes import MODEL_SHAPES
 from bench.instrument.verify import Check, judge
@@ -142,6 +144,11 @@ def main(args: argparse.Namespace) -> int:
     rows = []
     with measure.threads(1):
         rows.append(calling("native", min(args.seconds, 5.0)))
+        for backend in kernels_on("cuda"):
+            if why := issuing.why_not(backend):
+                say(f"issuing {backend}: {why}")
+            else:
+                rows.append(issuing.row(backend, _operator(), min(args.seconds, 5.0)))
         for num_experts in EXPERTS:
             rows.append(reading(num_experts, min(args.seconds, 5.0)))
         for tokens in args.tokens:

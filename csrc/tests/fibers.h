@@ -2,7 +2,8 @@
 // csrc/cuda use: shared memory, barriers, shuffles, votes, matches. Not covered: memory-model races, atomics between
 // blocks, speed.
 // MOE_FIBER_ORDER: in which order the threads of a block run. forward, reverse: a warp as far as it gets, the first or
-// the last one first; shuffled: all threads in turn, each to its next barrier.
+// the last one first; shuffled: all threads in turn, each to its next barrier. none: no kernel does anything, for
+// bench/gpu/issuing.py.
 #pragma once
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -286,6 +287,7 @@ inline void launch(dim3 grid, int threads, size_t shared, const std::function<vo
   ++launches();
   if (threads <= 0 || threads > 1024 || threads % kLanes)
     throw std::runtime_error("launch: " + std::to_string(threads) + " threads, expected whole warps, at most 1024");
+  if (const char* wanted = std::getenv("MOE_FIBER_ORDER"); wanted && std::string(wanted) == "none") return;
   Block b;
   b.fibers.resize(threads);
   for (int thread = 0; thread < threads; ++thread) b.fibers[thread].stack = stack_of(thread);

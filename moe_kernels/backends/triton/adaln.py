@@ -95,7 +95,7 @@ def modulated_gating(
     moments = x.new_empty((2, T), dtype=torch.float32)
     grid.launch(
         adaln_fwd_gating,
-        (triton.cdiv(T, 16),),
+        (grid.cdiv(T, 16),),
         x=x,
         shift=shift,
         scale=scale,
@@ -249,8 +249,8 @@ def adaln_bwd_gating(
 def _chunks(t: Tensor, B: int, L: int, block: int) -> tuple[int, int]:
     """Return the tokens of a chunk and the chunks of an image: a few programs for every processor."""
     wanted = max(1, 4 * tiles.device_of(t).processors // max(B, 1))
-    chunk = block * max(1, triton.cdiv(L, block * wanted))
-    return chunk, triton.cdiv(L, chunk)
+    chunk = block * max(1, grid.cdiv(L, block * wanted))
+    return chunk, grid.cdiv(L, chunk)
 
 
 def modulated_gating_bwd(
@@ -290,10 +290,10 @@ def modulated_gating_bwd(
         **incoming(dtopk_weights, dprobs, probs),
         **blocks,
     }
-    grid.launch(adaln_bwd_sums, (triton.cdiv(B * L, 16),), **both)
+    grid.launch(adaln_bwd_sums, (grid.cdiv(B * L, 16),), **both)
     grid.launch(
         adaln_bwd_gating,
-        (B, chunks, triton.cdiv(H, blocks["BLOCK_H"])),
+        (B, chunks, grid.cdiv(H, blocks["BLOCK_H"])),
         shift=shift,
         dx=dx,
         partial_dmodulation=dmodulation,
@@ -347,7 +347,7 @@ def gated_residual_bwd(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, T
     partials = y.new_empty((chunks, B, H), dtype=torch.float32)
     grid.launch(
         adaln_bwd_gate,
-        (B, chunks, triton.cdiv(H, 128)),
+        (B, chunks, grid.cdiv(H, 128)),
         dout=dout,
         y=y,
         gate=gate,

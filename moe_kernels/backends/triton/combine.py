@@ -130,10 +130,10 @@ def _forward(
     drow_weight: Tensor | None,
 ) -> None:
     (T, H), num_partials = out.shape, grid.width(partials)
-    block_h = min(512, triton.next_power_of_2(H))
+    block_h = min(512, grid.power_of_2(H))
     grid.launch(
         combine_fwd,
-        (triton.cdiv(T, 8), triton.cdiv(H, block_h)),
+        (grid.cdiv(T, 8), grid.cdiv(H, block_h)),
         rows=rows[0],
         row_weight=plan.row_weight,
         token_row_offsets=plan.token_row_offsets,
@@ -152,7 +152,7 @@ def _forward(
         HAS_SHARED=rows[1] is not None,
         GATED=gated,
         PARTIALS=num_partials,
-        PARTIALS_PADDED=triton.next_power_of_2(max(num_partials, 1)),
+        PARTIALS_PADDED=grid.power_of_2(max(num_partials, 1)),
         BLOCK_T=8,
         BLOCK_H=block_h,
     )
@@ -193,7 +193,7 @@ def backward(dout: Tensor, y_rows: Tensor, plan) -> tuple[Tensor, Tensor]:
     dy_rows, drow_weight = torch.empty_like(y_rows), torch.empty_like(plan.row_weight)
     grid.launch(
         combine_bwd,
-        (triton.cdiv(R, 16),),
+        (grid.cdiv(R, 16),),
         dout=dout,
         y_rows=y_rows,
         row_token=plan.row_token,
@@ -203,6 +203,6 @@ def backward(dout: Tensor, y_rows: Tensor, plan) -> tuple[Tensor, Tensor]:
         R=R,
         H=H,
         BLOCK_R=16,
-        BLOCK_H=min(512, triton.next_power_of_2(H)),
+        BLOCK_H=min(512, grid.power_of_2(H)),
     )
     return dy_rows, drow_weight

@@ -107,8 +107,8 @@ def token_choice(topk_ids: Tensor, topk_weights: Tensor, plan) -> None:
     """Fill a plan from the picks of each token, (T, K)."""
     R, K, E, E_PADDED = topk_ids.numel(), topk_ids.shape[1], plan.num_experts, grid.padded(plan.num_experts)
     block = max(16, HISTOGRAM // E_PADDED)
-    chunk = block * triton.cdiv(R, block * PROGRAMS * tiles.device_of(topk_ids).processors)
-    programs = triton.cdiv(R, chunk)
+    chunk = block * grid.cdiv(R, block * PROGRAMS * tiles.device_of(topk_ids).processors)
+    programs = grid.cdiv(R, chunk)
     counts = topk_ids.new_empty((programs, E_PADDED))
     grid.launch(
         dispatch_count,
@@ -159,7 +159,7 @@ def backward(drow_weight: Tensor, row_pick: Tensor, count: int) -> Tensor:
     dweights = drow_weight.new_empty(count) if R == count else drow_weight.new_zeros(count)
     grid.launch(
         dispatch_bwd,
-        (triton.cdiv(R, 1024),),
+        (grid.cdiv(R, 1024),),
         drow_weight=drow_weight,
         row_pick=row_pick,
         dweights=dweights,
@@ -299,7 +299,7 @@ def expert_choice(affinities: Tensor, capacity: int, tokens_per_group: int, plan
     block = max(16, HISTOGRAM // grid.padded(E))
     grid.launch(
         choice_tokens,
-        (triton.cdiv(T, block),),
+        (grid.cdiv(T, block),),
         row_of=row_of,
         expert_counts=plan.expert_counts,
         expert_offsets=plan.expert_offsets,

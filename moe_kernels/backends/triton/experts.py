@@ -227,7 +227,7 @@ def up(x: Tensor, plan, gate_up_proj: Weight, down_proj: Weight, save: bool) -> 
     tma, weights = grid.operands(tile, *((t, (1, tile.n, tile.k)) for t in gate_up_proj[:2]))
     grid.launch(
         experts_fwd_up,
-        grid.programs_of(x, plan, tile, triton.cdiv(I, tile.n), triton.cdiv(Is, tile.n)),
+        grid.programs_of(x, plan, tile, grid.cdiv(I, tile.n), grid.cdiv(Is, tile.n)),
         x=x,
         gate_up_proj=weights[0],
         shared_gate_up_proj=weights[1],
@@ -336,7 +336,7 @@ def rows_times(rows: Pair, weight: Weight, plan, x: Tensor, k_inner: bool) -> Pa
     K, Ks, N, E = rows[0].shape[1], 0 if weight[1] is None else rows[1].shape[1], x.shape[1], plan.num_experts
     out, shared_out = x.new_empty((plan.num_rows, N)), torch.empty_like(x) if Ks else None
     tile = grid.tile_of("rows_times", x, plan, N, K)
-    num_n = triton.cdiv(N, tile.n)
+    num_n = grid.cdiv(N, tile.n)
     halves = K // weight[0].shape[-1 if k_inner else -2]
     if halves > 1:
         tile = tile._replace(k=math.gcd(tile.k, K // halves, Ks // halves))  # no step in two matrices

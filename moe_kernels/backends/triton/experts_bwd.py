@@ -153,12 +153,12 @@ def dact(dout: Tensor, x: Tensor, plan, down_proj: Weight, gate_up: Pair, combin
     dgate_up, shared_dgate_up = (torch.empty_like(t) for t in gate_up)
     act, shared_act = x.new_empty((R, I)), x.new_empty((T if Is else 0, Is))
     tile = grid.tile_of("dact", x, plan, I, H)
-    num_n = triton.cdiv(I, tile.n)
+    num_n = grid.cdiv(I, tile.n)
     partials = x.new_empty((R, num_n if combined else 0), dtype=torch.float32)
     tma, weights = grid.operands(tile, *((t, (1, tile.k, tile.n)) for t in down_proj[:2]))
     grid.launch(
         experts_bwd_dact,
-        grid.programs_of(x, plan, tile, num_n, triton.cdiv(Is, tile.n)),
+        grid.programs_of(x, plan, tile, num_n, grid.cdiv(Is, tile.n)),
         dout=dout,
         down_proj=weights[0],
         shared_down_proj=weights[1],
@@ -272,8 +272,8 @@ def _splits(out: Tensor, plan, tile: tiles.Tile, shared_shape: tuple[int, ...]) 
     """
     (E, M, N), (shared_m, shared_n) = out.shape, shared_shape
     programs = tile.programs * tiles.device_of(out).processors
-    area = E * triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n)
-    shared_area = triton.cdiv(shared_m, tile.m) * triton.cdiv(shared_n, tile.n)
+    area = E * grid.cdiv(M, tile.m) * grid.cdiv(N, tile.n)
+    shared_area = grid.cdiv(shared_m, tile.m) * grid.cdiv(shared_n, tile.n)
     split = min(4, max(1, programs // area))
     shared_split = split * min(8, max(1, plan.num_tokens * E // max(plan.num_rows, 1)))
     return split, shared_split, min(area * split + shared_area * shared_split, programs)

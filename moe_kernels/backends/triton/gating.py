@@ -139,7 +139,7 @@ def forward(x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor,
     blocks = router_blocks(E)
     grid.launch(
         gating_fwd,
-        (triton.cdiv(T, blocks["BLOCK_T"]),),
+        (grid.cdiv(T, blocks["BLOCK_T"]),),
         x=x,
         gate_weight=gate_weight,
         topk_weights=topk_weights,
@@ -209,11 +209,11 @@ def backward(
     (T, H), E, K = x.shape, gate_weight.shape[0], topk_ids.shape[1]
     dx, dgate_weight = torch.empty_like(x), torch.empty_like(gate_weight)
     blocks = router_blocks(E)
-    chunk = blocks["BLOCK_T"] * max(1, triton.cdiv(T, blocks["BLOCK_T"] * tiles.device_of(x).processors))
-    partials = x.new_empty((triton.cdiv(T, chunk), E, H), dtype=torch.float32)
+    chunk = blocks["BLOCK_T"] * max(1, grid.cdiv(T, blocks["BLOCK_T"] * tiles.device_of(x).processors))
+    partials = x.new_empty((grid.cdiv(T, chunk), E, H), dtype=torch.float32)
     grid.launch(
         gating_bwd,
-        (partials.shape[0], triton.cdiv(H, blocks["BLOCK_H"])),
+        (partials.shape[0], grid.cdiv(H, blocks["BLOCK_H"])),
         x=x,
         gate_weight=gate_weight,
         topk_ids=topk_ids,

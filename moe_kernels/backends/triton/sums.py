@@ -48,7 +48,7 @@ def sum_in_order(*sums: tuple[Tensor, Tensor]) -> None:
         block = min(1024, grid.padded(max(n, other_n)))
         grid.launch(
             ordered_sum,
-            (triton.cdiv(n, block) + triton.cdiv(other_n, block),),
+            (grid.cdiv(n, block) + grid.cdiv(other_n, block),),
             partials=partials,
             out=out,
             count=partials.shape[0],

@@ -1,0 +1,41 @@
+"""What calls cost the CPU: launches counted, kernels empty while it lasts, and everything as it was afterwards."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.gpu import issuing
+from bench.instrument.cases import kernels_on
+from moe_kernels.backends import registry
+from moe_kernels.backends.triton import grid
+
+LAUNCHES = {"triton": (5, 13), "cuda": (5, 12)}  # of dispatch and the layer, without and with backward
+
+
+@pytest.mark.parametrize("backend", kernels_on("cuda"))
+def test_a_call_issues_few_launches_and_computes_nothing(backend):
+    if why := issuing.why_not(backend):
+        pytest.skip(why)
+    before = grid.launch, dict(registry.get("native").__dict__)
+    row = issuing.row(backend, lambda: None, 0.0)
+    figures = row["figures"]
+    assert (figures["forward_launches"], figures["forward_backward_launches"]) == LAUNCHES[backend]
+    assert 0 < figures["forward_us"] < figures["forward_backward_us"]
+    assert row["case"] == f"layer-{backend}-digits-uniform-T16_H96_I384_Is192_E8_K2-bf16-fwd-t1"
+    assert (grid.launch, dict(registry.get("native").__dict__)) == before
+
+
+def test_a_backend_that_cannot_be_tried_says_why(monkeypatch):
+    monkeypatch.delenv("MOE_KERNELS_FIBERS", raising=False)
+    assert issuing.why_not("cuda") == "needs MOE_KERNELS_FIBERS, the module that `make fibers` builds"
+    monkeypatch.setattr(issuing.importlib.util, "find_spec", lambda name: None)
+    assert issuing.why_not("triton") == "not available: no package triton"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 15, 16, 17, 255, 256, 257, 12_345])
+def test_sizes_of_blocks_are_those_that_triton_gives(n):
+    import triton
+
+    assert grid.power_of_2(n) == triton.next_power_of_2(n) and grid.padded(n) == max(16, triton.next_power_of_2(n))
+    assert [grid.cdiv(n, b) for b in (1, 3, 16, 300)] == [triton.cdiv(n, b) for b in (1, 3, 16, 300)]
+    assert grid.cdiv(0, n) == 0 and grid.padded(0) == 16
