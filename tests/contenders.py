@@ -40,6 +40,11 @@ CONTENDERS = [
     for backend in BACKENDS
     for dtype in DTYPES.get(backend, (torch.float32, torch.bfloat16))
 ]
+# Traps in where things lie and how many there are. The interpreter takes a minute or two for each room's in bfloat16.
+OF_ANY_DTYPE = frozenset(
+    "no_token one_token below_tile all_experts single_expert no_shared expert_choice expert_choice_shared strided "
+    "expanded_dout poisoned_ends misaligned int64_ids".split()
+)
 WIDTH_STEP = {"cuda": 8}  # of what widths have to be multiples
 each_contender = pytest.mark.parametrize(("backend", "dtype"), CONTENDERS)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -111,6 +116,8 @@ def moe_compute(trap: Trap, dtype: torch.dtype, scale: float = 1.0):
 
 
 def judge_trap(op: str, make_compute, trap: Trap, scale: float, backend: str, dtype: torch.dtype, seed: int) -> None:
+    if (backend, dtype, DEVICE) == ("triton", torch.bfloat16, "cpu") and trap.name in OF_ANY_DTYPE:
+        pytest.skip("interpreted in float32 already; the minutes go to what rounds")
     with refusals(backend, trap.may_refuse):
         judge(op, make_compute(trap, dtype, scale), backend, dtype, seed, scale)
 
