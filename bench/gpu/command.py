@@ -150,8 +150,7 @@ class Job:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         except RuntimeError as error:
-            # Once it is down everybody raises: the first who had not been verified yet did it.
-            first = next((row for row in rows if row.get("wrong") and not row.get("errors")), {})
+            first = next((row for row in rows if row.get("raised") == 0), {})  # once it is down everybody raises
             who, why = first.get("contender", ""), first.get("wrong") or str(error).splitlines()[0]
             summary = f"{who or 'somebody'} took the GPU's context down in {case.id}: {why}"
             self._note_lost(who, summary)

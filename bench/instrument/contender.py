@@ -29,6 +29,7 @@ class Contender:
         rule. library: the folder of .peers that its process imports from.
     missing: says what is not installed here. refuses: says why it does not run a case on this machine.
     levels: of cases, () for all. device: the only one it runs on. compiles: takes torch.compile, a minute a case.
+    strict: held to our own rule though it is not ours.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Contender:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     device: str = ""
     compiles: bool = False
+    strict: bool = False
 
     @property
     def ours(self) -> bool:
@@ -51,7 +53,7 @@ class Contender:
     @property
     def bound(self) -> float:
         """How many times plain torch's error is still right."""
-        return BOUND if self.ours else FOREIGN_BOUND
+        return BOUND if self.ours or self.strict else FOREIGN_BOUND
 
     @property
     def version(self) -> str:
@@ -75,5 +77,5 @@ class Contender:
 
 
 def by_name(name: str) -> Contender:
-    """Return a backend of moe_kernels, or one of the PEERS, as a contender."""
-    return Contender(name, package=DISTRIBUTION if name in BACKENDS else "torch")
+    """Return a backend of moe_kernels, or one of the PEERS, which are plain torch, as a contender."""
+    return Contender(name, package=DISTRIBUTION if name in BACKENDS else "torch", strict=True)

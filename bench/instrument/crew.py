@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -113,8 +113,10 @@ class InWorkers:
     checks: dict[str, Check] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
 
+    reasons: ClassVar[dict[str, str]] = {}
+
     @property
-    def reasons(self) -> dict[str, str]:
+    def fell(self) -> dict[str, str]:
         return {name: runner.reason for name, runner in self.runners.items() if runner.reason}
 
     def seat(self, cases: Mapping[Contender, Case]) -> dict[str, Runner]:

@@ -42,6 +42,11 @@ class Samples:
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
     wrong: str | None = None
+    raised_s: float = 0.0  # when it raised, on the clock of time.monotonic
+
+    def fail(self, error: Exception) -> None:
+        """Note that a call raised, whatever it was: that is its answer, and the others go on."""
+        self.wrong, self.raised_s = f"raised {type(error).__name__}: {error}", time.monotonic()
 
     @property
     def n(self) -> int:
@@ -209,14 +214,14 @@ def interleave(
     with _threads(threads), _no_gc():
         for name, fn in contenders.items():
             begin(name)
-            samples[name].wrong = _check(verify, name, fn)
+            _check(samples[name], verify, fn)
             if not samples[name].wrong:
                 _set_calls(samples[name], fn, timer, min_call_s)
         racing = [name for name in contenders if not samples[name].wrong]
         still = {name: contenders[name] for name in racing}
         results = _race(still, samples, min_rounds, max_seconds, precision, timer, begin)
     for name, result in results.items():
-        samples[name].wrong = _check(verify, name, lambda result=result: result)
+        _check(samples[name], verify, lambda result=result: result)
     return samples
 
 
@@ -228,7 +233,7 @@ def _set_calls(s: Samples, fn: Callable[[], Any], timer: Timer, min_call_s: floa
             wall, _, _ = timer(fn, 10, s.device)
         s.calls = max(1, min(1000, math.ceil(min_call_s / max(wall, 1e-9))))
     except Exception as error:
-        s.wrong = _raised(error)
+        s.fail(error)
 
 
 def _race(
@@ -253,7 +258,7 @@ def _race(
             try:
                 wall, cpu, results[name] = timer(racing[name], s.calls, s.device)
             except Exception as error:
-                s.wrong = _raised(error)
+                s.fail(error)
                 continue
             s.wall_s.append(wall)
             s.cpu_s.append(cpu)
@@ -268,16 +273,12 @@ def _precise(samples: Mapping[str, Samples], order: Sequence[str], precision: fl
     return all(i.high - i.low < precision * i.value for i in intervals)
 
 
-def _check(verify: Verify | None, name: str, fn: Callable[[], Any]) -> str | None:
+def _check(s: Samples, verify: Verify | None, fn: Callable[[], Any]) -> None:
     try:
         result = fn()
-        return verify(name, result) if verify else None
-    except Exception as error:  # whatever a contender raises is its answer; the others are still timed
-        return _raised(error)
-
-
-def _raised(error: Exception) -> str:
-    return f"raised {type(error).__name__}: {error}"
+        s.wrong = verify(s.name, result) if verify else None
+    except Exception as error:
+        s.fail(error)
 
 
 _threads = threads  # interleave's argument hides the name

@@ -21,9 +21,12 @@ More = Callable[[str, Run, Mapping[str, measure.Samples]], Mapping[str, Any]]
 
 
 class Executor(Protocol):
-    """Where contenders run. `reasons`: why some cannot, or how they fell; `checks`: what was judged before the race."""
+    """Where contenders run. `reasons`: why some cannot; `fell`: what others raised, in the order in which they did, or
+    how their workers died; `checks`: what was judged before the race.
+    """
 
     reasons: Mapping[str, str]
+    fell: Mapping[str, str]
     checks: Mapping[str, Check]
 
     def seat(self, cases: Mapping[Contender, Case]) -> Mapping[str, Run]:
@@ -45,6 +48,7 @@ class InProcess:
 
     begin: Begin = lambda name: None
     reasons: dict[str, str] = field(default_factory=dict)
+    fell: dict[str, str] = field(default_factory=dict)
     checks: dict[str, Check] = field(default_factory=dict)
     works: dict[str, workloads.Workload] = field(default_factory=dict)
 
@@ -54,7 +58,7 @@ class InProcess:
             try:
                 self.works[contender.name] = contender.build(case)
             except Exception as error:  # whatever somebody else's code raises is its answer
-                self.reasons[contender.name] = short(error)
+                self.fell[contender.name] = short(error)
         return {name: work.run for name, work in self.works.items()}
 
     def judge(self, contender: Contender, case: Case, result: Any) -> Check:
@@ -103,28 +107,35 @@ def race(
         added = {name: more(name, runs[name], samples) for name in right}
     checks = {**executor.checks, **checks}
     reasons |= executor.reasons
+    raced = {name: s for name, s in samples.items() if name in known}
+    raised = _raised(executor, raced)
     for c in contenders:
-        outcome = _outcome(c, reasons.get(c.name), samples.get(c.name), checks.get(c.name))
-        version = executor.version(c) if c.name in samples else ""
-        raced = {name: s for name, s in samples.items() if name in known}
-        yield row(kind, cases[c], c, raced, outcome, checks.get(c.name), added.get(c.name, {}), version)
+        fell, s, check = executor.fell.get(c.name), raced.get(c.name), checks.get(c.name)
+        outcome = _outcome(c, reasons.get(c.name), fell, s, check)
+        outcome["raised"] = raised.index(c.name) if c.name in raised else None
+        version = executor.version(c) if s else ""
+        yield row(kind, cases[c], c, raced, outcome, check, added.get(c.name, {}), version)
 
 
 def _outcome(
-    contender: Contender, reason: str | None, s: measure.Samples | None, check: Check | None
-) -> dict[str, str | None]:
+    contender: Contender, reason: str | None, fell: str | None, s: measure.Samples | None, check: Check | None
+) -> dict[str, str | int | None]:
     """Return why a contender has no number: `wrong`, or `reason` where nothing of its result is."""
     wrong = (s.wrong if s else None) or (check.wrong if check else None)
-    if reason and contender.ours and _raised(reason):
-        reason, wrong = None, f"raised {reason}"  # our own code has no excuse
+    if fell and contender.ours:
+        wrong = f"raised {fell}"  # our own code has no excuse
+    elif fell:
+        reason = reason or fell
     if wrong and memory_ran_out(wrong):
-        reason, wrong = wrong, None
+        reason = reason or wrong
     return {"reason": _line(reason), "wrong": None if reason else _line(wrong)}
 
 
-def _raised(reason: str) -> bool:
-    """Tell a failure from a refusal: an error's name comes first, or a worker's death."""
-    return bool(reason.partition(":")[0].endswith(("Error", "Exception"))) or reason.startswith(("died", "no answer"))
+def _raised(executor: Executor, raced: Mapping[str, measure.Samples]) -> list[str]:
+    """Return who raised, in order: at first in building, then in checks before the race, then in it."""
+    judged = [name for name, check in executor.checks.items() if (check.wrong or "").startswith("raised")]
+    in_race = sorted((s.raised_s, name) for name, s in raced.items() if s.raised_s)
+    return list(dict.fromkeys([*executor.fell, *judged, *(name for _, name in in_race)]))
 
 
 def _line(text: str | None) -> str | None:
@@ -147,14 +158,14 @@ def row(
     case: Case,
     contender: Contender,
     samples: Mapping[str, measure.Samples],
-    outcome: Mapping[str, str | None],
+    outcome: Mapping[str, str | int | None],
     check: Check | None,
     figures: Mapping[str, Any],
     version: str,
 ) -> dict:
     """Return the row of a contender: the fields that results/README.md describes for what is timed."""
     s = samples.get(contender.name)
-    timed = s is not None and not any(outcome.values())
+    timed = s is not None and not (outcome["reason"] or outcome["wrong"])
     others = [o for o in samples.values() if timed and o is not s and not o.wrong]
     return store.row(
         kind,

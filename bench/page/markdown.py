@@ -42,7 +42,7 @@ def _race(race: dict) -> list[str]:
     head = (f"{race['title']}: {race['what']}", "ms median [p20, p80]", "n", *([unit] if unit else []))
     cells = [
         (name(r["contender"]), r["wrong"] or times(r), r["figures"].get("n", ""),
-         *([figure(r["figures"].get("images_per_s", 0))] if unit else []),
+         *([figure(rate) if (rate := r["figures"].get("images_per_s")) else ""] if unit else []),
          *(ratio(r["speedups"][b]) if b in r["speedups"] else "" for b in BASELINES))
         for r in race["rows"]
     ]  # fmt: skip

@@ -18,11 +18,11 @@ def of(rows: Sequence[dict]) -> list[dict]:
 
     Of a contender that ran twice the last row counts; one that did not run (`reason`) is left out.
     """
-    races = ([row for row in race if not row["reason"]] for race in races_of(rows))
+    races = races_of([row for row in rows if not row["reason"]])
     return [
         {**{key: race[0][key] for key in SHARED}, "title": title(race[0]), "what": what(race[0]),
          "unit": UNITS.get(race[0]["level"], ""), "rows": sorted(race, key=lambda row: rank(row["contender"]))}
-        for race in races if race
+        for race in races
     ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The race of two revisions neither cries wolf nor sleeps: played with times recorded from processes of the same code.
 
-tests/data/paired_processes.npz: six cases, 36 pairs of processes each, 40 interleaved rounds a pair, process CPU time
+data/paired_processes.npz: six cases, 36 pairs of processes each, 40 interleaved rounds a pair, process CPU time
 in us, on two shared cores at load 2 to 10. Processes differ by up to 10 % for as long as they live; rounds are
 autocorrelated and heavy-tailed. A visit is a stretch of consecutive rounds of one recorded pair, sides at random.
 """

@@ -159,6 +159,46 @@ def test_a_wrong_contender_and_one_that_cannot_be_built_get_no_number():
     assert "out: error" in wrong["wrong"] and wrong["figures"] == {}
     assert failed["reason"] == "ImportError: no such symbol" and failed["figures"] == {} and not command.bad(failed)
     assert ours["wrong"] == "raised ImportError: no such symbol" and command.bad(ours)
+    assert [row["raised"] for row in (wrong, failed, ours)] == [None, 0, 1]
+
+
+class OutOfResources(Exception):
+    """As Triton's, whose name says nothing of an error."""
+
+
+@pytest.mark.parametrize("fault", [OutOfResources("out of resource: shared memory"), StopIteration(), SystemError("x")])
+@pytest.mark.parametrize("when", ["build", "run", "judge"])
+def test_what_ours_raises_is_wrong_whenever_and_whatever_it_is(fault, when):
+    def build(case: Case) -> workloads.Workload:
+        def fall(*_: object) -> None:
+            raise fault
+
+        work = workloads.build(case, "eager")
+        if when == "build":
+            fall()
+        return workloads.Workload(case, fall if when == "run" else work.run, fall if when == "judge" else work.named)
+
+    (row,) = race(TINY, [Contender("ours", build=build, package=store.DISTRIBUTION)], 3, 0.0)
+    assert row["wrong"].startswith(f"raised {type(fault).__name__}") and row["reason"] is None and row["raised"] == 0
+
+
+def test_who_raised_first_is_known():
+    """As when a kernel takes the GPU down: everybody raises after that, in whatever order they stand in the rows."""
+    calls = []
+
+    def build(case: Case) -> workloads.Workload:
+        work = workloads.build(case, "eager")
+
+        def run() -> list:
+            calls.append(case.backend)
+            if calls.count("second") > 4:
+                raise RuntimeError("CUDA error")
+            return work.run()
+
+        return workloads.Workload(case, run, work.named)
+
+    rows = list(race(TINY, [Contender(name, build=build) for name in ("first", "second")], 9, 0.0))
+    assert [row["raised"] for row in rows] == [1, 0] and all(row["errors"] for row in rows)
 
 
 def test_the_compiled_race_among_few():

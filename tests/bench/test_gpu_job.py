@@ -92,8 +92,9 @@ def test_who_takes_the_gpu_down_is_noted_and_left_out(tmp_path, monkeypatch):
     first.args.device = "cuda"
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(OSError, match=r"^sonic took the GPU's context down in .*: raised AcceleratorError"):
-        down = {"wrong": "raised AcceleratorError"}
-        first._look_after_gpu(TINY, [row(errors={"out": {}}, **down), row(contender="sonic", **down), row(**down)])
+        down = {"wrong": "raised AcceleratorError", "errors": {"out": {}}}
+        rows = [row(raised=1, **down), row(contender="sonic", raised=0, **down), row(raised=2, **down)]
+        first._look_after_gpu(TINY, rows)
     assert job(tmp_path)._lost() == {"sonic"}
 
 

@@ -140,6 +140,22 @@ def test_opcheck_on_every_op(backend):
         torch.library.opcheck(func, leaves, test_utils=tests)
 
 
+@pytest.mark.unpoisoned
+@each_backend
+def test_fakes_of_inputs_that_lie_by_columns_have_the_strides_of_results(backend):
+    problem = make_problem(PLAIN, 0, torch.float32)
+    plan, by_columns = plan_of(problem, backend), problem.x.t().contiguous().t()
+    rows = torch.randn(problem.x.shape[1], plan.num_rows).t()
+    ops, of_experts = torch.ops.moe_kernels, ([problem.gate_up_proj], [problem.down_proj])
+    calls = (
+        (ops.combine.default, (rows, plan.tensors(), by_columns, backend)),
+        (ops.combine_bwd.default, (by_columns, rows, plan.tensors(), backend)),
+        (ops.experts.default, (by_columns, plan.tensors(), *of_experts, "swiglu", "gate_up", True, backend)),
+    )
+    for func, args in calls:
+        torch.library.opcheck(func, args, test_utils="test_faketensor")
+
+
 @each_backend
 def test_autocast(backend, seed):
     """fp32 weights and tokens, bf16 arithmetic: no worse than plain torch under autocast, gradients in fp32."""

@@ -104,7 +104,7 @@ def key(kernel: str, precision: str, rows: int, n: int, k: int) -> str:
 
 
 def heuristic(kernel: str, capability: int, precision: str, rows: int, n: int) -> Tile:
-    """Return a tile for a shape that nobody tuned: as large as fits, without spills (bench/static_gate checks it).
+    """Return a tile for a shape that nobody tuned: as large as fits, without spills (`bench static-gate` checks it).
 
     A depth of 128 bytes fills a line of shared memory as the tensor cores read it. Two products at once ("up"), or an
     epilogue with many operands ("dact"), leave registers for two groups of four warps only. Warps specialise where
