@@ -40,7 +40,7 @@ CONTENDERS = [
     for backend in BACKENDS
     for dtype in DTYPES.get(backend, (torch.float32, torch.bfloat16))
 ]
-# Traps in where things lie and how many there are. The interpreter takes a minute or two for each room's in bfloat16.
+# Traps in where things lie and how many there are: the interpreter, slow as it is, tries them in float32 alone.
 OF_ANY_DTYPE = frozenset(
     "no_token one_token below_tile all_experts single_expert no_shared expert_choice expert_choice_shared strided "
     "expanded_dout poisoned_ends misaligned int64_ids".split()
