@@ -6,6 +6,8 @@
 #include <memory>
 
 #include "core/workspace.h"
+#include "cpu/blocking.h"
+#include "cpu/blocking.h"
 #include "cpu/combine.h"
 #include "cpu/dispatch.h"
 #include "cpu/experts.h"
@@ -291,6 +293,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("moe_mlp_bwd", &py_moe_mlp_bwd);
   m.def("isa_level", [] { return std::string(kernels().name); }, "The ISA level in use (MOE_KERNELS_ISA forces one).");
   m.def("isa_levels", &isa_levels, "The ISA levels this CPU runs, best first.");
+  m.def(
+      "blocking",
+      [] {
+        const Caches c = caches();
+        return py::dict(py::arg("l1") = c.l1, py::arg("l2") = c.l2, py::arg("l3") = c.l3,
+                        py::arg("panel_bytes") = blocking().panel_bytes, py::arg("wave_bytes") = blocking().wave_bytes);
+      },
+      "Bytes of this machine's caches (MOE_KERNELS_CACHES overrides) and of what the kernels keep in L2 and L3.");
   m.def("workspace_bytes", &workspace_bytes, "Bytes of memory kept between calls.");
   m.def("release_workspace", &release_workspace, "Give the kept memory back to the system.");
   m.def(

@@ -184,6 +184,7 @@ def machine() -> dict:
         "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "isa": native_isa() or torch.backends.cpu.get_cpu_capability().lower(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "caches_kib": native_caches(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "os": f"{platform.system()} {platform.release()}",
@@ -201,6 +202,16 @@ def native_isa() -> str | None:
     except ImportError:
         return None
     return _C.isa_level()
+
+
+def native_caches() -> list[int] | None:
+    """Return the KiB of L1, L2 and L3 that the compiled kernels reckon with, None where they are not built."""
+    if native_isa() is None:
+        return None
+    from moe_kernels import _C
+
+    sizes = _C.blocking() if hasattr(_C, "blocking") else {}  # an older revision in a race
+    return [sizes[cache] // 1024 for cache in ("l1", "l2", "l3")] if sizes else None
 
 
 def _proc_field(path: str, name: str) -> str | None:

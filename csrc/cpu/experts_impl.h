@@ -296,11 +296,14 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
                       int64_t features, int64_t columns, int64_t panels, typename C::Store* out, int64_t ldo,
                       void* scratch) {
   constexpr int64_t kChunk = kChunkItems * C::kPair;
+  constexpr bool kPacked = kTilesPacked<C> > 0;
+  constexpr int64_t kTogether = kPacked ? kTilesPacked<C> : 1;
   constexpr bool kDirect = sizeof(typename C::Store) == 4;  // sums stand in `out` itself where its panel is whole
+  const int64_t chunk_panels = panels_in_l2(kChunkItems, NR);
   const Tiles tiles(features);
   float* sums = static_cast<float*>(scratch);
-  uint32_t* packed_b = reinterpret_cast<uint32_t*>(sums + kFeatureTiles * MR * kChunkPanels * NR);
-  uint32_t* packed_a = packed_b + kPanelBytes / 4;
+  uint32_t* packed_b = reinterpret_cast<uint32_t*>(sums + kFeatureTiles * MR * chunk_panels * NR);
+  uint32_t* packed_a = packed_b + blocking().panel_bytes / 4;
   alignas(64) float tile[MR * NR];
   if (rows == 0)
     for (int64_t f = 0; f < features; ++f)
@@ -309,28 +312,30 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
     const int64_t valid = min64(kChunk, rows - k), items = items_of<C>(valid);
     const bool first = k == 0, last = k + kChunk >= rows;
     pack_natural<C>(b + k * ldb, ldb, valid, columns, panels, items, packed_b);
+    Ahead ahead;
     for (int64_t i = 0; i < tiles.count; ++i) {
-      const int64_t feature = tiles.begin(i);
+      const int64_t feature = tiles.begin(i), together = i % kTogether;
       const int count = int(tiles.begin(i + 1) - feature);
-      const uint32_t* rows_a = items_at<C>(a, k * lda + feature);
-      if constexpr (C::kPair == 2) {  // fp32 rows are read where they are: 14 floats of a row are contiguous
-        pack_features<C>(a + k * lda + feature, lda, valid, count, packed_a);
-        rows_a = packed_a;
+      if (together == 0) {
+        const int64_t end = min64(i + kTogether, tiles.count), next = tiles.begin(end);
+        if constexpr (kPacked) pack_features<C>(a + k * lda, lda, valid, tiles, i, end, packed_a);
+        ahead = Ahead((end - i) * panels);  // a line per row: no hardware prefetcher sees that
+        ahead.block(a + k * lda + next, lda * sizeof(*a), next < features ? valid : 0,
+                    (tiles.begin(min64(end + kTogether, tiles.count)) - next) * sizeof(*a));
       }
+      const uint32_t* rows_a = kPacked ? packed_a + together * kPackedTile : items_at<C>(a, k * lda + feature);
       const Micro kernel = micro_for<C, true>(count);
-      Ahead ahead(panels);  // a line per row: no hardware prefetcher sees that
-      if (i + 1 < tiles.count) ahead.block(a + k * lda + feature + count, lda * sizeof(*a), valid, count * sizeof(*a));
       for (int64_t p = 0; p < panels; ++p) {
         typename C::Store* to = out + feature * ldo + p * NR;
         const int64_t n = columns - p * NR;
-        float* sum = first && last ? tile : sums + (i * kChunkPanels + p) * MR * NR;
+        float* sum = first && last ? tile : sums + (i * chunk_panels + p) * MR * NR;
         int64_t ld = NR;
         if constexpr (kDirect)
           if (n >= NR) sum = to, ld = ldo;
         Streams streams;
         streams.rows(to, ldo * sizeof(*to), NR * sizeof(*to));
         ahead.share(streams);
-        kernel(rows_a, C::kPair == 2 ? count : lda, packed_b + p * items * NR, items, sum, ld, !first, streams);
+        kernel(rows_a, kPacked ? count : lda, packed_b + p * items * NR, items, sum, ld, !first, streams);
         if (!last || (kDirect && n >= NR)) continue;
         for (int r = 0; r < count; ++r)
           for (int v = 0; v < NR; v += W) store(to + r * ldo + v, loadu<vf>(sum + r * NR + v), n - v);

@@ -11,7 +11,6 @@
 
 namespace moe {
 
-constexpr int64_t kWaveBytes = int64_t(16) << 20;  // activations in flight: they stay in L3
 constexpr int64_t kSlackBytes = 256;               // kernels read whole vectors past the last element
 constexpr int64_t kTasksPerThread = 16;             // the last one to finish costs at most 1/16
 
@@ -66,7 +65,7 @@ class Engine {
   void forward(const std::vector<Group>& all, const void* x) {
     std::vector<Group> pieces;
     for (const Group& g : all) {
-      const int64_t cuts = std::max<int64_t>(1, ceil_div(forward_bytes(g), kWaveBytes));
+      const int64_t cuts = std::max<int64_t>(1, ceil_div(forward_bytes(g), blocking().wave_bytes));
       for (int64_t c = 0; c < cuts && g.rows > 0; ++c)
         pieces.push_back(slice(g, g.rows * c / cuts, g.rows * (c + 1) / cuts));
     }
@@ -212,13 +211,13 @@ class Engine {
     return sum;
   }
 
-  // Consecutive groups that fit into kWaveBytes together (one at least), those with most rows first.
+  // Consecutive groups that fit into blocking().wave_bytes together (one at least), those with most rows first.
   template <class Visit>
   void waves(const std::vector<Group>& all, Bytes bytes, const Visit& visit) const {
     std::vector<Group> wave;
     for (size_t i = 0; i < all.size(); ++i) {
       wave.push_back(all[i]);
-      if (i + 1 < all.size() && total(wave, bytes) + (this->*bytes)(all[i + 1]) <= kWaveBytes) continue;
+      if (i + 1 < all.size() && total(wave, bytes) + (this->*bytes)(all[i + 1]) <= blocking().wave_bytes) continue;
       std::stable_sort(wave.begin(), wave.end(), [](const Group& a, const Group& b) { return a.rows > b.rows; });
       visit(wave);
       wave.clear();

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../core/shapes.h"
+#include "blocking.h"
 
 namespace moe {
 
@@ -99,12 +100,11 @@ int64_t scratch_bytes(int64_t H, int64_t I);
 // K steps (32-bit items) accumulated in registers before they are added to memory: keeps the packed panel in L2 and
 // rounding errors growing with the square root of this instead of K.
 constexpr int64_t kChunkItems = 512;
-constexpr int64_t kPanelBytes = 384 << 10;  // packed panels of one task: half of a 1 MiB L2, less the rows' share
 constexpr int64_t kGradFeatures = 384;      // features of a weight-gradient block over more than one chunk of rows
 
-// Panels of `items` k steps that one task packs.
-constexpr int64_t panels_in_l2(int64_t items, int64_t panel_floats) {
-  const int64_t panels = kPanelBytes / (items * panel_floats * 4);
+// Panels of `items` k steps that one task packs: blocking().panel_bytes of them, one at least.
+inline int64_t panels_in_l2(int64_t items, int64_t panel_floats) {
+  const int64_t panels = blocking().panel_bytes / (items * panel_floats * 4);
   return panels > 0 ? panels : 1;
 }
 

@@ -58,11 +58,12 @@ const Kernels& kernels() {
 }
 
 int64_t scratch_bytes(int64_t H, int64_t I) {
-  constexpr int64_t kMaxPanel = 32, kMaxRows = 16, kSlack = 4096;
+  constexpr int64_t kMaxPanel = 32, kMaxRows = 16, kMaxTilesPacked = 4, kSlack = 4096;
+  const int64_t panel_bytes = blocking().panel_bytes;
   const int64_t whole_k_panel = (H > I ? H : I) * kMaxPanel * 4;
-  const int64_t forward = (kPanelBytes > whole_k_panel ? kPanelBytes : whole_k_panel) + kSlack;
+  const int64_t forward = (panel_bytes > whole_k_panel ? panel_bytes : whole_k_panel) + kSlack;
   const int64_t sums = (kGradFeatures + kMaxRows) * panels_in_l2(kChunkItems, kMaxPanel) * kMaxPanel * 4;
-  const int64_t grads = sums + kPanelBytes + kMaxRows * kChunkItems * 4 + kSlack;
+  const int64_t grads = sums + panel_bytes + kMaxTilesPacked * (kMaxRows * kChunkItems + kMaxPanel) * 4 + kSlack;
   return forward > grads ? forward : grads;
 }
 

@@ -11,7 +11,10 @@ namespace {
 constexpr int MR = MOE_MR;
 constexpr int NR = 2 * W;
 constexpr int64_t kRegisterItems = 256;
-constexpr int64_t kChunkPanels = panels_in_l2(kChunkItems, NR);
+// With vectors of 32 bytes instructions are what is scarce (12 multiply-adds of 20 a step of K): steps are unrolled, B is
+// left to the hardware's prefetchers, and a stream gets a line every other step.
+constexpr bool kPrefetchB = W > 8;
+constexpr int kSteps = W > 8 ? 1 : 4, kStreamSteps = W > 8 ? 1 : 2;
 constexpr int64_t kFeatureTiles = (kGradFeatures + MR - 1) / MR;
 
 struct Float32 {
@@ -47,47 +50,87 @@ inline void multiply_add(vf& acc, const uint32_t* a, vf b) {
 #endif
   float value;
   std::memcpy(&value, a, 4);
+#if MOE_W == 8
+  // GCC would fold loads of B into the multiply-adds, one each, or move accumulators about and spill them (10 to 25 %).
+  asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(_mm256_set1_ps(value)), "x"(b));
+#else
   acc += value * b;
+#endif
+}
+inline void keep_in_register([[maybe_unused]] vf& v) {
+#if MOE_W == 8
+  asm("" : "+x"(v));
+#endif
 }
 
-// out[r * ldo + 0..2W) (+)= sum over k of A(r, k) B(k, :). A(r, k) = a[r * lda + k], or a[k * lda + r] when kColumns.
+// Where A(r, k) is read: a[r * lda + k], or a[k * lda + r] when kColumns. The latter's rows lie side by side; the former's
+// share a base three by three, since x86 reaches base, base + lda and base + 2 lda in one address.
+template <bool kColumns, int rows>
+struct Rows {
+  static constexpr int kBases = kColumns ? 1 : (rows + 2) / 3;
+  const uint32_t* base[kBases];
+  int64_t lda;
+  Rows(const uint32_t* a, int64_t lda) : lda(lda) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * lda;
+  }
+  const uint32_t* at(int r, int64_t k) const {
+    return kColumns ? base[0] + k * lda + r : base[r / 3] + (r % 3) * lda + k;
+  }
+  void advance(int64_t k) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kBases; ++g) base[g] += kColumns ? k * lda : k;
+  }
+};
+
+// acc += A B over `steps` steps of K, and one line prefetched along `ahead` at the first of them where kAhead.
+template <class C, int steps, bool kAhead, bool kColumns, int rows>
+inline __attribute__((always_inline)) void multiply(vf (&acc)[rows][2], Rows<kColumns, rows>& a, const uint32_t*& b,
+                                                    Stream& ahead) {
+  constexpr int kNear = 8 * MR / rows;  // k steps: few rows need the next line sooner
+  if (kAhead) {
+    __builtin_prefetch(ahead.at, 0, 2);
+    ahead.at += ahead.step;
+  }
+#pragma GCC unroll 8
+  for (int s = 0; s < steps; ++s) {
+    vf b0 = loadu<vf>(b + s * NR), b1 = loadu<vf>(b + s * NR + W);
+    keep_in_register(b0), keep_in_register(b1);
+    if (kPrefetchB) {
+      __builtin_prefetch(b + (s + kNear) * NR);
+      if (NR * 4 > kLine) __builtin_prefetch(b + (s + kNear) * NR + W);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      multiply_add<C>(acc[r][0], a.at(r, s), b0);
+      multiply_add<C>(acc[r][1], a.at(r, s), b1);
+    }
+  }
+  a.advance(steps);
+  b += steps * NR;
+}
+
+// out[r * ldo + 0..2W) (+)= sum over k of A(r, k) B(k, :).
 // Registers are emptied into `out` every kRegisterItems: rounding errors then grow like those of a blocked sum.
 template <class C, bool kColumns, int rows>
-void micro(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t items, float* out, int64_t ldo, bool add,
+void micro(const uint32_t* a_items, int64_t lda, const uint32_t* b, int64_t items, float* out, int64_t ldo, bool add,
            const Streams& streams) {
-  constexpr int kNear = 8 * MR / rows;  // k steps: few rows need the next line sooner
   constexpr bool kAhead = rows > 4;  // with fewer B comes at the speed of memory, and a stream only delays it (10 %)
-  constexpr int kBases = kColumns ? 1 : (rows + 2) / 3;  // x86 reaches base, base + lda and base + 2 lda in one address
-  const uint32_t* base[kBases];
-#pragma GCC unroll 8
-  for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * lda;
-  const Stream *stream = streams.list(), *const last = stream + streams.count();
+  Rows<kColumns, rows> a(a_items, lda);
+  const Stream *next = streams.list(), *const last = kAhead ? next + streams.count() : next;
   for (int64_t begin = 0; begin < items; begin += kRegisterItems) {
     vf acc[rows][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) acc[r][0] = acc[r][1] = vf{};
     const int64_t end = min64(items, begin + kRegisterItems);
-    for (int64_t k = begin; k < end;) {
-      const char* ahead = reinterpret_cast<const char*>(out);
-      int64_t step = 0;
-      if (stream != last) ahead = stream->at, step = stream->step, ++stream;
-      for (const int64_t stop = min64(end, k + kStreamLines); k < stop; ++k) {
-        const vf b0 = loadu<vf>(b), b1 = loadu<vf>(b + W);
-        __builtin_prefetch(b + kNear * NR);
-        if (NR * 4 > kLine) __builtin_prefetch(b + kNear * NR + W);
-        if (kAhead) __builtin_prefetch(ahead, 0, 2);
-        ahead += step;
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) {
-          const uint32_t* item = kColumns ? base[0] + r : base[r / 3] + (r % 3) * lda;
-          multiply_add<C>(acc[r][0], item, b0);
-          multiply_add<C>(acc[r][1], item, b1);
-        }
-        b += NR;
-#pragma GCC unroll 8
-        for (int g = 0; g < kBases; ++g) base[g] += kColumns ? lda : 1;
-      }
+    int64_t k = begin;
+    for (; next != last && k + kStreamLines * kStreamSteps <= end; k += kStreamLines * kStreamSteps) {
+      Stream ahead = *next++;
+      for (int line = 0; line < kStreamLines; ++line) multiply<C, kStreamSteps, true>(acc, a, b, ahead);
     }
+    Stream none{};
+    for (; k + kSteps <= end; k += kSteps) multiply<C, kSteps, false>(acc, a, b, none);
+    for (; k < end; ++k) multiply<C, 1, false>(acc, a, b, none);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2

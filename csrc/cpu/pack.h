@@ -100,12 +100,35 @@ inline void pack_panels(const Factor<C>& b, int64_t k_valid, int64_t n, int64_t 
     for (int v = 0; v < width; v += W) pack_transposed<C>(b.data + (c + v) * b.ld, b.ld, k_valid, n - c - v, out + v);
 }
 
-// A packed for a contraction over rows, two rows per item: [k item][count] from element (row, feature).
+// How a contraction over rows reads A: bf16 packed into pairs, tile by tile; fp32 where it lies, unless a tile is less than
+// half a line of it: then packed, four tiles in one pass over the rows, which lie a page apart.
 template <class C>
-inline void pack_features(const bf16* source, int64_t ld, int64_t k_valid, int count, uint32_t* out) {
-  static_assert(MR <= 2 * W, "one vh2 holds the features of a tile");
-  for (int64_t k = 0; k < k_valid; k += 2, source += 2 * ld, out += count)  // what spills over is overwritten next
-    zip(loadu<vh2>(source), k + 1 < k_valid ? loadu<vh2>(source + ld) : vh2{}, out);
+constexpr int kTilesPacked = C::kPair == 2 ? 1 : 4 * (2 * MR * 4 < kLine);
+constexpr int64_t kPackedTile = kChunkItems * MR + NR;
+
+// Tiles [begin, end) of A packed for a contraction over rows, from element (row, feature): each [k item][its features],
+// kPackedTile items behind the one before. What spills over is overwritten next.
+template <class C>
+inline void pack_features(const typename C::Elem* source, int64_t ld, int64_t k_valid, const Tiles& tiles,
+                          int64_t begin, int64_t end, uint32_t* packed) {
+  static_assert(MR <= 2 * W, "two vectors hold the features of a tile");
+  struct {
+    int64_t feature, count;
+    uint32_t* to;
+  } tile[kTilesPacked<C>];
+  for (int64_t i = begin; i < end; ++i)
+    tile[i - begin] = {tiles.begin(i), tiles.begin(i + 1) - tiles.begin(i), packed + (i - begin) * kPackedTile};
+  for (int64_t k = 0; k < k_valid; k += C::kPair, source += C::kPair * ld)
+    for (int64_t i = 0; i < end - begin; ++i) {
+      const typename C::Elem* from = source + tile[i].feature;
+      if constexpr (C::kPair == 2) {
+        zip(loadu<vh2>(from), k + 1 < k_valid ? loadu<vh2>(from + ld) : vh2{}, tile[i].to);
+      } else {
+        storeu(tile[i].to, loadu<vf>(from));
+        if constexpr (MR > W) storeu(tile[i].to + W, loadu<vf>(from + W));
+      }
+      tile[i].to += tile[i].count;
+    }
 }
 
 }  // namespace

@@ -283,6 +283,22 @@ void expect_error(const std::function<void()>& call, const std::string& what) {
   }
 }
 
+void test_blocking() {
+  const auto panels = [](int64_t l2_kib) { return blocking_for({32 << 10, l2_kib << 10, 32 << 20}).panel_bytes >> 10; };
+  expect(panels(256) == 96 && panels(512) == 192 && panels(1024) == 384, "3/8 of L2");
+  expect(panels(1280) == 480 && panels(2048) == 768 && panels(64) == 64, "3/8 of L2, 64 KiB at least");
+  const auto wave = [](int64_t l3_mib) { return blocking_for({32 << 10, 1 << 20, l3_mib << 20}).wave_bytes >> 20; };
+  expect(wave(2) == 4 && wave(16) == 8 && wave(32) == 16 && wave(260) == 16, "half of L3, 4 to 16 MiB");
+  setenv("MOE_KERNELS_CACHES", "48,1280,24576", 1);
+  expect(caches().l1 == 48 << 10 && caches().l2 == 1280 << 10 && caches().l3 == 24 << 20, "caches given");
+  for (const char* wrong : {"", "32", "32,512", "32;512;1024", "32,-1,1024", "32,512,1024,8", "32,512,1M"}) {
+    setenv("MOE_KERNELS_CACHES", wrong, 1);
+    expect_error([] { caches(); }, "caches: " + std::string(wrong));
+  }
+  unsetenv("MOE_KERNELS_CACHES");
+  expect(caches().l2 > 0, "caches of this machine");
+}
+
 // Without MOE_KERNELS_ISA: this program once for every level the CPU runs.
 int test_all_levels(const std::string& program) {
   int failures = 0;
@@ -310,6 +326,7 @@ int main(int, char** argv) {
   for (int64_t E : {3, 8, 13}) test_gating(50, 37, E, 2);
   test_expert_choice();
   test_half();
+  test_blocking();
   Plan plan(1, 2, 1);
   const int32_t outside = 2;
   const float one = 1;

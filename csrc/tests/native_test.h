@@ -13,6 +13,7 @@
 
 #include "../core/error.h"
 #include "../core/workspace.h"
+#include "../cpu/blocking.h"
 #include "../cpu/combine.h"
 #include "../cpu/dispatch.h"
 #include "../cpu/experts.h"

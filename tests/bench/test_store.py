@@ -145,6 +145,7 @@ def test_env_prints_machine_backends_and_the_one_openmp_runtime():
     done = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
     facts = json.loads(done.stdout)
     assert len(facts["openmp"]) <= 1 and facts["machine"]["isa"]
+    assert len(facts["machine"]["caches_kib"]) == 3 and min(facts["machine"]["caches_kib"]) > 0
     assert {"native", "grouped", "eager"} <= {info["name"] for info in facts["backends"]}
     assert "eager    available" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 

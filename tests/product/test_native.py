@@ -33,6 +33,21 @@ print(_C.isa_level())
 """
 
 
+LAYER_BITS = """
+import hashlib, torch, moe_kernels
+from moe_kernels import _C
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.bfloat16):
+    layer = moe_kernels.MoELayer(200, 300, 3, 2, 100, backend="native", dtype=dtype)
+    x = torch.randn(1100, 200, dtype=dtype, requires_grad=True)  # experts of more than a chunk of rows
+    y = layer(x)
+    y.square().sum().backward()
+    for tensor in (y, x.grad, layer.gate_up_proj.grad, layer.down_proj.grad, layer.shared_down_proj.grad):
+        digest.update(tensor.detach().view(torch.uint8).numpy().tobytes())
+"""
+
+
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
@@ -49,6 +64,20 @@ def test_every_level_of_this_cpu_is_right(level):
 def test_an_unknown_level_is_named():
     done = run_python("from moe_kernels import _C; _C.isa_level()", MOE_KERNELS_ISA="avx1024")
     assert "avx1024" in done.stderr and "portable" in done.stderr
+
+
+@pytest.mark.parametrize("caches", ["16,256,2048", "48,2048,262144"])
+def test_caches_do_not_change_a_bit(caches):
+    code = LAYER_BITS + "print(digest.hexdigest(), _C.blocking()['panel_bytes'])"
+    runs = [run_python(code, MOE_KERNELS_CACHES=sizes) for sizes in (caches, "32,1024,32768")]
+    assert all(run.returncode == 0 for run in runs), runs
+    (bits, panels), (other_bits, other_panels) = (run.stdout.split() for run in runs)
+    assert bits == other_bits and panels != other_panels
+
+
+def test_caches_that_cannot_be_read_are_named():
+    done = run_python("from moe_kernels import _C; _C.blocking()", MOE_KERNELS_CACHES="32K,512K,32M")
+    assert "MOE_KERNELS_CACHES=32K,512K,32M" in done.stderr and "32,512,32768" in done.stderr
 
 
 def layer_and_input():
