@@ -19,16 +19,29 @@ from .ops import (
 )
 from .packing import packed_weights
 from .plan import RoutingPlan
-from .routing import ExpertChoice, GroupLimitedChoice, Router, RouterCall, Scores, TokenChoice
+from .routing import (
+    DiffMoE,
+    ExpertChoice,
+    ExpertRace,
+    GroupLimitedChoice,
+    ProMoE,
+    Router,
+    RouterCall,
+    Scores,
+    TokenChoice,
+)
 
 _installation.warn_of_namesake()
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendInfo",
+    "DiffMoE",
     "ExpertChoice",
+    "ExpertRace",
     "GroupLimitedChoice",
     "MoELayer",
+    "ProMoE",
     "Router",
     "RouterCall",
     "RoutingPlan",

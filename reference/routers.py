@@ -61,11 +61,11 @@ def group_limited_choice(
     T, E = scores.shape
     values = scores.detach() if bias is None else scores.detach() + bias
     by_group = values.view(T, groups, E // groups)
-    worth = by_group.sort(-1, descending=True).values[..., :2].sum(-1)
-    best = worth.sort(-1, descending=True, stable=True).indices[:, :groups_taken]
+    worth = by_group.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+    best = worth.sort(dim=-1, descending=True, stable=True).indices[:, :groups_taken]
     allowed = torch.zeros_like(worth, dtype=torch.bool).scatter(1, best, True)[..., None].expand_as(by_group)
     values = values.masked_fill(~allowed.reshape(T, E), -math.inf)
-    ids = values.sort(-1, descending=True, stable=True).indices[:, :top_k]
+    ids = values.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     picks = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, True)
     return weigh(scores, picks, renormalise, route_scale, 1e-20), picks
 
@@ -98,7 +98,7 @@ def race(scores: Tensor, picks_per_group: int, tokens_per_group: int) -> Tensor:
     """
     T, E = scores.shape
     flat = scores.detach().reshape(T // max(tokens_per_group, 1), -1)
-    best = flat.sort(-1, descending=True, stable=True).indices[:, :picks_per_group]
+    best = flat.sort(dim=-1, descending=True, stable=True).indices[:, :picks_per_group]
     return torch.zeros_like(flat, dtype=torch.bool).scatter(1, best, True).view(T, E)
 
 
@@ -144,7 +144,7 @@ def diffmoe_training(scores: Tensor, predicted: Tensor, capacity_factor: float) 
     C = capacity(T, capacity_factor, E, "int")
     picks = take_tokens(scores, C, T)
     loss = F.binary_cross_entropy_with_logits(predicted, picks.to(predicted.dtype))
-    return picks, loss, predicted.detach().sigmoid().sort(0, descending=True).values[C - 1]
+    return picks, loss, predicted.detach().sigmoid().sort(dim=0, descending=True).values[C - 1]
 
 
 def diffmoe_sampling(scores: Tensor, predicted: Tensor, thresholds: Tensor, of: str = "batch") -> Tensor:
@@ -158,7 +158,7 @@ def diffmoe_sampling(scores: Tensor, predicted: Tensor, thresholds: Tensor, of: 
     above = predicted.sigmoid() > thresholds
     if of == "token":
         return above
-    order = scores.detach().sort(0, descending=True, stable=True).indices
+    order = scores.detach().sort(dim=0, descending=True, stable=True).indices
     rank = order.argsort(0)
     return rank < above.sum(0)
 
@@ -182,7 +182,7 @@ def promoe(
     weights = {"identity": over, "sigmoid": over.sigmoid(), "softmax": over.softmax(-1 if choice == "token" else 1)}[by]
     weights = weights.reshape(T, E)
     if choice == "token":
-        ids = weights.detach().sort(-1, descending=True, stable=True).indices[:, :top_k]
+        ids = weights.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
         picks = torch.zeros_like(weights, dtype=torch.bool).scatter(1, ids, True)
     else:
         picks = take_tokens(weights, min(capacity(L, top_k, E, "int"), L), L)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -115,7 +116,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"gate_weight: got shape {tuple(weight.shape)}, expected (E,D) with D = {x.shape[-1]}")
     x, weight, bias = x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
-    if not _checks.autocast_enabled(x):
+    with outside_autocast(x):
         return F.linear(x, weight, bias)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x, weight, bias)
+
+
+def outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return the context in which products with x keep their dtype."""
+    return torch.autocast(x.device.type, enabled=False) if _checks.autocast_enabled(x) else nullcontext()

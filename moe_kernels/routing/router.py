@@ -158,5 +158,5 @@ class _Inject(torch.autograd.Function):
 
 def best(scores: Tensor, count: int) -> Tensor:
     """Mark the `count` largest of each row; of equal ones the first. (N, M) -> (N, M) bool."""
-    chosen = scores.sort(-1, descending=True, stable=True).indices[:, :count]  # torch.topk leaves ties undefined
+    chosen = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]  # torch.topk leaves ties undefined
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)

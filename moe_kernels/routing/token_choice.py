@@ -108,7 +108,7 @@ class GroupLimitedChoice(Router, nn.Module):
             by_group = values.unflatten(1, (self.groups, -1))
             worth = by_group.topk(min(2, by_group.shape[-1]), -1).values.sum(-1)
             values = by_group.masked_fill(~best(worth, self.groups_taken)[..., None], -torch.inf).flatten(1)
-        ids = values.sort(-1, descending=True, stable=True).indices[:, : self.top_k]
+        ids = values.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         weights = weigh(scores.gather(1, ids), self.renormalise, self.route_scale, 1e-20)
         return ops.dispatch(ids, weights, scores.shape[1], call.backend), None
 

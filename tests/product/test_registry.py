@@ -188,3 +188,12 @@ def test_which_gpu_is_meant_must_be_clear(names, monkeypatch, fresh):
 def test_committed_preferences_name_backends_for_gpus():
     for device, entries in preferred.table().items():
         assert set(entries.values()) <= set(kernels_on("cuda")), device
+
+
+def test_backends_say_which_routers_select_with_kernels_of_theirs():
+    selects = {info.name: info.selects for info in backends()}
+    for name, kind in (("native", "gating"), ("grouped", "gating"), ("native", "dispatch_expert_choice")):
+        if name not in BACKENDS:
+            continue
+        own = getattr(type(registry.get(name)), kind) is not getattr(EagerBackend, kind)
+        assert own == bool(selects[name]) and selects["eager"] == ()
