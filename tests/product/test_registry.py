@@ -14,6 +14,7 @@ import torch
 from bench.instrument.cases import kernels_on
 from moe_kernels.backends import _device, cuda, preferred, registry
 from moe_kernels.backends.base import Backend, Request
+from moe_kernels.backends.eager import EagerBackend
 
 LAYER = Request("moe_mlp", torch.bfloat16, "cuda", 8, 384, 1536, 768)
 GPU = "NVIDIA H200"
@@ -191,9 +192,8 @@ def test_committed_preferences_name_backends_for_gpus():
 
 
 def test_backends_say_which_routers_select_with_kernels_of_theirs():
-    selects = {info.name: info.selects for info in backends()}
-    for name, kind in (("native", "gating"), ("grouped", "gating"), ("native", "dispatch_expert_choice")):
-        if name not in BACKENDS:
-            continue
-        own = getattr(type(registry.get(name)), kind) is not getattr(EagerBackend, kind)
-        assert own == bool(selects[name]) and selects["eager"] == ()
+    for info in registry.backends():
+        kind = getattr(sys.modules.get(f"moe_kernels.backends.{info.name}"), registry.CLASSES[info.name], None)
+        if kind is not None:
+            plain = kind.dispatch_expert_choice is EagerBackend.dispatch_expert_choice
+            assert plain == (not info.selects), info
