@@ -5,19 +5,47 @@ from ._checks import set_nonfinite
 from .adapters import replace_moe, restore_moe
 from .backends import BackendInfo, backends
 from .layer import MoELayer
-from .ops import aux_loss, combine, dispatch, dispatch_expert_choice, experts, gating, modulated_gating, moe_mlp
+from .ops import (
+    aux_loss,
+    combine,
+    dispatch,
+    dispatch_expert_choice,
+    dispatch_mask,
+    dispatch_rows,
+    experts,
+    gating,
+    modulated_gating,
+    moe_mlp,
+)
 from .packing import packed_weights
 from .plan import RoutingPlan
-from .routing import ExpertChoice, TokenChoice
+from .routing import (
+    DiffMoE,
+    ExpertChoice,
+    ExpertRace,
+    GroupLimitedChoice,
+    ProMoE,
+    Router,
+    RouterCall,
+    Scores,
+    TokenChoice,
+)
 
 _installation.warn_of_namesake()
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendInfo",
+    "DiffMoE",
     "ExpertChoice",
+    "ExpertRace",
+    "GroupLimitedChoice",
     "MoELayer",
+    "ProMoE",
+    "Router",
+    "RouterCall",
     "RoutingPlan",
+    "Scores",
     "TokenChoice",
     "__version__",
     "aux_loss",
@@ -25,6 +53,8 @@ __all__ = [
     "combine",
     "dispatch",
     "dispatch_expert_choice",
+    "dispatch_mask",
+    "dispatch_rows",
     "experts",
     "gating",
     "modulated_gating",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -55,6 +55,12 @@ def finite_number(name: str, value: float) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     if not math.isfinite(value):
         raise ValueError(f"{name}: got {value}, expected a finite number")
+
+
+def one_of(name: str, value: object, choices: Iterable[str]) -> None:
+    """Check an option that is a word."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected {' or '.join(map(repr, choices))}")
 
 
 def router(gate_weight: object, like: Tensor, hidden_size: int, top_k: object) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import _checks, ops
 from .backends import registry
 from .backends.base import Request
-from .routing import Router, ScoresFirst, TokenChoice
+from .routing import Router, RouterCall, TokenChoice
 from .weights import LAYOUTS
 
 
@@ -75,7 +74,7 @@ class MoELayer(nn.Module):
             *lead, rows, columns = shape
             return parameter(*lead, columns, rows) if LAYOUTS[layout].in_out else parameter(*shape)
 
-        self.gate_weight = parameter(E, H)
+        self.gate_weight = parameter(*self.router.gate_shape(E, H))
         self.gate_up_proj, self.down_proj = projection(E, halves * I, H), projection(E, H, I)
         self.shared_gate_up_proj = projection(halves * Is, H) if Is else None
         self.shared_down_proj = projection(H, Is) if Is else None
@@ -83,8 +82,9 @@ class MoELayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw weights as DiT-MoE does: Xavier-uniform for each expert matrix, U(+-1/sqrt(H)) for the router."""
-        H, inner = self.gate_weight.shape[1], -2 if LAYOUTS[self.layout].in_out else -1
-        nn.init.uniform_(self.gate_weight, -(H**-0.5), H**-0.5)
+        H, inner = self._hidden_size(), -2 if LAYOUTS[self.layout].in_out else -1
+        bound = self.gate_weight.shape[1] ** -0.5
+        nn.init.uniform_(self.gate_weight, -bound, bound)
         mlps = (self.gate_up_proj, self.down_proj), (self.shared_gate_up_proj, self.shared_down_proj)
         for gate_up, down in mlps:
             if down is not None:
@@ -92,7 +92,17 @@ class MoELayer(nn.Module):
                 nn.init.uniform_(gate_up, -bound, bound)
                 nn.init.uniform_(down, -bound, bound)
 
-    def forward(self, x: Tensor, return_aux_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def _hidden_size(self) -> int:
+        return self.down_proj.shape[-1 if LAYOUTS[self.layout].in_out else -2]
+
+    def forward(
+        self,
+        x: Tensor,
+        return_aux_loss: bool = False,
+        *,
+        router_input: Tensor | None = None,
+        conditioning: Mapping[str, Any] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Apply the layer.
 
         y_t = shared(x_t) + sum_k topk_weights_tk expert_{topk_ids_tk}(x_t).
@@ -100,6 +110,8 @@ class MoELayer(nn.Module):
         Args:
             x: (..., H) in the dtype of the parameters, or of any dtype under autocast.
             return_aux_loss: also return the auxiliary loss.
+            router_input: (..., H), tokens to be scored instead of x, for routers that say so (Scores).
+            conditioning: what the router may ask for by name: "timestep" (B, H), "labels" (B,), "capacity_factor".
         Returns:
             y (..., H), in autocast's dtype where it is on; with return_aux_loss (y, aux), aux a differentiable scalar
             to be added to the loss: y then carries nothing of it, in mode "injected" either. Zero for a router without
@@ -108,10 +120,18 @@ class MoELayer(nn.Module):
         Cost: 6 T K H I + 6 T H Is + 2 T H E FLOPs (swiglu); no host syncs on a GPU but for the loop of `eager`.
         Source: reference.moe.SparseMoeBlock, reference.moe.ExpertChoiceMoE.
         """
-        return self._forward(x, return_aux_loss, None)
+        return self._forward(x, return_aux_loss, None, router_input, conditioning)
 
     def forward_adaln(
-        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, return_aux_loss: bool = False
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor,
+        return_aux_loss: bool = False,
+        *,
+        router_input: Tensor | None = None,
+        conditioning: Mapping[str, Any] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Apply the layer as a DiT block with adaLN does, LayerNorm, modulation, gate and residual included.
 
@@ -120,19 +140,24 @@ class MoELayer(nn.Module):
         Args:
             x: (B, L, H) images of L tokens, in the dtype of the parameters, or of any dtype under autocast.
             shift, scale, gate: (B, H), of any float dtype. LayerNorm has no parameters, and 1e-6 is its epsilon.
-            return_aux_loss: as in `forward`.
+            return_aux_loss, router_input, conditioning: as in `forward`; router_input is LayerNorm(x) by default.
         Returns: out (B, L, H) in the dtype of x; with return_aux_loss (out, aux).
         Raises: TypeError, ValueError naming the argument.
-        Cost: as `forward`; where the backend fuses (triton, cuda) x is read once in front, the residual once behind. A
-            router with a `route` of its own is called with the modulated tokens, which plain torch computes.
+        Cost: as `forward`; where the backend fuses (triton, cuda) x is read once in front, by routers that begin with
+            `gating`, and the residual once behind. For other routers plain torch normalises and modulates.
         Source: reference.dit.DiTBlock.
         """
-        return self._forward(x, return_aux_loss, (shift, scale, gate))
+        return self._forward(x, return_aux_loss, (shift, scale, gate), router_input, conditioning)
 
     def _forward(
-        self, x: Tensor, return_aux_loss: bool, modulation: tuple[Tensor, Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        return_aux_loss: bool,
+        modulation: tuple[Tensor, Tensor, Tensor] | None,
+        router_input: Tensor | None,
+        conditioning: Mapping[str, Any] | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        how = self.router, self.training, return_aux_loss, self.recompute, modulation
+        how = self.router, self.training, return_aux_loss, self.recompute, modulation, router_input, conditioning
         return moe_forward(x, self.gate_weight, *self.expert_weights(), *how)
 
     def expert_weights(self) -> tuple[Sequence[Any], str, str, str]:
@@ -141,7 +166,8 @@ class MoELayer(nn.Module):
         return weights, self.activation, self.layout, self.backend
 
     def extra_repr(self) -> str:
-        E, H, inner = *self.gate_weight.shape, -2 if LAYOUTS[self.layout].in_out else -1
+        inner = -2 if LAYOUTS[self.layout].in_out else -1
+        E, H = self.down_proj.shape[0], self._hidden_size()
         I = self.down_proj.shape[inner]
         Is = 0 if self.shared_down_proj is None else self.shared_down_proj.shape[inner]
         chosen = describe_backend(self.backend, self.down_proj, E, H, I, Is, self.activation)
@@ -163,6 +189,8 @@ def moe_forward(
     return_aux_loss: bool,
     recompute: bool,
     modulation: tuple[Tensor, Tensor, Tensor] | None = None,
+    router_input: Tensor | None = None,
+    conditioning: Mapping[str, Any] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute what MoELayer.forward documents, from any form of the weights that `moe_mlp` takes.
 
@@ -170,51 +198,35 @@ def moe_forward(
     """
     if not isinstance(x, Tensor) or x.dim() < 1:
         raise TypeError(f"x: got {f'shape {tuple(x.shape)}' if isinstance(x, Tensor) else type(x)}, expected (..., H)")
-    H = gate_weight.shape[1]
+    down = weights[1] if isinstance(weights[1], Tensor) else weights[1][0]
+    H = down.shape[-1 if LAYOUTS[layout].in_out else -2]
     _checks.shape("x", x.shape, (*x.shape[:-1], H), "...,H")
     tokens = x.reshape(-1, H)
-    how = {
-        "tokens_per_image": x.shape[-2] if x.dim() > 1 else 1,
-        "inject_aux": training and not return_aux_loss and torch.is_grad_enabled(),
-        "with_aux": return_aux_loss,
-    }
+    call = RouterCall(
+        tokens if modulation is None else x,
+        gate_weight,
+        backend,
+        tokens_per_image=x.shape[-2] if x.dim() > 1 else 1,
+        inject_aux=training and not return_aux_loss and torch.is_grad_enabled(),
+        with_aux=return_aux_loss,
+        router_input=router_input,
+        conditioning=conditioning,
+        modulation=modulation and modulation[:2],
+    )
+    plan, aux = router.plan(call)
     around = {}
     if modulation is not None:
-        shift, scale, gate = modulation
-        around = {"residual": tokens, "gate": gate}
-    if modulation is not None and _fuses(router):
-        tokens, *scores = ops.modulated_gating(x, shift, scale, gate_weight, router.picks, backend=backend)
-        plan, aux = router.plan(*scores, backend, **how)
-    else:
-        tokens = tokens if modulation is None else modulate(x, shift, scale).reshape(-1, H)
-        plan, aux = router.route(tokens, gate_weight, backend, **how)
-    if modulation is not None:
+        gate = modulation[2]
         _checks.tensor("gate", gate, "B,H", like=x)
         _checks.shape("gate", gate.shape, (x.shape[0], H), "B,H")  # moe_mlp knows tokens, not images: any divisor does
+        around = {"residual": tokens, "gate": gate}
     how = {"activation": activation, "layout": layout, "backend": backend, "recompute": recompute}
-    y = ops.moe_mlp(tokens, plan, *weights, **how, **around).reshape(x.shape)
+    y = ops.moe_mlp(call.tokens, plan, *weights, **how, **around).reshape(x.shape)
     if not return_aux_loss:
         return y
     if aux is None:
         return y, torch.zeros((), dtype=_checks.accumulator(x.dtype), device=x.device)
     return y, aux
-
-
-def _fuses(router: Router) -> bool:
-    """Say whether gating may run in front of `router.plan` instead of `router.route`: nobody has a route of his own."""
-    return getattr(type(router), "route", None) is ScoresFirst.route and "route" not in getattr(router, "__dict__", {})
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return LayerNorm(x) (1 + scale_b) + shift_b for x (B, L, H), in the dtype that the layer computes in."""
-    _checks.tensor("x", x, "B,L,H")
-    for name, value in (("shift", shift), ("scale", scale)):
-        _checks.tensor(name, value, "B,H", like=x)
-        _checks.shape(name, value.shape, (x.shape[0], x.shape[2]), "B,H")
-    wide = x.to(_checks.accumulator(x.dtype))
-    normal = F.layer_norm(wide, wide.shape[-1:], eps=1e-6)
-    shift, scale = shift.to(wide.dtype), scale.to(wide.dtype)
-    return (normal * (1 + scale[:, None]) + shift[:, None]).to(_checks.compute_dtype(x))
 
 
 def describe_backend(backend: str, weight: Tensor, E: int, H: int, I: int, Is: int, activation: str) -> str:
@@ -228,8 +240,8 @@ def describe_backend(backend: str, weight: Tensor, E: int, H: int, I: int, Is: i
 
 
 def _check_router(router: Router, top_k: int, num_experts: int) -> None:
-    if not callable(getattr(router, "route", None)):
-        raise TypeError(f"router: got {type(router).__name__} {router!r}, expected one with a method route")
+    if not isinstance(router, Router):
+        raise TypeError(f"router: got {type(router).__name__} {router!r}, expected a moe_kernels.Router")
     own = getattr(router, "top_k", None)
     if own is None:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ class RoutingPlan:
 
     All sizes follow from T, K, E or the capacity, never from the values: building a plan does not wait for the device.
     Offsets are exclusive prefix sums: expert e owns the rows expert_offsets[e] to expert_offsets[e + 1].
+    Where the number of rows depends on values (thresholds), R is a bound, and the first expert_offsets[E] rows are
+    those that there are. The rows behind belong to nobody: no expert computes them, no token sums them, and nothing
+    that they hold reaches a result. Their row_token is in [0, T) and their token_rows in [0, R): kernels may load from
+    there. The gradient of their row_weight is arbitrary, and the ops that make such plans drop it.
     The ops check shapes, dtypes and devices of a plan; its contents are checked by `validate` alone.
     """
 
@@ -37,6 +41,15 @@ class RoutingPlan:
     @property
     def num_rows(self) -> int:
         return self.row_token.shape[0]
+
+    def owned(self) -> RoutingPlan:
+        """Return the plan without the rows behind expert_offsets[E]; the same one if there are none. Reads that number,
+        hence waits for the device."""
+        end = self.expert_offsets.tolist()[-1]  # a quarter of int(expert_offsets[-1])
+        if not 0 <= end < self.num_rows:
+            return self
+        rows = "row_weight", "row_token", "row_pick", "token_rows"
+        return replace(self, **{name: getattr(self, name)[:end] for name in rows})
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the seven tensors in the order of the fields, as the registered ops take and return them."""
@@ -63,6 +76,8 @@ class RoutingPlan:
         Reads the contents, hence waits for the device: meant for tests and for plans made by hand.
         """
         self.check_layout()
+        if self.owned() is not self:
+            return self._validate_bounded()
         E, T, R = self.num_experts, self.num_tokens, self.num_rows
         counts, offsets, row_token = self.expert_counts.long(), self.expert_offsets.long(), self.row_token.long()
         token_offsets = self.token_row_offsets.long()
@@ -82,6 +97,14 @@ class RoutingPlan:
         _expect("token_rows", same_rows, "each token's rows, ascending", self.token_rows)
         starts = torch.searchsorted(owner, torch.arange(T + 1, device=owner.device))
         _expect("token_row_offsets", torch.equal(token_offsets, starts), "the rows of each token", token_offsets)
+
+    def _validate_bounded(self) -> None:
+        """Check the rows that there are as a plan of their own, and that those behind can be loaded from."""
+        self.owned().validate()
+        _expect(
+            "row_token", _within(self.row_token, self.num_tokens), f"tokens in [0, {self.num_tokens})", self.row_token
+        )
+        _expect("token_rows", _within(self.token_rows, self.num_rows), f"rows in [0, {self.num_rows})", self.token_rows)
 
     def check_layout(self) -> None:
         """Check shapes, dtypes and devices without reading the contents; raise ValueError naming the field."""

@@ -78,10 +78,21 @@ def dispatch_expert_choice(affinities: Tensor, capacity: int, tokens_per_group: 
     Cost: a sort of T E scores; one host sync.
     Source: EC-DIT, arXiv 2410.02098.
     """
-    E = affinities.shape[1]
-    picks = take_tokens(affinities, capacity, tokens_per_group)
+    return dispatch_mask(affinities, take_tokens(affinities, capacity, tokens_per_group))
+
+
+def dispatch_mask(weights: Tensor, picks: Tensor) -> Plan:
+    """Make a row of each picked score: the plan of any rule of `routers`.
+
+    Args:
+        weights: (T, E), any float dtype. picks: (T, E) bool.
+    Returns:
+        plan of R = picks.sum() rows.
+    Cost: one host sync.
+    """
+    E = weights.shape[1]
     row_expert, row_token = picks.T.nonzero().unbind(1)  # expert by expert, tokens ascending
-    return _plan(row_expert, row_token, row_token * E + row_expert, affinities, E)
+    return _plan(row_expert, row_token, row_token * E + row_expert, weights, E)
 
 
 def experts(x: Tensor, plan: Plan, gate_up_proj: Tensor, down_proj: Tensor, activation: str = "swiglu") -> Tensor:

@@ -26,7 +26,7 @@ from bench.images import fid
 from bench.images.digits import Classifier, features, recognised
 from bench.images.training import sample
 from bench.instrument.verify import slice_error, whole_error
-from moe_kernels import RoutingPlan, TokenChoice
+from moe_kernels import RouterCall, RoutingPlan, TokenChoice
 from moe_kernels.weights import stack_dit_moe
 from reference import rooms
 from reference.moe import moe
@@ -169,8 +169,8 @@ def replaced(model: nn.Module, backend: str) -> nn.Module:
 class RenormalisedChoice(TokenChoice):
     """Token choice whose weights sum to one per token: what most MoE kernels do, and DiT-MoE does not."""
 
-    def route(self, x: Tensor, *args, **kwargs) -> tuple[RoutingPlan, Tensor | None]:
-        plan, aux = super().route(x, *args, **kwargs)
+    def plan(self, call: RouterCall) -> tuple[RoutingPlan, Tensor | None]:
+        plan, aux = super().plan(call)
         token = plan.row_token.long()
         total = torch.zeros(plan.num_tokens, dtype=plan.row_weight.dtype).index_add(0, token, plan.row_weight)
         return dataclasses.replace(plan, row_weight=plan.row_weight / total[token]), aux

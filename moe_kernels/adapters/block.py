@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layer import describe_backend, modulate, moe_forward
+from ..layer import describe_backend, moe_forward
+from ..ops.adaln import modulate
 from ..routing import TokenChoice
 from .linear import NotUnderstoodError, plain, plain_weights, refuse_watched, watched, weight_of
 

@@ -35,7 +35,8 @@ class Backend(ABC):
     """One way to compute the rooms.
 
     Tensors come in contiguous, checked for shape, dtype and device, and outside autograd and autocast. Results are
-    fresh tensors, never views of the arguments. `plan` has int32 indices; its contents are not checked. Low-precision
+    fresh tensors, never views of the arguments. `plan` has int32 indices; its contents are not checked; it may have
+    rows behind expert_offsets[E], which no result depends on. Low-precision
     matrix products accumulate in float32, and so do the activation, the softmax and the combination. Nothing but the
     loop of `eager` waits for the device.
     """

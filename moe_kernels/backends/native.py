@@ -73,6 +73,11 @@ def _views(plan: RoutingPlan) -> list:
     return [_view(t) for t in plan.tensors()]
 
 
+def _rows(t: Tensor, plan: RoutingPlan) -> Tensor:
+    """Return the rows of t that belong to a plan which is `owned`."""
+    return t if t.shape[0] == plan.num_rows else t[: plan.num_rows]
+
+
 def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
@@ -157,17 +162,19 @@ class NativeBackend(Backend):
         return plan
 
     def experts(self, x, plan, w: LayerWeights, activation, save) -> tuple[Tensor, Tensor]:
-        R = plan.num_rows
+        R, plan = plan.num_rows, plan.owned()
         y_rows = x.new_empty((R, x.shape[1]))
         gate_up = _new((R, w.halves * w.intermediate_size) if save else (0,), x)
         self._c.experts_fwd(
-            _view(x), _views(plan), _matrices(w)[:3], activation, _view(y_rows), _view(gate_up) if save else None,
+            _view(x), _views(plan), _matrices(w)[:3], activation, _view(_rows(y_rows, plan)),
+            _view(_rows(gate_up, plan)) if save else None,
             torch.get_num_threads(),
         )  # fmt: skip
         return y_rows, gate_up
 
     def experts_bwd(self, dy_rows, x, plan, gate_up, w: LayerWeights, activation, needed):
-        dx = _new(x.shape, x)
+        plan, dx = plan.owned(), _new(x.shape, x)
+        dy_rows, gate_up = _rows(dy_rows, plan), _rows(gate_up, plan)
         grads, tables = _gradients(w, needed)
         self._c.experts_bwd(
             _view(dy_rows), _view(x), _views(plan), _matrices(w)[:3], _view(gate_up), activation, _view(dx), tables[:3],
@@ -176,15 +183,14 @@ class NativeBackend(Backend):
         return dx, *grads
 
     def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
-        out = y_rows.new_empty((plan.num_tokens, y_rows.shape[1]))
-        self._c.combine(_view(y_rows), _views(plan), _view(shared), _view(out), torch.get_num_threads())
+        plan, out = plan.owned(), y_rows.new_empty((plan.num_tokens, y_rows.shape[1]))
+        self._c.combine(_view(_rows(y_rows, plan)), _views(plan), _view(shared), _view(out), torch.get_num_threads())
         return out
 
     def combine_bwd(self, dout: Tensor, y_rows: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
-        dy_rows, drow_weight = torch.empty_like(y_rows), torch.empty_like(plan.row_weight)
-        self._c.combine_bwd(
-            _view(dout), _view(y_rows), _views(plan), _view(dy_rows), _view(drow_weight), torch.get_num_threads()
-        )
+        dy_rows, drow_weight, plan = torch.empty_like(y_rows), torch.empty_like(plan.row_weight), plan.owned()
+        seen = (_view(_rows(t, plan)) for t in (y_rows, dy_rows, drow_weight))
+        self._c.combine_bwd(_view(dout), next(seen), _views(plan), *seen, torch.get_num_threads())
         return dy_rows, drow_weight
 
     def moe_mlp(self, x: Tensor, plan: RoutingPlan, w: LayerWeights, activation: str, save: bool):
@@ -192,10 +198,11 @@ class NativeBackend(Backend):
         out = torch.empty_like(x)
         gate_up = _new((plan.num_rows, w.halves * w.intermediate_size) if save else (0,), x)
         shared_gate_up = _new((x.shape[0], w.halves * w.shared_intermediate_size) if save and shared else (0,), x)
+        plan = plan.owned()
         packed = self._packed.get(_key(w))
         self._c.moe_mlp_fwd(
             _view(x), _views(plan), _matrices(w), activation, packed and packed.weights(), _view(out),
-            _view(gate_up) if save else None, _view(shared_gate_up) if save and shared else None,
+            _view(_rows(gate_up, plan)) if save else None, _view(shared_gate_up) if save and shared else None,
             torch.get_num_threads(),
         )  # fmt: skip
         return out, gate_up, shared_gate_up
@@ -209,12 +216,13 @@ class NativeBackend(Backend):
         return lambda: self._packed.pop(key)
 
     def moe_mlp_bwd(self, dout, x, plan, w: LayerWeights, gate_up, shared_gate_up, activation, needed):
-        dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
+        dx, drow_weight, plan = torch.empty_like(x), torch.empty_like(plan.row_weight), plan.owned()
+        gate_up = _rows(gate_up, plan) if gate_up.numel() else gate_up
         grads, tables = _gradients(w, needed)
         self._c.moe_mlp_bwd(
             _view(dout), _view(x), _views(plan), _matrices(w),
             *(_view(t) if t.numel() else None for t in (gate_up, shared_gate_up)), activation, _view(dx),
-            _view(drow_weight), tables, torch.get_num_threads(),
+            _view(_rows(drow_weight, plan)), tables, torch.get_num_threads(),
         )  # fmt: skip
         return dx, drow_weight, *grads
 

@@ -20,22 +20,26 @@ CLASSES = {  # in the order of "auto": native takes the CPU, triton and cuda NVI
     "grouped": "GroupedBackend",
     "eager": "EagerBackend",
 }
+OWN_KERNELS = ("native", "triton", "cuda")
+SELECTS = ("TokenChoice", "ExpertChoice", "DiffMoE in training")
 
 
 class BackendInfo(NamedTuple):
-    """One line of `backends()`: `reason` says why it is not available, `verified` on what hardware it was checked."""
+    """One line of `backends()`: `reason` says why it is not available, `verified` on what hardware it was checked,
+    `selects` which routers select with kernels of it; selection of the others is plain torch on its device."""
 
     name: str
     available: bool
     reason: str
     verified: tuple[str, ...]
+    selects: tuple[str, ...] = ()
 
 
 def backends() -> tuple[BackendInfo, ...]:
     """Return what is known about every backend, in the order in which "auto" tries them."""
     verified = json.loads(Path(__file__).parent.with_name("verified.json").read_text())
     return tuple(
-        BackendInfo(name, not reason, reason, tuple(verified.get(name, ())))
+        BackendInfo(name, not reason, reason, tuple(verified.get(name, ())), SELECTS if name in OWN_KERNELS else ())
         for name, reason in ((name, _load(name)[1]) for name in CLASSES)
     )
 

@@ -3,6 +3,7 @@
 from .adaln import modulated_gating
 from .combine import combine
 from .dispatch import dispatch, dispatch_expert_choice
+from .dispatch_rows import dispatch_mask, dispatch_rows
 from .experts import experts
 from .gating import aux_loss, gating, inject_aux_loss
 from .moe_mlp import moe_mlp
@@ -14,6 +15,8 @@ __all__ = [
     "combine",
     "dispatch",
     "dispatch_expert_choice",
+    "dispatch_mask",
+    "dispatch_rows",
     "experts",
     "gating",
     "inject_aux_loss",

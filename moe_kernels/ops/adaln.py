@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import _checks
 from ..backends.base import Backend, Request
@@ -49,6 +50,22 @@ def modulated_gating(
     dtype = _checks.compute_dtype(x)
     shift, scale = _checks.narrow(shift, x), _checks.narrow(scale, x)
     return _modulated_gating(x, shift, scale, gate_weight, top_k, eps, dtype, backend)[:4]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return LayerNorm(x) (1 + scale_b) + shift_b for x (B, L, H), in the dtype that the layer computes in."""
+    _checks.tensor("x", x, "B,L,H")
+    for name, value in (("shift", shift), ("scale", scale)):
+        _checks.tensor(name, value, "B,H", like=x)
+        _checks.shape(name, value.shape, (x.shape[0], x.shape[2]), "B,H")
+    normal = normalise(x)
+    shift, scale = shift.to(normal.dtype), scale.to(normal.dtype)
+    return (normal * (1 + scale[:, None]) + shift[:, None]).to(_checks.compute_dtype(x))
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Return LayerNorm(x), without parameters, in the accumulation dtype."""
+    return F.layer_norm(x.to(_checks.accumulator(x.dtype)), x.shape[-1:], eps=1e-6)
 
 
 def _backend(x: Tensor, gate_weight: Tensor, backend: str) -> Backend:

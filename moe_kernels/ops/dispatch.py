@@ -81,10 +81,12 @@ def _kernel(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, backend: s
 
 def _fake(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, backend: str):
     T, K = topk_ids.shape
-    return _fake_plan(topk_weights, T, num_experts, T * K)
+    return fake_plan(topk_weights, T, num_experts, T * K)
 
 
-def _fake_plan(weights: Tensor, T: int, E: int, R: int) -> tuple[Tensor, ...]:
+def fake_plan(weights: Tensor, T: int, E: int, R: int) -> tuple[Tensor, ...]:
+    """Return a plan's seven tensors, empty."""
+
     def indices(n: int) -> Tensor:
         return weights.new_empty((n,), dtype=torch.int32)
 
@@ -126,10 +128,10 @@ def _expert_choice_kernel(affinities: Tensor, capacity: int, tokens_per_group: i
 
 def _expert_choice_fake(affinities: Tensor, capacity: int, tokens_per_group: int, backend: str):
     T, E = affinities.shape
-    return _fake_plan(affinities, T, E, E * capacity * (T // tokens_per_group))
+    return fake_plan(affinities, T, E, E * capacity * (T // tokens_per_group))
 
 
-_PLAN = (  # opcheck wants a floating-point tensor in front
+PLAN = (  # opcheck wants a floating-point tensor in front
     "(Tensor row_weight, Tensor expert_counts, Tensor expert_offsets, Tensor row_token, Tensor row_pick, "
     "Tensor token_row_offsets, Tensor token_rows)"
 )
@@ -137,14 +139,14 @@ _dispatch_bwd = register(
     "dispatch_bwd(Tensor drow_weight, Tensor row_pick, SymInt count, str backend) -> Tensor", _bwd_kernel, _bwd_fake
 )
 _dispatch = register(
-    f"dispatch(Tensor topk_weights, Tensor topk_ids, int num_experts, str backend) -> {_PLAN}",
+    f"dispatch(Tensor topk_weights, Tensor topk_ids, int num_experts, str backend) -> {PLAN}",
     _kernel,
     _fake,
     _setup_context,
     _backward,
 )
 _dispatch_expert_choice = register(
-    "dispatch_expert_choice(Tensor affinities, SymInt capacity, SymInt tokens_per_group, str backend) -> " + _PLAN,
+    "dispatch_expert_choice(Tensor affinities, SymInt capacity, SymInt tokens_per_group, str backend) -> " + PLAN,
     _expert_choice_kernel,
     _expert_choice_fake,
     _setup_context,

@@ -218,31 +218,43 @@ def test_replaced_blocks_have_it_too(backend, seed):
 
 
 class Reversed(TokenChoice):
-    """A router with a route of its own: other scores than gating's, so that going around it shows."""
+    """A router with a plan of its own: other scores than gating's, so that going around it shows."""
 
-    def route(self, x, gate_weight, backend="auto", **how):
-        return super().route(x, -gate_weight, backend, **how)
+    def plan(self, call):
+        call.gate_weight = -call.gate_weight
+        return super().plan(call)
 
 
-class Wrapped:
-    """A router with nothing but a route."""
+class Unfused(TokenChoice):
+    """Token choice that looks at the tokens before it scores them: nothing is fused with adaLN then."""
 
-    def __init__(self, router):
-        self.route = router.route
+    def plan(self, call):
+        assert call.tokens.shape == (12, 32)
+        return super().plan(call)
 
 
 @each_backend
-@pytest.mark.parametrize("router", [Reversed(2), Wrapped(Reversed(2))], ids=["subclass", "route alone"])
-def test_a_router_with_a_route_of_its_own_is_asked(router, backend, seed):
+def test_a_router_with_a_plan_of_its_own_is_asked(backend, seed):
     torch.manual_seed(seed)
-    layer = MoELayer(32, 24, 5, 2, router=router, backend=backend).eval()
-    mirrored = MoELayer(32, 24, 5, 2, router=Wrapped(TokenChoice(2)), backend=backend).eval()
+    layer = MoELayer(32, 24, 5, 2, router=Reversed(2), backend=backend).eval()
+    mirrored = MoELayer(32, 24, 5, 2, backend=backend).eval()
     mirrored.load_state_dict(layer.state_dict())
     mirrored.gate_weight.data.neg_()
     x, (shift, scale, gate) = torch.randn(2, 6, 32), torch.randn(3, 2, 32)
     out = layer.forward_adaln(x, shift, scale, gate)
     assert torch.equal(out, mirrored.forward_adaln(x, shift, scale, gate))
     assert torch.equal(layer.forward_adaln(x, shift, scale, gate * 0), x)
+    layer.router, mirrored.gate_weight.data = Unfused(2), layer.gate_weight.data
+    outs = (module.forward_adaln(x, shift, scale, gate) for module in (layer, mirrored))
+    torch.testing.assert_close(*outs)
+
+
+def test_a_route_that_nobody_would_call_is_refused():
+    with pytest.raises(TypeError, match=r"Old\.route: layers call plan\(call\)"):
+
+        class Old(TokenChoice):
+            def route(self, x, gate_weight, backend="auto", **how):
+                return super().route(x, -gate_weight, backend, **how)
 
 
 @each_backend

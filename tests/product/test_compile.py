@@ -17,7 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from moe_kernels import ExpertChoice, MoELayer, TokenChoice, combine, experts, gating, replace_moe
+from moe_kernels import (
+    ExpertChoice,
+    MoELayer,
+    TokenChoice,
+    combine,
+    dispatch_mask,
+    dispatch_rows,
+    experts,
+    gating,
+    replace_moe,
+)
 from reference.moe import SparseMoeBlock
 from tests.contenders import BACKENDS, each_backend, moe_compute, plan_of
 from tests.error_rule import judge
@@ -132,6 +142,9 @@ def test_opcheck_on_every_op(backend):
         plan = plan_of(problem, backend)
         rows = experts(problem.x, plan, problem.gate_up_proj, problem.down_proj, backend=backend)
         combine(rows, plan, problem.x, backend=backend).sum().backward()
+        weights = torch.randn(7, 5, requires_grad=True)
+        dispatch_mask(weights, weights > 0, 30).row_weight.sum().backward()
+        dispatch_rows(weights[:, 0], torch.arange(7), torch.tensor([5, 0, 4, 5, 1, 0, 4]), 7, 5)
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe_kernels::")}
     assert {func.name() for func in recorder.calls} == names
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -215,7 +215,7 @@ def test_tokens_that_are_not_finite_go_through_where_that_is_asked_for(backend, 
 
 
 LAYERS = {
-    "router": (dict(router="top2"), TypeError, "router: got str 'top2', expected one with a method route"),
+    "router": (dict(router="top2"), TypeError, "router: got str 'top2', expected a moe_kernels.Router"),
     "dtype": (dict(dtype=torch.complex64), TypeError, "dtype: got torch.complex64, expected one of torch.float32"),
     "layout": (dict(layout="rows"), ValueError, "layout: got 'rows', expected one of 'gate_up', 'up_gate'"),
     "top_k": (dict(top_k=2.0), TypeError, "top_k: got float, expected an int"),

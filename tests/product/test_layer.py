@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference.moe
 import reference.rooms
-from moe_kernels import ExpertChoice, MoELayer, TokenChoice, dispatch
+from moe_kernels import ExpertChoice, MoELayer, Router, TokenChoice, dispatch
 from moe_kernels.backends import registry
 from moe_kernels.weights import stack_dit_moe, unstack_dit_moe
 from tests.contenders import each_backend, each_contender, moe_loop
@@ -212,10 +212,10 @@ def test_parameters():
 
 
 def test_a_router_of_ones_own():
-    class FirstExpert:
-        def route(self, x, gate_weight, backend, **_):
-            ids = torch.zeros(x.shape[0], 1, dtype=torch.int32)
-            return dispatch(ids, torch.ones(x.shape[0], 1), gate_weight.shape[0], backend=backend), None
+    class FirstExpert(Router):
+        def plan(self, call):
+            ids = torch.zeros(call.num_tokens, 1, dtype=torch.int32)
+            return dispatch(ids, torch.ones(call.num_tokens, 1), call.gate_weight.shape[0], call.backend), None
 
     layer, x = MoELayer(32, 24, 5, 2, router=FirstExpert()), torch.randn(4, 32)
     expected = reference.moe.expert_mlp(x, layer.gate_up_proj[0], layer.down_proj[0], "swiglu")

@@ -14,6 +14,7 @@ import torch
 from bench.instrument.cases import kernels_on
 from moe_kernels.backends import _device, cuda, preferred, registry
 from moe_kernels.backends.base import Backend, Request
+from moe_kernels.backends.eager import EagerBackend
 
 LAYER = Request("moe_mlp", torch.bfloat16, "cuda", 8, 384, 1536, 768)
 GPU = "NVIDIA H200"
@@ -188,3 +189,11 @@ def test_which_gpu_is_meant_must_be_clear(names, monkeypatch, fresh):
 def test_committed_preferences_name_backends_for_gpus():
     for device, entries in preferred.table().items():
         assert set(entries.values()) <= set(kernels_on("cuda")), device
+
+
+def test_backends_say_which_routers_select_with_kernels_of_theirs():
+    for info in registry.backends():
+        kind = getattr(sys.modules.get(f"moe_kernels.backends.{info.name}"), registry.CLASSES[info.name], None)
+        if kind is not None:
+            plain = kind.dispatch_expert_choice is EagerBackend.dispatch_expert_choice
+            assert plain == (not info.selects), info
