@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -163,10 +163,12 @@ def moe_forward(
     return_aux_loss: bool,
     recompute: bool,
     modulation: tuple[Tensor, Tensor, Tensor] | None = None,
+    mlp: Callable[..., Tensor] = ops.moe_mlp,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute what MoELayer.forward documents, from any form of the weights that `moe_mlp` takes.
 
     modulation: shift, scale and gate for what MoELayer.forward_adaln documents.
+    mlp: what computes as `moe_mlp` does; with expert parallelism on several ranks.
     """
     if not isinstance(x, Tensor) or x.dim() < 1:
         raise TypeError(f"x: got {f'shape {tuple(x.shape)}' if isinstance(x, Tensor) else type(x)}, expected (..., H)")
@@ -192,7 +194,7 @@ def moe_forward(
         _checks.tensor("gate", gate, "B,H", like=x)
         _checks.shape("gate", gate.shape, (x.shape[0], H), "B,H")  # moe_mlp knows tokens, not images: any divisor does
     how = {"activation": activation, "layout": layout, "backend": backend, "recompute": recompute}
-    y = ops.moe_mlp(tokens, plan, *weights, **how, **around).reshape(x.shape)
+    y = mlp(tokens, plan, *weights, **how, **around).reshape(x.shape)
     if not return_aux_loss:
         return y
     if aux is None:

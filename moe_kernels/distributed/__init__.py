@@ -1,0 +1,19 @@
+"""Several processes: expert parallelism, beside FSDP2 and DDP, on torch.distributed."""
+
+from .dispatchers import Arrived, BoundedDispatcher, Dispatcher, ExactDispatcher
+from .expert_parallel import ExpertParallelLayer, expert_parallel
+from .in_sync import check_in_sync
+from .parallel import clip_grad_norm, data_parallel, fully_shard
+
+__all__ = [
+    "Arrived",
+    "BoundedDispatcher",
+    "Dispatcher",
+    "ExactDispatcher",
+    "ExpertParallelLayer",
+    "check_in_sync",
+    "clip_grad_norm",
+    "data_parallel",
+    "expert_parallel",
+    "fully_shard",
+]
