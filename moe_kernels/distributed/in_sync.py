@@ -10,20 +10,19 @@ from torch.distributed.tensor import DTensor
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_in_sync(module: nn.Module, mesh: DeviceMesh) -> None:
+def check_in_sync(module: nn.Module, mesh: DeviceMesh | None = None) -> None:
     """Check that the modules, and all parameters and buffers that are not DTensors, are the same on all ranks of mesh.
 
-    Collective: all ranks of mesh call it. Sums of bits are compared; tensors on meta devices by shape and dtype.
+    Collective. Sums of bits are compared; tensors on meta devices by shape and dtype.
 
     Args:
         module: a layer or a model; what is sharded, hence not to be the same, is left out.
-        mesh: of any dimensions.
+        mesh: of any dimensions; None for all ranks of the job.
     Raises: ValueError naming the first difference, on all ranks.
     Cost: reads the parameters once; one all_gather_object for each dimension.
     """
     found = [{"modules": str(module)} | {name: _fingerprint(t) for name, t in _replicated(module)}]
-    for dimension in range(mesh.ndim):
-        group = mesh.get_group(dimension)
+    for group in [None] if mesh is None else mesh.get_all_groups():
         gathered = [None] * distributed.get_world_size(group)
         distributed.all_gather_object(gathered, found, group)
         found = [description for part in gathered for description in part]

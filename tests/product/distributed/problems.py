@@ -24,7 +24,7 @@ PARAMETERS = ("gate_weight", "gate_up_proj", "down_proj", "shared_gate_up_proj",
 @dataclass(frozen=True)
 class Problem:
     images: tuple[int, ...]  # of each rank
-    router: TokenChoice | ExpertChoice = TokenChoice(K, aux_loss_alpha=0.1)
+    router: TokenChoice | ExpertChoice = TokenChoice(K, 0.1)  # noqa: RUF009 (it is frozen)
     shared: bool = True
     used: int = E  # token choice takes the first of the experts alone
     adaln: bool = False

@@ -11,7 +11,7 @@ from moe_kernels import ExpertChoice
 from moe_kernels.distributed import BoundedDispatcher, data_parallel, expert_parallel, fully_shard
 from tests.error_rule import judge
 from tests.product.distributed import problems
-from tests.product.distributed.problems import E, K, L, Problem, compute, mesh_of
+from tests.product.distributed.problems import E, L, Problem, compute, mesh_of
 
 pytestmark = pytest.mark.unpoisoned
 PER_IMAGE, PER_GROUP = ExpertChoice(2.0), ExpertChoice(2.0, tokens_per_group=10)
