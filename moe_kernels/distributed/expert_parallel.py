@@ -87,9 +87,9 @@ class TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
-        row_weight, *rest = ctx.saved_tensors
-        plan = RoutingPlan(torch.ones_like(row_weight), *rest)
-        return ops.combine(drows, plan, backend=ctx.backend), None, *(None for _ in ctx.saved_tensors)
+        saved = ctx.saved_tensors  # asked once: under activation checkpointing they are gone then
+        plan = RoutingPlan(torch.ones_like(saved[0]), *saved[1:])
+        return ops.combine(drows, plan, backend=ctx.backend), None, *(None for _ in saved)
 
 
 class MeanGradient(torch.autograd.Function):

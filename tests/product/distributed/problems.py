@@ -119,7 +119,7 @@ def by_many(module: nn.Module, problem: Problem, seed: int, averaged: bool) -> d
         elif not averaged:
             distributed.all_reduce(grad)
             grad = grad / world
-        grads[name.removeprefix("module.")] = grad
+        grads[name.removeprefix("module.")] = grad.to(problem.dtype)  # a policy of mixed precision keeps more
     return named(parts, grads)
 
 

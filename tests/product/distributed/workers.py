@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
+import signal
 import tempfile
+import time
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -15,7 +18,14 @@ import pytest
 import torch
 from torch import distributed
 
-PATIENCE_S = 120  # for a check
+PRELOADED = [  # imported once, and not in each process: the optimizers import Dynamo
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "tests.product.distributed.workers",
+    "tests.product.distributed.test_checkpoints",
+]
+PATIENCE_S = 60  # for a check
 COLLECTIVE_S = 30  # for a collective of which some rank does not come
 
 
@@ -27,8 +37,8 @@ class Workers:
         self.processes, self.pipes = [], []
 
     def start(self) -> None:
-        context = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
-        context.set_forkserver_preload([__name__])
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         store = tempfile.mktemp(prefix="gloo-")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
@@ -54,7 +64,10 @@ class Workers:
                 except EOFError:
                     answers[rank] = "the process has ended", None
         failures = [f"rank {rank}: {answers[rank][0]}" for rank in sorted(answers) if answers[rank][0]]
-        failures += [f"rank {rank}: no answer in {PATIENCE_S} s" for rank in waiting.values()]
+        failures += [f"rank {rank}: no answer in {PATIENCE_S} s, see stderr" for rank in waiting.values()]
+        for rank in waiting.values():
+            os.kill(self.processes[rank].pid, signal.SIGUSR1)  # where it stands
+            time.sleep(0.5)
         if failures:
             self.stop()
             pytest.fail("\n".join(failures), pytrace=False)
@@ -69,6 +82,7 @@ class Workers:
 
 def serve(pipe: Connection, rank: int, world: int, store: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     patience = timedelta(seconds=COLLECTIVE_S)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=patience)
