@@ -35,6 +35,8 @@ def fully_shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Modul
         from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
     except ImportError as error:
         raise RuntimeError(f"torch: got {torch.__version__}, expected 2.13 or later ({error})") from None
+    if mesh[EP].size() == 1:  # one mesh for all, which FSDP2 wants to be told once
+        return fsdp.fully_shard(module, mesh=mesh[other], **options)
     experts = {id(p) for p in _experts(module)}
     everybody = mesh._flatten(f"all_of_{'_'.join(mesh.mesh_dim_names)}")
     placement = ShardPlacementResult(None, FSDPMeshInfo(mesh[other], shard_mesh_dim=0))

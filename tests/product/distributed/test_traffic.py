@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed import fsdp
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.clusters import cost
 from moe_kernels import MoELayer, replace_moe
 from moe_kernels.distributed import (
     BoundedDispatcher,
@@ -28,21 +29,21 @@ PLAIN = Problem((2, 2))
 
 
 class Record(TorchDispatchMode):
-    """The operators of collectives and of this project, in order, with the bytes of their first argument."""
+    """The operators of collectives, in order, with the bytes of their tensors."""
 
-    def __init__(self):
+    def __init__(self, namespace: str = "_c10d_functional"):
         super().__init__()
-        self.calls: list[tuple[str, int]] = []
+        self.namespace = namespace
+        self.sizes: list[tuple] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         space, name = func._schema.name.split("::")
-        if space in ("_c10d_functional", "moe_kernels"):
-            size = args[0].numel() * args[0].element_size() if isinstance(args[0], Tensor) else 0
-            self.calls.append((name, size))
+        if space == self.namespace:
+            self.sizes.append((name, *(t.nbytes for t in args if isinstance(t, Tensor))))
         return func(*args, **(kwargs or {}))
 
     def named(self, name: str) -> list[int]:
-        return [size for called, size in self.calls if called == name]
+        return [size[0] for called, *size in self.sizes if called == name]
 
 
 def parallel(problem: Problem, seed: int, dispatcher=None) -> MoELayer:
@@ -54,18 +55,20 @@ def mine(problem: Problem, seed: int) -> dict[str, Tensor]:
 
 
 def count_messages(problem: Problem, seed: int) -> None:
-    R = mine(problem, seed)["x"].shape[0] * L * K
-    bound = 3 * L
-    for dispatcher, counts, rows in ((ExactDispatcher(), [E * 4], R), (BoundedDispatcher(bound), [], E * bound)):
+    tokens, bound = mine(problem, seed)["x"].shape[0] * L, 3 * L
+    formula = cost.rows_bytes(tokens, K, H, 4)
+    for dispatcher, counts, expected in (
+        (ExactDispatcher(), [E * 4], formula),
+        (BoundedDispatcher(bound), [], formula * E * bound // (tokens * K)),
+    ):
         layer = parallel(problem, seed, dispatcher)
         with Record() as forward:
             y = layer(mine(problem, seed)["x"])
         with Record() as backward:
             y.sum().backward()
-        width = H * problem.dtype.itemsize
         there, back = forward.named("all_to_all_single")[-2:]
         assert forward.named("all_to_all_single")[:-2] == counts
-        assert there == rows * width and backward.named("all_to_all_single") == [there, back]
+        assert there == expected and backward.named("all_to_all_single") == [there, back]
         totals = [None] * distributed.get_world_size()
         distributed.all_gather_object(totals, (there, back))
         assert sum(t for t, _ in totals) == sum(b for _, b in totals), "what comes back is what was sent"
@@ -73,6 +76,23 @@ def count_messages(problem: Problem, seed: int) -> None:
 
 def test_messages_have_the_size_of_the_formula(two, seed):
     two.run(count_messages, problem=Problem((2, 1)), seed=seed)
+
+
+def count_gathers(seed: int) -> None:
+    """Two gathers of the weights and a reduction of the gradients, in pieces of one rank."""
+    layer = PLAIN.layer(seed, BACKEND)
+    parameters = sum(p.numel() for p in layer.parameters())
+    sharded = fsdp.fully_shard(nn.Sequential(layer, nn.Identity()), mesh=mesh_of(dp=2))
+    with Record("c10d") as record:
+        sharded(mine(PLAIN, seed)["x"]).sum().backward()
+    expected = cost.sharded_bytes(parameters, 2, 4)
+    received = [output - own for name, output, own in record.sizes if name == "_allgather_base_"]
+    sent = [own - output for name, output, own in record.sizes if name == "_reduce_scatter_base_"]
+    assert received in ([expected], [expected] * 2) and sent == [expected], record.sizes
+
+
+def test_fsdp_moves_the_bytes_of_the_formula(two, seed):
+    two.run(count_gathers, seed=seed)
 
 
 class Watching(TorchDispatchMode):
