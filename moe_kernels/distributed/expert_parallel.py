@@ -125,6 +125,9 @@ def expert_parallel(module: nn.Module, mesh: DeviceMesh, dispatcher: Dispatcher 
     """
     ep = _ep_mesh(mesh)
     layers = _layers(module)
+    dispatcher = ExactDispatcher() if dispatcher is None else dispatcher
+    if not callable(getattr(dispatcher, "send", None)):
+        raise TypeError(f"dispatcher: got {type(dispatcher).__name__}, expected one with a method send")
     for name, layer in layers.items():
         E = layer.gate_weight.shape[0]
         if isinstance(layer, ExpertParallelLayer) or isinstance(layer.down_proj, DTensor):
@@ -136,7 +139,7 @@ def expert_parallel(module: nn.Module, mesh: DeviceMesh, dispatcher: Dispatcher 
     check_in_sync(module, mesh)
     for layer in layers.values():
         layer.__class__ = ExpertParallelLayer
-        layer.ep_mesh, layer.dispatcher = ep, ExactDispatcher() if dispatcher is None else dispatcher
+        layer.ep_mesh, layer.dispatcher = ep, dispatcher
         zero = torch.zeros((), dtype=torch.int64, device=layer.gate_weight.device)
         layer.register_buffer("dropped_rows", zero, persistent=False)
         for name in EXPERTS:

@@ -209,6 +209,8 @@ def refusals(seed: int) -> None:
         expert_parallel(MoELayer(8, 8, 7, 1), mesh)
     with pytest.raises(ValueError, match=r"mesh: got dimensions \('dp',\), expected one called 'ep'"):
         expert_parallel(layer, mesh_of(dp=2))
+    with pytest.raises(TypeError, match="dispatcher: got str, expected one with a method send"):
+        expert_parallel(layer, mesh, "exact")
     with pytest.raises(TypeError, match="mesh: got int, expected a DeviceMesh"):
         expert_parallel(layer, 2)
     with pytest.raises(ValueError, match="module: got Linear without a MoELayer"):
