@@ -16,6 +16,7 @@ COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit
     "time": ("bench.timing", "time one level of a model: contenders verified, interleaved, compared"),
     "overhead": ("bench.overhead", "what a call costs beside its kernels: ops, reading replaced modules, LoRA"),
     "gpu": ("bench.gpu.command", "everything for the half hour with a GPU: build, test, bench, e2e, profile"),
+    "scaling": ("bench.clusters.cost", "what a training step would cost on 8 to 512 GPUs: computed, not measured"),
     "tune": ("bench.gpu.tune", "choose tile sizes of the Triton kernels on the GPU at hand"),
     "list": ("bench.instrument.cases", "print the ids of the benchmark cases"),
     "compare": ("bench.compare.command", "judge two revisions or row files: SAME, FASTER, SLOWER or UNSURE per case"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,7 +158,9 @@ class MoELayer(nn.Module):
         conditioning: Mapping[str, Any] | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         how = self.router, self.training, return_aux_loss, self.recompute, modulation, router_input, conditioning
-        return moe_forward(x, self.gate_weight, *self.expert_weights(), *how)
+        return moe_forward(x, self.gate_weight, *self.expert_weights(), *how, self._mlp)
+
+    _mlp = staticmethod(ops.moe_mlp)  # ExpertParallelLayer has its own
 
     def expert_weights(self) -> tuple[Sequence[Any], str, str, str]:
         """Return the four weights of `moe_mlp`, the activation, the layout and the backend."""
@@ -191,10 +193,12 @@ def moe_forward(
     modulation: tuple[Tensor, Tensor, Tensor] | None = None,
     router_input: Tensor | None = None,
     conditioning: Mapping[str, Any] | None = None,
+    mlp: Callable[..., Tensor] = ops.moe_mlp,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute what MoELayer.forward documents, from any form of the weights that `moe_mlp` takes.
 
     modulation: shift, scale and gate for what MoELayer.forward_adaln documents.
+    mlp: what computes as `moe_mlp` does; with expert parallelism on several ranks.
     """
     if not isinstance(x, Tensor) or x.dim() < 1:
         raise TypeError(f"x: got {f'shape {tuple(x.shape)}' if isinstance(x, Tensor) else type(x)}, expected (..., H)")
@@ -221,7 +225,7 @@ def moe_forward(
         _checks.shape("gate", gate.shape, (x.shape[0], H), "B,H")  # moe_mlp knows tokens, not images: any divisor does
         around = {"residual": tokens, "gate": gate}
     how = {"activation": activation, "layout": layout, "backend": backend, "recompute": recompute}
-    y = ops.moe_mlp(call.tokens, plan, *weights, **how, **around).reshape(x.shape)
+    y = mlp(call.tokens, plan, *weights, **how, **around).reshape(x.shape)
     if not return_aux_loss:
         return y
     if aux is None:

@@ -24,7 +24,14 @@ FORBIDDEN = {  # room -> what it must not import
     "tests": set(),
 }
 REFERENCE_MAY = {"reference", "torch", "safetensors", *sys.stdlib_module_names}
-BENCH = (("instrument",), ("images", "machine_code"), ("peers",), ("gpu", "page"), ("compare",), ("",))  # "": its hall
+BENCH = (
+    ("instrument",),
+    ("images", "machine_code", "clusters"),
+    ("peers",),
+    ("gpu", "page"),
+    ("compare",),
+    ("",),
+)  # "": its hall
 HALL = 6  # modules at most
 LONG_FILE, LONG_FUNCTION = 420, 40
 PUBLIC = sorted(name for name in moe_kernels.__all__ if not name.startswith("_"))

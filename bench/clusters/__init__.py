@@ -1,0 +1,1 @@
+"""What more machines than there are would do: computed, not measured."""

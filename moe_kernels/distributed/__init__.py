@@ -1,0 +1,23 @@
+"""Several processes: expert parallelism, beside FSDP2 and DDP, on torch.distributed."""
+
+from . import checkpoints
+from .dispatchers import Arrived, BoundedDispatcher, Dispatcher, ExactDispatcher
+from .expert_parallel import ExpertParallelLayer, expert_parallel
+from .in_sync import check_in_sync
+from .parallel import clip_grad_norm, data_parallel, fully_shard
+from .stacking import stack_experts
+
+__all__ = [
+    "Arrived",
+    "BoundedDispatcher",
+    "Dispatcher",
+    "ExactDispatcher",
+    "ExpertParallelLayer",
+    "check_in_sync",
+    "checkpoints",
+    "clip_grad_norm",
+    "data_parallel",
+    "expert_parallel",
+    "fully_shard",
+    "stack_experts",
+]

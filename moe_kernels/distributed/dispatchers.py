@@ -1,0 +1,107 @@
+"""How routed rows travel to the ranks of their experts, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+
+from .. import _checks
+from ..plan import RoutingPlan
+
+OVERFLOWS = ("error", "drop")
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What a rank has received; `rows` may still be on their way, and whoever reads them waits."""
+
+    rows: Tensor  # (R', H): for the experts of this rank, from all ranks
+    expert_ids: Tensor  # (R',) int32: which of this rank's experts
+    back: Callable[[Tensor], Tensor]  # (R', H) -> (R, H): results to the senders, in the order of their rows
+    dropped: Tensor | None = None  # (): how many rows of this rank did not travel
+
+
+class Dispatcher(Protocol):
+    """What an expert-parallel layer asks for. Rank r of n owns the experts r E/n to (r+1) E/n."""
+
+    def send(self, rows: Tensor, plan: RoutingPlan, mesh: DeviceMesh) -> Arrived:
+        """Send (R, H) rows in the order of the plan over a mesh of one dimension; differentiable."""
+
+
+@dataclass(frozen=True)
+class ExactDispatcher:
+    """All-to-all with exchanged counts: every row travels, none is padded.
+
+    Two exchanges before the experts, E int32 and then the rows, one behind them. The sizes of the second are read on
+    the host: one sync per layer and direction, forward only.
+    """
+
+    def send(self, rows: Tensor, plan: RoutingPlan, mesh: DeviceMesh) -> Arrived:
+        """See Dispatcher."""
+        ranks = mesh.size()
+        counts = plan.expert_counts
+        theirs = collectives.all_to_all_single(counts, None, None, mesh)  # (ranks E/ranks,): by sender, by own expert
+        splits = torch.stack([counts.view(ranks, -1).sum(1), theirs.view(ranks, -1).sum(1)])
+        sent, received = splits.tolist()  # the host sync
+        own = torch.arange(counts.shape[0] // ranks, dtype=torch.int32, device=rows.device).repeat(ranks)
+        return Arrived(
+            _exchange(rows, received, sent, mesh),
+            own.repeat_interleave(theirs, output_size=sum(received)),
+            lambda y: _exchange(y, sent, received, mesh),
+        )
+
+
+@dataclass(frozen=True)
+class BoundedDispatcher:
+    """All-to-all of buffers whose size is known: `rows_per_expert` rows from each rank to each expert.
+
+    No counts, no host sync, the same shapes in every call: it compiles as one graph and can be captured. What is not
+    filled travels as zeros and is computed. With expert choice, capacity times images is the exact bound.
+
+    rows_per_expert: the bound; the same on all ranks.
+    overflow: "error": more rows for an expert on any rank raise RuntimeError on all ranks (on a GPU a device-side
+        assertion). "drop": rows behind the bound, those of the later tokens, do not travel: their expert adds nothing
+        to the token and gets no gradient from it; the layer counts them in `dropped_rows`.
+    """
+
+    rows_per_expert: int
+    overflow: str = "error"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows_per_expert", _checks.positive("rows_per_expert", self.rows_per_expert))
+        if self.overflow not in OVERFLOWS:
+            raise ValueError(f"overflow: got {self.overflow!r}, expected one of {', '.join(map(repr, OVERFLOWS))}")
+
+    def send(self, rows: Tensor, plan: RoutingPlan, mesh: DeviceMesh) -> Arrived:
+        """See Dispatcher."""
+        E, C, R, ranks = plan.num_experts, self.rows_per_expert, rows.shape[0], mesh.size()
+        starts, counts = plan.expert_offsets[:-1], plan.expert_counts
+        over = (counts - C).clamp(min=0).sum()
+        if self.overflow == "error":
+            worst = collectives.all_reduce(over, "max", mesh)
+            torch._assert_async(worst == 0, f"rows_per_expert: got more rows for an expert on a rank, expected {C}")
+        place = torch.arange(C, dtype=torch.int32, device=rows.device)
+        filled = torch.where(place < counts[:, None], starts[:, None] + place, R).flatten()  # R: the row of zeros
+        arrived = _exchange(_take(rows, filled), None, None, mesh)
+        own = torch.arange(E // ranks, dtype=torch.int32, device=rows.device).repeat_interleave(C).repeat(ranks)
+
+        expert = torch.arange(E, dtype=torch.int32, device=rows.device).repeat_interleave(counts, output_size=R)
+        behind = torch.arange(R, dtype=torch.int32, device=rows.device) - starts[expert]
+        slot = torch.where(behind < C, expert * C + behind, E * C)
+        return Arrived(arrived, own, lambda y: _take(_exchange(y, None, None, mesh), slot), over)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """Take rows; an index behind the last one takes zeros."""
+    return F.pad(rows, (0, 0, 0, 1)).index_select(0, index)
+
+
+def _exchange(rows: Tensor, received: list[int] | None, sent: list[int] | None, mesh: DeviceMesh) -> Tensor:
+    return collectives.all_to_all_single_autograd(rows.contiguous(), received, sent, mesh)

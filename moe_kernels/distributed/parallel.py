@@ -1,0 +1,109 @@
+"""Expert parallelism beside FSDP2 and DDP, and the norm of gradients that lie on several meshes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from .expert_parallel import EP, EXPERTS, ExpertParallelLayer
+
+
+def fully_shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
+    """Apply FSDP2's fully_shard to a unit that may hold expert-parallel layers.
+
+    Experts, which are split over "ep" already, are sharded over the other dimension of mesh; all other parameters over
+    all its ranks. Gradients are means over the ranks of mesh.
+
+    Args:
+        module: the unit, after `expert_parallel`; as ever, inner units first.
+        mesh: two-dimensional; one dimension is "ep".
+        options: of torch.distributed.fsdp.fully_shard, but for mesh and shard_placement_fn.
+    Returns: module.
+    Raises: ValueError for another mesh; RuntimeError where torch cannot place parameters of one unit on two meshes.
+    Source: torch.distributed.fsdp.fully_shard.
+    """
+    other = _other_dimension(mesh)
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+    except ImportError as error:
+        raise RuntimeError(f"torch: got {torch.__version__}, expected 2.13 or later ({error})") from None
+    if mesh[EP].size() == 1:  # one mesh for all, which FSDP2 wants to be told once
+        return fsdp.fully_shard(module, mesh=mesh[other], **options)
+    experts = {id(p) for p in _experts(module)}
+    everybody = mesh._flatten(f"all_of_{'_'.join(mesh.mesh_dim_names)}")
+    placement = ShardPlacementResult(None, FSDPMeshInfo(mesh[other], shard_mesh_dim=0))
+
+    def place(parameter: nn.Parameter) -> Any:
+        return placement if id(parameter) in experts else None
+
+    return fsdp.fully_shard(module, mesh=everybody, shard_placement_fn=place, **options)
+
+
+def data_parallel(module: nn.Module, mesh: DeviceMesh, **options: Any) -> DistributedDataParallel:
+    """Wrap a model with expert-parallel layers in DDP over all ranks of mesh.
+
+    DDP does not take DTensors: it ignores the experts, and their gradients become means over the dimension of mesh that
+    is not "ep" when backward has made them. In DDP's no_sync they do so, too, which changes nothing but the cost.
+
+    Args:
+        module: the whole model, after `expert_parallel`.
+        mesh: of one dimension, "ep", or two; it holds the ranks of the job.
+        options: of DistributedDataParallel.
+    Returns: the wrapper.
+    Raises: ValueError for another mesh.
+    """
+    names = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
+    names += [name for name, _ in module.named_buffers() if name.rpartition(".")[2] == "dropped_rows"]
+    at_the_root = [f".{name}" for name in names if "." not in name]  # as DDP calls those
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names + at_the_root)
+    if mesh.ndim > 1:
+        group = mesh.get_group(_other_dimension(mesh))
+
+        def average(parameter: nn.Parameter) -> None:
+            distributed.all_reduce(parameter.grad.to_local().div_(group.size()), group=group)
+
+        for parameter in _experts(module):
+            parameter.register_post_accumulate_grad_hook(average)
+    return DistributedDataParallel(module, **options)
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients in place so that their 2-norm over all ranks is at most max_norm, whatever mesh they lie on.
+
+    torch.nn.utils.clip_grad_norm_ refuses parameters on two meshes.
+
+    Args:
+        parameters: plain ones, the same on all ranks, and DTensors on any meshes.
+        max_norm: the bound.
+    Returns: the norm before, the same on all ranks.
+    """
+    by_mesh: dict[Any, list[nn.Parameter]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            by_mesh.setdefault(p.grad.device_mesh if isinstance(p.grad, DTensor) else None, []).append(p)
+    norms = [get_total_norm([p.grad for p in group]) for group in by_mesh.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    for group in by_mesh.values():
+        clip_grads_with_norm_(group, max_norm, total)
+    return total
+
+
+def _experts(module: nn.Module) -> list[nn.Parameter]:
+    layers = [layer for layer in module.modules() if isinstance(layer, ExpertParallelLayer)]
+    return [getattr(layer, name) for layer in layers for name in EXPERTS]
+
+
+def _other_dimension(mesh: DeviceMesh) -> str:
+    names = mesh.mesh_dim_names or ()
+    if len(names) != 2 or EP not in names:
+        raise ValueError(f"mesh: got dimensions {names}, expected two, one of them {EP!r}")
+    return next(name for name in names if name != EP)

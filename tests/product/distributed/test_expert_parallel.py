@@ -1,0 +1,55 @@
+"""Expert parallelism equals one process by the error rule: values, the gradients of inputs and of every parameter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_kernels import ExpertChoice
+from moe_kernels.distributed import BoundedDispatcher, data_parallel, expert_parallel, fully_shard
+from tests.error_rule import judge
+from tests.product.distributed import problems
+from tests.product.distributed.problems import E, L, Problem, compute, mesh_of
+
+pytestmark = pytest.mark.unpoisoned
+PER_IMAGE, PER_GROUP = ExpertChoice(2.0), ExpertChoice(2.0, tokens_per_group=10)
+PROBLEMS = {
+    "plain": Problem((2, 2)),
+    "uneven": Problem((3, 1)),
+    "idle": Problem((2, 0)),
+    "to_one_rank": Problem((2, 2), used=E // 2),
+    "to_one_expert": Problem((1, 2), router=replace(problems.Problem.router, top_k=1), used=1),
+    "no_shared": Problem((2, 2), shared=False),
+    "adaln": Problem((2, 1), adaln=True),
+    "expert_choice": Problem((2, 2), router=PER_IMAGE, shared=False, activation="gelu"),
+    "groups": Problem((2, 4), router=PER_GROUP, shared=False, activation="gelu"),
+    "recompute": Problem((2, 2), recompute=True),
+    "bf16": Problem((2, 2), dtype=torch.bfloat16),
+}
+DISPATCHERS = {"exact": None, "bounded": BoundedDispatcher(4 * L)}
+WRAPPERS = {"ddp": data_parallel, "fsdp": fully_shard}
+
+
+def judge_case(case: str, dispatcher: str, sizes: dict[str, int], wrapper: str | None, seed: int) -> None:
+    mesh, problem = mesh_of(**sizes), problems.of_world(PROBLEMS[case], torch.distributed.get_world_size())
+
+    def make(layer):
+        layer = expert_parallel(layer, mesh, DISPATCHERS[dispatcher])
+        return WRAPPERS[wrapper](layer, mesh) if wrapper else layer
+
+    judge(case, compute(problem, make, averaged=bool(wrapper)), problems.BACKEND, problem.dtype, seed)
+
+
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_two_ranks_equal_one_process(two, case, dispatcher, seed):
+    two.run(judge_case, case=case, dispatcher=dispatcher, sizes={"ep": 2}, wrapper=None, seed=seed)
+
+
+@pytest.mark.parametrize("wrapper", [None, "ddp", "fsdp"])
+@pytest.mark.parametrize("case", ["uneven", "to_one_rank"])
+def test_four_ranks_equal_one_process(four, case, wrapper, seed):
+    sizes = {"dp": 2, "ep": 2} if wrapper else {"ep": 4}
+    four.run(judge_case, case=case, dispatcher="exact", sizes=sizes, wrapper=wrapper, seed=seed)

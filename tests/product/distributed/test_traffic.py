@@ -1,0 +1,245 @@
+"""What travels, when, and what is done with what does not fit; gradients' norm; what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import fsdp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.clusters import cost
+from moe_kernels import MoELayer, replace_moe
+from moe_kernels.distributed import (
+    BoundedDispatcher,
+    ExactDispatcher,
+    check_in_sync,
+    clip_grad_norm,
+    data_parallel,
+    expert_parallel,
+    fully_shard,
+)
+from tests.product.distributed.problems import BACKEND, E, H, K, L, Problem, by_one, call, mesh_of
+from tests.product.ownership.models import make_model
+
+pytestmark = pytest.mark.unpoisoned
+PLAIN = Problem((2, 2))
+
+
+class Record(TorchDispatchMode):
+    """The operators of collectives, in order, with the bytes of their tensors."""
+
+    def __init__(self, namespace: str = "_c10d_functional"):
+        super().__init__()
+        self.namespace = namespace
+        self.sizes: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        space, name = func._schema.name.split("::")
+        if space == self.namespace:
+            self.sizes.append((name, *(t.nbytes for t in args if isinstance(t, Tensor))))
+        return func(*args, **(kwargs or {}))
+
+    def named(self, name: str) -> list[int]:
+        return [size[0] for called, *size in self.sizes if called == name]
+
+
+def parallel(problem: Problem, seed: int, dispatcher=None) -> MoELayer:
+    return expert_parallel(problem.layer(seed, BACKEND), mesh_of(ep=distributed.get_world_size()), dispatcher)
+
+
+def mine(problem: Problem, seed: int) -> dict[str, Tensor]:
+    return problem.batches(seed)[distributed.get_rank()]
+
+
+def count_messages(problem: Problem, seed: int) -> None:
+    tokens, bound = mine(problem, seed)["x"].shape[0] * L, 3 * L
+    formula = cost.rows_bytes(tokens, K, H, 4)
+    for dispatcher, counts, expected in (
+        (ExactDispatcher(), [E * 4], formula),
+        (BoundedDispatcher(bound), [], formula * E * bound // (tokens * K)),
+    ):
+        layer = parallel(problem, seed, dispatcher)
+        with Record() as forward:
+            y = layer(mine(problem, seed)["x"])
+        with Record() as backward:
+            y.sum().backward()
+        there, back = forward.named("all_to_all_single")[-2:]
+        assert forward.named("all_to_all_single")[:-2] == counts
+        assert there == expected and backward.named("all_to_all_single") == [there, back]
+        totals = [None] * distributed.get_world_size()
+        distributed.all_gather_object(totals, (there, back))
+        assert sum(t for t, _ in totals) == sum(b for _, b in totals), "what comes back is what was sent"
+
+
+def test_messages_have_the_size_of_the_formula(two, seed):
+    two.run(count_messages, problem=Problem((2, 1)), seed=seed)
+
+
+def count_gathers(seed: int) -> None:
+    """Two gathers of the weights and a reduction of the gradients, in pieces of one rank."""
+    layer = PLAIN.layer(seed, BACKEND)
+    parameters = sum(p.numel() for p in layer.parameters())
+    sharded = fsdp.fully_shard(nn.Sequential(layer, nn.Identity()), mesh=mesh_of(dp=2))
+    with Record("c10d") as record:
+        sharded(mine(PLAIN, seed)["x"]).sum().backward()
+    expected = cost.sharded_bytes(parameters, 2, 4)
+    received = [output - own for name, output, own in record.sizes if name == "_allgather_base_"]
+    sent = [own - output for name, output, own in record.sizes if name == "_reduce_scatter_base_"]
+    assert received in ([expected], [expected] * 2) and sent == [expected], record.sizes
+
+
+def test_fsdp_moves_the_bytes_of_the_formula(two, seed):
+    two.run(count_gathers, seed=seed)
+
+
+class Watching(TorchDispatchMode):
+    """A dispatcher that remembers whether its rows were still awaited when each operator was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.awaited = None, {}
+
+    def send(self, rows: Tensor, plan, mesh):
+        arrived = ExactDispatcher().send(rows, plan, mesh)
+        self.rows = arrived.rows
+        return arrived
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.rows is not None:
+            self.awaited.setdefault(func._schema.name, not self.rows.completed)
+        return func(*args, **(kwargs or {}))
+
+
+def travel(problem: Problem, seed: int) -> None:
+    watching = Watching()
+    layer = parallel(problem, seed, watching)
+    with torch.no_grad(), watching:
+        layer(mine(problem, seed)["x"])
+    assert watching.awaited["moe_kernels::experts"] and not watching.awaited["moe_kernels::combine"]
+    assert watching.rows.completed
+
+
+def test_the_shared_expert_is_computed_while_rows_travel(two, seed):
+    two.run(travel, problem=PLAIN, seed=seed)
+
+
+def overflow(problem: Problem, seed: int) -> None:
+    batch = mine(problem, seed)
+    with pytest.raises(RuntimeError, match="rows_per_expert: got more rows for an expert on a rank, expected 1"):
+        parallel(problem, seed, BoundedDispatcher(1))(batch["x"])
+    layer, bound = parallel(problem, seed, BoundedDispatcher(2, overflow="drop")), 2
+    y, _ = call(layer, batch)
+
+    plain = problem.layer(seed, BACKEND)
+    plan, _ = plain.router.route(batch["x"].flatten(0, 1), plain.gate_weight, BACKEND)
+    assert layer.dropped_rows == (plan.expert_counts - bound).clamp(min=0).sum() > 0
+    place = torch.arange(plan.num_rows) - plan.expert_offsets[:-1].repeat_interleave(plan.expert_counts)
+    kept = torch.zeros(len(y) * L, E, dtype=torch.bool)
+    kept[plan.row_token[place < bound].long(), experts_of(plan)[place < bound]] = True
+    expected = without(plain, batch["x"].flatten(0, 1), kept).view_as(y)
+    torch.testing.assert_close(y, expected)  # plain torch in float32: no rule of ours judges what nobody else drops
+
+
+def experts_of(plan) -> Tensor:
+    return torch.arange(E).repeat_interleave(plan.expert_counts)
+
+
+def without(layer: MoELayer, x: Tensor, kept: Tensor) -> Tensor:
+    """Compute the layer in plain torch with the picks that were kept."""
+    weights, ids = (x @ layer.gate_weight.T).softmax(-1).topk(K)
+    weights = torch.zeros_like(kept, dtype=x.dtype).scatter(1, ids, weights) * kept
+
+    def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        gate, up = (x @ gate_up.T).chunk(2, -1)
+        return (nn.functional.silu(gate) * up) @ down.T
+
+    y = mlp(x, layer.shared_gate_up_proj, layer.shared_down_proj)
+    return y + sum(weights[:, e, None] * mlp(x, layer.gate_up_proj[e], layer.down_proj[e]) for e in range(E))
+
+
+def test_what_does_not_fit_is_an_error_on_all_ranks_or_counted(two, seed):
+    """One rank alone has too many rows for a bound of 1: images 2 and 0."""
+    two.run(overflow, problem=PLAIN, seed=seed)
+    two.run(overflow_of_one, problem=Problem((2, 0)), seed=seed)
+
+
+def overflow_of_one(problem: Problem, seed: int) -> None:
+    with pytest.raises(RuntimeError, match="rows_per_expert: got more rows"):
+        parallel(problem, seed, BoundedDispatcher(1))(mine(problem, seed)["x"])
+
+
+def compiled(problem: Problem, seed: int, dispatcher) -> None:
+    layer, x = parallel(problem, seed, dispatcher), mine(problem, seed)["x"]
+    expected = layer(x)
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)(x), expected)
+
+
+def test_the_bounded_dispatcher_compiles_as_one_graph(two, seed):
+    """A graph without breaks reads nothing on the host."""
+    two.run(compiled, problem=PLAIN, seed=seed, dispatcher=BoundedDispatcher(4 * L))
+
+
+def norms(problem: Problem, seed: int, world: int) -> None:
+    """Clip what lies on two meshes, or on one and none, as one process does by torch's function."""
+    mesh = mesh_of(dp=2, ep=world // 2)
+    for wrap in (fully_shard, data_parallel):
+        model = wrap(expert_parallel(problem.layer(seed, BACKEND), mesh), mesh)
+        call(model, mine(problem, seed))
+        one = problem.layer(seed, BACKEND)
+        for name, grad in by_one(problem, seed, "eager").items():
+            if name[1:] in dict(one.named_parameters()):
+                getattr(one, name[1:]).grad = grad
+        expected = nn.utils.clip_grad_norm_(one.parameters(), 0.1)
+        total = clip_grad_norm(model.parameters(), 0.1)
+        torch.testing.assert_close(total, expected)
+        again = clip_grad_norm(model.parameters(), 1.0)
+        torch.testing.assert_close(again, torch.tensor(0.1))
+
+
+def test_the_norm_of_gradients_on_two_meshes(four, seed):
+    four.run(norms, problem=Problem((2, 1, 1, 2)), seed=seed, world=4)
+
+
+def refusals(seed: int) -> None:
+    mesh, layer = mesh_of(ep=2), PLAIN.layer(seed, BACKEND)
+    with pytest.raises(ValueError, match="got num_experts = 7 in the root, expected a multiple of the 2 ranks of mesh"):
+        expert_parallel(MoELayer(8, 8, 7, 1), mesh)
+    with pytest.raises(ValueError, match=r"mesh: got dimensions \('dp',\), expected one called 'ep'"):
+        expert_parallel(layer, mesh_of(dp=2))
+    with pytest.raises(TypeError, match="dispatcher: got str, expected one with a method send"):
+        expert_parallel(layer, mesh, "exact")
+    with pytest.raises(TypeError, match="mesh: got int, expected a DeviceMesh"):
+        expert_parallel(layer, 2)
+    with pytest.raises(ValueError, match="module: got Linear without a MoELayer"):
+        expert_parallel(nn.Linear(2, 2), mesh)
+    model = make_model(seed)
+    replace_moe(model)
+    with pytest.raises(ValueError, match="module: got a replaced block at moe, expected MoELayer"):
+        expert_parallel(model, mesh)
+    with pytest.raises(ValueError, match="module: got different gate_weight on the ranks"):
+        expert_parallel(PLAIN.layer(seed + distributed.get_rank(), BACKEND), mesh)
+    with pytest.raises(ValueError, match="module: got different modules on the ranks"):
+        other = replace(PLAIN, shared=distributed.get_rank() == 0).layer(seed, BACKEND)
+        expert_parallel(other, mesh)
+    expert_parallel(layer, mesh)
+    with pytest.raises(ValueError, match="module: got the root with distributed weights"):
+        expert_parallel(layer, mesh)
+    with pytest.raises(ValueError, match=r"mesh: got dimensions \('ep',\), expected two, one of them 'ep'"):
+        fully_shard(layer, mesh)
+    check_in_sync(layer, mesh)
+    with pytest.raises(ValueError, match="with distributed weights"):
+        expert_parallel(fsdp.fully_shard(PLAIN.layer(seed, BACKEND), mesh=mesh_of(dp=2)), mesh)
+
+
+def test_what_does_not_fit_together_is_refused(two, seed):
+    two.run(refusals, seed=seed)
+
+
+def test_a_bound_is_a_number_and_a_policy():
+    with pytest.raises(ValueError, match="rows_per_expert: got 0, expected at least 1"):
+        BoundedDispatcher(0)
+    with pytest.raises(ValueError, match="overflow: got 'wait', expected one of 'error', 'drop'"):
+        BoundedDispatcher(1, "wait")
