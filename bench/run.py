@@ -23,10 +23,10 @@ from torch import Tensor
 
 import moe_kernels
 from bench import stages
-from bench.images import checkpoints, digits, expert_load, fid, parity, training
+from bench.images import checkpoints, digits, expert_load, fid, parity, pictures, training
 from bench.instrument import arguments, cases, ledger, outputs, progress, shapes, store
 from bench.machine_code import inner_loops
-from bench.page import pictures, report
+from bench.page import report
 
 THRESHOLDS = {"classifier": 0.97, "guided": 0.95, "plain": 0.85}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bench.page import pictures
+from bench.images import pictures
 
 
 def curve(losses: Sequence[float], width: int = 600, height: int = 160) -> dict:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.images import pictures
 from bench.instrument import store
 from bench.instrument.cases import ROOMS
 from bench.instrument.races import failures
 from bench.instrument.readers import Npz
 from bench.machine_code import inner_loops, static_gate
-from bench.page import drawings, ladder, markdown, overview, pictures, races, roofline
+from bench.page import drawings, ladder, markdown, overview, races, roofline
 from bench.page.overview import headline
 from bench.page.render import render
 from bench.page.words import BASELINES, NAMES, STEPS, figure, rank, signed
