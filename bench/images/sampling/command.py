@@ -63,7 +63,6 @@ def main(args: argparse.Namespace) -> int:
     if rank == 0 and ranges.done():
         say(f"{ranges.done()} of {args.count} images are there")
     pace = Pace("images", total)
-    moe_kernels.set_nonfinite("propagate")  # NaN is to come out with the number of its image
     try:
         for first, count in todo:
             ranges.write(first, drawing.range(first, count))
@@ -74,8 +73,6 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         say(f"interrupted: {ranges.done()} of {args.count} images kept in {args.out}; the same command goes on")
         return 130
-    finally:
-        moe_kernels.set_nonfinite("raise")
     if ranges.join():
         say(f"{ranges.result}: {args.count} {'latents' if _latents(drawing) else 'images'}; grid.png beside it")
     return 0

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import moe_kernels
 from bench.images.sampling.samplers import SAMPLERS, ModelFn
 from reference.diffusion import draw_noise
 
@@ -48,6 +49,11 @@ class Drawing:
     device: str = "cpu"
     decode: Callable[[Tensor], np.ndarray] | None = None
 
+    def labels_of(self, first: int) -> Tensor:
+        """Return the labels of the batch that begins with image `first`: (batch,) int64 on the device."""
+        classes, numbers = self.model.config.num_classes, range(first, first + self.batch)
+        return torch.tensor([label(self.labels, self.seed, i, classes) for i in numbers], device=self.device)
+
     @torch.no_grad()
     def range(self, first: int, count: int) -> dict[str, np.ndarray]:
         """Draw images first ... first + count - 1, in a batch that is always full: others behind them, forgotten.
@@ -56,15 +62,17 @@ class Drawing:
             latents without a decoder latents (count, C, height, width) float32 and labels.
         Raises: FloatingPointError naming image and step, where the model's output is not finite.
         """
-        config = self.model.config
-        numbers = range(first, first + self.batch)
-        generators = [generator(self.seed, i) for i in numbers]
-        y = torch.tensor([label(self.labels, self.seed, i, config.num_classes) for i in numbers], device=self.device)
+        config, y = self.model.config, self.labels_of(first)
+        generators = [generator(self.seed, i) for i in range(first, first + self.batch)]
         wide = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         shape = (self.batch, config.in_channels, config.input_size, config.input_size)
         noise = draw_noise(torch.empty(shape, dtype=wide, device=self.device), generators)
         fn = ModelFn(self.model, y, self.guidance, self.channels, self.time_scale)
-        x = SAMPLERS[self.sampler].run(fn, noise, self.steps, generators)[:count]
+        moe_kernels.set_nonfinite("propagate")  # NaN is to come out at its image, whose number `check` tells
+        try:
+            x = SAMPLERS[self.sampler].run(fn, noise, self.steps, generators)[:count]
+        finally:
+            moe_kernels.set_nonfinite("raise")
         fn.check(first, count)
         labels = y[:count].cpu().numpy()
         if self.decode:

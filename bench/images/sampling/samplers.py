@@ -18,17 +18,19 @@ class Sampler:
     """run(model_fn, noise (B, C, height, width), steps, generators, one per image) -> samples like noise.
 
     predicts: what model_fn must return. least: of steps; steps: by default, as the authors of DiT-MoE sample.
+    evaluations: of the model, in each step.
     """
 
     predicts: str
     least: int
     steps: int
     run: Callable[[reference.ModelFn, Tensor, int, Sequence[torch.Generator]], Tensor]
+    evaluations: int = 1
 
 
 SAMPLERS = {  # the first of a kind is its default
     "rf_euler": Sampler(VELOCITY, 1, 50, lambda fn, noise, steps, _: reference.rf_euler(fn, noise, steps)),
-    "rf_heun": Sampler(VELOCITY, 1, 25, lambda fn, noise, steps, _: reference.rf_heun(fn, noise, steps)),
+    "rf_heun": Sampler(VELOCITY, 1, 25, lambda fn, noise, steps, _: reference.rf_heun(fn, noise, steps), 2),
     "ddpm": Sampler(NOISE, 2, 250, reference.ddpm),
     "ddim": Sampler(NOISE, 2, 50, lambda fn, noise, steps, _: reference.ddim(fn, noise, steps)),
 }
