@@ -116,7 +116,7 @@ def test_two_processes_write_the_bytes_of_one(checkpoints, tmp_path):
         )
         for r in range(2)
     ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    assert [process.wait(timeout=600) for process in ranks] == [0, 0]
     for name in ("samples.npz", "grid.png", "settings.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert not list((tmp_path / "two" / "ranges").iterdir())
