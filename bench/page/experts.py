@@ -16,11 +16,13 @@ from bench.images.sampling import command as sampling
 from bench.instrument import store
 from bench.instrument.outputs import keep_given
 from bench.instrument.progress import say
+from bench.instrument.readers import Npz
 from bench.page import drawings
 from bench.page.render import render
 from bench.page.words import figure
 
-FILES = ("counts.npz", "experts.jsonl", "experts.html")
+TABLES, PAGE = "counts.npz", "experts.html"
+FILES = (TABLES, "experts.jsonl", PAGE)
 ROWS = 100  # classes in a picture, at most
 COLUMNS = 6  # steps of the maps
 CURVES = {
@@ -34,7 +36,7 @@ Arrays = Mapping[str, np.ndarray]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_arguments(parser)
-    parser.set_defaults(out=Path("report"), count=200, labels="cycle", guidance=1.5)
+    parser.set_defaults(out=Path("report/experts"), count=200, labels="cycle", guidance=1.5)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -49,34 +51,44 @@ def main(args: argparse.Namespace) -> int:
         say(f"stopped: {error}")
         return 1
     arrays = tables.arrays()
-    np.savez_compressed(args.out / "counts.npz", **arrays)
-    rows = rows_of(arrays, settings)
-    path = args.out / "experts.jsonl"
+    np.savez_compressed(args.out / TABLES, **arrays)
+    path, found = args.out / FILES[1], row(arrays, settings)
     path.unlink(missing_ok=True)
-    for row in rows:
-        store.append(path, row)
-    for finding in rows[0]["findings"]:
+    store.append(path, found)
+    for finding in found["findings"]:
         say(f"  {finding['claim']}: {finding['verdict']} ({said(finding)})")
-    say(f"{write(args.out)}; counts.npz beside it, {tables.nbytes / 1e6:.1f} MB of tables")
+    say(f"{write(args.out, found)}; counts.npz beside it, {tables.nbytes / 1e6:.1f} MB of tables")
     return 0
 
 
-def rows_of(arrays: Arrays, settings: Mapping) -> list[dict]:
-    """Return the rows of a run: findings, layers and steps. An interval that is none, of too few images, is null."""
+def row(arrays: Arrays, settings: Mapping) -> dict:
+    """Return the row of a run: findings, layers and steps. An interval that is none, of too few images, is null."""
     found = [asdict(f) | {"verdict": f.verdict} for f in findings.findings(arrays)]
     for finding in found:
         finding |= {end: finding[end] if np.isfinite(finding[end]) else None for end in ("low", "high")}
     layers, steps = findings.by_layer(arrays), findings.by_step(arrays)
-    return [store.row("experts", settings=dict(settings), findings=found, layers=layers, steps=steps)]
+    return store.row("experts", settings=dict(settings), findings=found, layers=layers, steps=steps)
 
 
-def write(folder: Path) -> Path:
-    """Render experts.html from the tables and rows of the folder; return its path."""
-    row = store.read(folder / "experts.jsonl")[-1]
-    with np.load(folder / "counts.npz") as file:
-        arrays = {key: file[key] for key in file.files}
-    path = folder / "experts.html"
-    path.write_text(render("experts.html.j2", **view_of(row, arrays)), encoding="utf-8")
+def load(found: Mapping) -> list[dict]:
+    """Return of each layer of a row what the main report shows."""
+    return [
+        {
+            **{name: layer[name] for name in ("layer", "max_over_mean", "idle_experts")},
+            "position_bits": layer["position_bits"]["plain"],
+            "timestep_bits": layer["step_bits"]["plain"],
+        }
+        for layer in found["layers"]
+    ]
+
+
+def write(folder: Path, found: dict) -> Path:
+    """Render the page of a row from the tables in its folder; return its path."""
+    file = Npz(folder / TABLES, "counts")
+    path = folder / PAGE
+    path.write_text(
+        render("experts.html.j2", **view_of(found, {key: file.read(key) for key in file})), encoding="utf-8"
+    )
     return path
 
 

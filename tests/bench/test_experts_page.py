@@ -60,7 +60,7 @@ def test_expert_choice_is_shown_as_experts_per_token():
     arrays = counter.result().arrays()
     found = experts.allocation(arrays)
     assert found["what"] == "experts per token" and found["spread"][0] == pytest.approx(math.sqrt(0.5))
-    (row,) = experts.rows_of(arrays, {})
+    row = experts.row(arrays, {})
     degrees = row["layers"][0]["degrees"]
     assert (
         degrees["mean"] == 1 and degrees["none"] == 0.25 and degrees["none_by_chance"] == 0.25 and degrees["most"] == 2
