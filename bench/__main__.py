@@ -10,6 +10,11 @@ import traceback
 CRASHED = 3  # Python's own 1 means DIFFERENT, wrong or SLOWER here
 COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit code, what it does
     "run": ("bench.run", "the main job: train, sample, check and time on real images; writes report/"),
+    "sample": ("bench.images.sampling.command", "any checkpoint to files: images or latents, each its own seed"),
+    "analyze": (
+        "bench.page.experts",
+        "where a checkpoint's experts go while it samples: heat maps, statistics, counts",
+    ),
     "fid": ("bench.images.fid.command", "judge your own samples: Frechet distances and paired parity of two npz files"),
     "fid-coverage": ("bench.images.fid.coverage", "simulate how often the interval of fid covers the truth"),
     "peers": ("bench.peers.contest", "the contest: native against every public MoE implementation for CPUs"),

@@ -1,4 +1,4 @@
-"""What a call costs beside its kernels: the ops themselves, reading a replaced model's modules, LoRA on its experts."""
+"""What a call costs beside its kernels: the ops, reading a replaced model's modules, LoRA on its experts, counting."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import moe_kernels
 from bench.gpu import issuing
+from bench.images.analysis.cost import counting
 from bench.instrument import arguments, measure, stats, store
 from bench.instrument.cases import kernels_on
 from bench.instrument.progress import say
@@ -25,6 +26,7 @@ from reference.moe import SparseMoeBlock
 EXPERTS = (8, 64)
 NARROW = 16, 16, 8, 2  # H, I, E, K
 YARDSTICK = "torch.add"  # of two numbers: what an operator costs at least, on this machine, now
+COUNTED = {"tiny": {"digits": 1}, "default": {"digits": 4, "S/2-8E2A": 2}}  # models, and how many of their blocks
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 
 
@@ -153,6 +155,8 @@ def main(args: argparse.Namespace) -> int:
             rows.append(reading(num_experts, min(args.seconds, 5.0)))
         for tokens in args.tokens:
             rows.append(adapting(args.shape, tokens, args.rank, args.seconds))
+        for model, depth in COUNTED[args.size].items():
+            rows.append(counting(model, depth, args.seconds))
     for row in rows:
         store.append(args.out, row)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in row["figures"].items())

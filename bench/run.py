@@ -23,10 +23,12 @@ from torch import Tensor
 
 import moe_kernels
 from bench import stages
-from bench.images import checkpoints, digits, expert_load, fid, parity, training
+from bench.images import checkpoints, digits, expert_load, fid, parity, pictures, training
+from bench.images.analysis.counts import Counter
+from bench.images.analysis.watch import watch
 from bench.instrument import arguments, cases, ledger, outputs, progress, shapes, store
 from bench.machine_code import inner_loops
-from bench.page import pictures, report
+from bench.page import experts, report
 
 THRESHOLDS = {"classifier": 0.97, "guided": 0.95, "plain": 0.85}
 
@@ -142,7 +144,7 @@ class Job:
         identity = f"{self.foreign.identity}-{self.data.digest()}" if self.foreign else self.recipe.hash
         self.folder.mkdir(parents=True, exist_ok=True)
         if args.fresh:
-            for name in ("rows.jsonl", "pictures.npz", "training.pt", "model.safetensors"):
+            for name in ("rows.jsonl", "pictures.npz", experts.TABLES, "training.pt", "model.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
         key = {
             "commit": store.commit()["commit"], "source": ledger.source_digest(), "identity": identity,
@@ -238,16 +240,22 @@ class Job:
         trained, case, ladder = self.trained, self.case, self.ladder
         model, accuracy = self.classifier
         inner = (case.steps // 4, case.steps // 2, 3 * case.steps // 4)
-        with expert_load.count_load(trained.model, case.steps, guided=True, trace_steps=inner) as counted:
+        counter = Counter(len(trained.model.blocks), case.steps, case.samples)
+        counter.begin(0, ladder.labels, guided=True)
+        with watch(trained.model, counter), expert_load.trace_picks(trained.model, inner, guided=True) as trace:
             guided = self._sample(case.guidance)
         plain = self._sample(1.0)
         copies = digits.nearest_neighbours(torch.cat([guided, plain]), self.data)
         if self.args.size != "tiny":
-            ids, weights = (torch.cat(parts) for parts in zip(*counted.trace, strict=True))
+            ids, weights = (torch.cat(parts) for parts in zip(*trace, strict=True))
             shapes.save_routing(ids, weights, trained.model.config.num_experts)
         self._picture("real images", self.data.held, self.data.held_labels)
         self._picture("oracle, no guidance", plain, ladder.labels)
-        self._keep(counts=counted.counts.numpy())
+        tables = counter.result().arrays()
+        self._keep(counts=tables["load"][:, :, 0])
+        np.savez_compressed(self.folder / experts.TABLES, **tables)
+        sampled = dict(sampler="rf_euler", steps=case.steps, guidance=case.guidance, count=case.samples)
+        found = experts.row(tables, sampled | {"checkpoint": trained.identity})
         fid.save_moments(self.folder / "moments_data.npz", ladder.moments)
         fid.save_moments(self.folder / "moments_oracle.npz", fid.moments(digits.features(model, guided)))
         fd = {
@@ -265,7 +273,8 @@ class Job:
         for name, (value, least) in thresholds.items():
             progress.say(f"  {name}: {value:.1%} ({'at least' if value >= least else 'missed'} {least:.0%})")
         shown = dict(guidance=case.guidance, steps=case.steps, copies=vars(copies), no_copies=copies.none)
-        return [store.row("figures", thresholds=thresholds, **shown, **fd), store.row("load", layers=counted.summary())]
+        load = store.row("load", layers=experts.load(found))
+        return [store.row("figures", thresholds=thresholds, **shown, **fd), load, found]
 
     def _parity(self, dtype: str, slow: bool) -> None:
         """Climb the ladder with every backend, and with the sabotaged models, which must fall.

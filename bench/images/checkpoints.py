@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from bench.images.digits import Dataset
@@ -105,29 +106,51 @@ def load_checkpoint(recipe: Recipe, path: Path = ASSET) -> Trained | None:
 
 
 def load_foreign(path: Path, data: Dataset) -> Trained:
-    """Load somebody's DiT-MoE weights, its geometry read from the shapes of its tensors.
+    """Load somebody's DiT-MoE weights for a data set, as load_any.
 
-    Heads (head size 64, or the size of the qk-norm) and top-k (2) leave no trace in the shapes: a safetensors file
-    written here carries them in its metadata.
     Raises: ValueError naming the file, when it is no DiT-MoE, or does not make images of the data's shape and classes.
     """
-    try:
-        state = load_state_dict(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--ckpt {path}: {error}") from None
-    recipe = _recipe_of(path)
-    config = infer_config(path, state, recipe)
+    state, config, recipe = _read(path)
     made = (config.in_channels, config.input_size, config.input_size)
     if made != data.shape or config.num_classes < data.num_classes:
         raise ValueError(
             f"--ckpt {path}: makes {made} images of {config.num_classes} classes, but the data is {data.shape} with "
             f"{data.num_classes} classes; pass --data with images or latents of the model's shape"
         )
-    model = DiTMoE(config)
+    return _trained(path, state, config, recipe)
+
+
+def load_any(path: Path, dtype: torch.dtype = torch.float32) -> Trained:
+    """Load somebody's DiT-MoE weights, its geometry read from the shapes of its tensors.
+
+    Heads (head size 64, or the size of the qk-norm) and top-k (2) leave no trace in the shapes: a safetensors file
+    written here carries them in its metadata.
+    Raises: ValueError naming the file, when it is no DiT-MoE.
+    """
+    return _trained(path, *_read(path), dtype)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], DiTMoEConfig, dict]:
+    try:
+        state = load_state_dict(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--ckpt {path}: {error}") from None
+    recipe = _recipe_of(path)
+    return state, infer_config(path, state, recipe), recipe
+
+
+def _trained(
+    path: Path, state: dict[str, Tensor], config: DiTMoEConfig, recipe: dict, dtype: torch.dtype = torch.float32
+) -> Trained:
+    with torch.device("meta"):
+        model = DiTMoE(config)
     check_layout(model, state, f"--ckpt {path}")
-    model.load_state_dict({k: v.float() for k, v in state.items()})
-    digest = hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in state.values())).hexdigest()[:12]
-    return Trained(model.eval(), None, digest, recipe.get("time_scale", 1.0), [], 0.0, f"checkpoint {Path(path).name}")
+    digest = hashlib.sha256()
+    for value in state.values():
+        digest.update(value.float().numpy().tobytes())
+    model.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
+    scale, origin = recipe.get("time_scale", 1.0), f"checkpoint {Path(path).name}"
+    return Trained(model.eval(), None, digest.hexdigest()[:12], scale, [], 0.0, origin)
 
 
 def infer_config(path: Path, state: dict[str, Tensor], recipe: dict) -> DiTMoEConfig:
@@ -164,6 +187,11 @@ def _recipe_of(path: Path) -> dict:
     if not isinstance(recipe, dict):
         raise ValueError(f"--ckpt {path}: recipe: expected a JSON object in the metadata, got {text[:60]!r}")
     return recipe
+
+
+def predicts(path: Path) -> str | None:
+    """Return what a checkpoint's metadata says its model predicts: "velocity" where a recipe of ours made it."""
+    return "velocity" if _recipe_of(path) else None
 
 
 def read_metadata(path: Path) -> dict[str, str]:

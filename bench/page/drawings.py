@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bench.page import pictures
+from bench.images import pictures
 
 
 def curve(losses: Sequence[float], width: int = 600, height: int = 160) -> dict:
@@ -30,8 +30,8 @@ def load_maps(counts: np.ndarray) -> list[dict]:
     side = round(counts.shape[2] ** 0.5)
     maps = []
     for layer, count in enumerate(counts.astype(np.float64)):
-        position = count.sum(0) * experts / count.sum((0, 2))[:, None]
-        timestep = count.sum(1) * experts / count.sum((1, 2))[:, None]
+        position = count.sum(0) * experts / np.maximum(count.sum((0, 2)), 1)[:, None]
+        timestep = count.sum(1) * experts / np.maximum(count.sum((1, 2)), 1)[:, None]
         maps.append(
             {
                 "layer": layer,

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.images import pictures
 from bench.instrument import store
 from bench.instrument.cases import ROOMS
 from bench.instrument.races import failures
 from bench.instrument.readers import Npz
 from bench.machine_code import inner_loops, static_gate
-from bench.page import drawings, ladder, markdown, overview, pictures, races, roofline
+from bench.page import drawings, experts, ladder, markdown, overview, races, roofline
 from bench.page.overview import headline
 from bench.page.render import render
 from bench.page.words import BASELINES, NAMES, STEPS, figure, rank, signed
@@ -46,6 +47,8 @@ def write(folder: Path) -> Path:
     files = [path for pattern in FILES for path in sorted(folder.glob(pattern))]
     rows = [row for path in files or [folder / "rows.jsonl"] for row in store.read(path)]
     view = view_of(rows, load_pictures(folder / "pictures.npz"))
+    if view["experts"] and (folder / experts.TABLES).exists():
+        experts.write(folder, view["experts"])
     (folder / "index.html").write_text(render("report.html.j2", **view), encoding="utf-8")
     (folder / "report.md").write_text(markdown.text(view), encoding="utf-8")
     return folder / "index.html"
@@ -66,7 +69,7 @@ def view_of(rows: Sequence[dict], images: dict[str, np.ndarray]) -> dict:
         "parity": parity, "controls": of["control"], "forest": ladder.forest([*parity, *of["control"]]),
         "rungs": ladder.rungs(parity), **speeds(rows, of["time"], of["ceilings"]),
         "unmeasured": [*(row["what"] for row in of["left_out"]), *failures(refused)],
-        **pictures_of(images, training, of["load"]),
+        **pictures_of(images, training, of["load"]), "experts": of["experts"][-1] if of["experts"] else None,
         "contest": tables.view(of["contest"]) if of["contest"] else None, "inner_loops": inner,
         "loops": [loop_cells(loop) for loop in inner_loops.widest(inner["loops"])] if inner else [],
         "loop_names": LOOP_FIGURES, **gates(),

@@ -8,7 +8,7 @@ import torch
 from bench.images import parity
 from bench.images.checkpoints import Recipe
 from bench.images.digits import Dataset, load_digits, train_classifier
-from bench.images.expert_load import count_load, mutual_information
+from bench.images.expert_load import trace_picks
 from bench.images.parity import DTYPES, SABOTAGES, Case, Ladder, replaced
 from moe_kernels import RoutingPlan
 from reference import rooms
@@ -139,15 +139,7 @@ def test_recording_changes_nothing_and_leaves_no_hooks(ladder):
     assert all(int(mask).bit_count() == 2 for mask in picked)
 
 
-def test_load_counts_every_conditional_pick_once(ladder):
-    with count_load(ladder.model, 2, guided=True, trace_steps=(1,)) as load:
+def test_a_trace_is_the_conditional_picks_of_the_calls_asked_for(ladder):
+    with trace_picks(ladder.model, (1,), guided=True) as trace:
         parity.sample(ladder.model, ladder.noise[:4], ladder.labels[:4], 2, 1.5)
-    assert load.counts.shape == (2, 2, 16, 8)
-    assert (load.counts.sum(-1) == 4 * 2).all(), "4 images, 2 picks at each layer, step and position"
-    assert [ids.shape for ids, _ in load.trace] == [(64, 2), (64, 2)]
-    assert {"max_over_mean", "idle_experts", "position_bits", "timestep_bits"} < load.summary()[0].keys()
-
-
-def test_mutual_information_of_known_tables():
-    assert mutual_information(torch.eye(8)) == pytest.approx(3)
-    assert mutual_information(torch.ones(4, 8)) == pytest.approx(0, abs=1e-12)
+    assert [ids.shape for ids, _ in trace] == [weights.shape for _, weights in trace] == [(64, 2), (64, 2)]

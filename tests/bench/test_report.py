@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from bench.__main__ import main
+from bench.images import pictures
 from bench.instrument import store
 from bench.instrument.cases import ROOMS
-from bench.page import ladder, pictures, report, words
+from bench.page import ladder, report, words
 
 RUNGS = {
     "plans": "pass", "layers": "pass", "plans_equal": True, "outputs_ratio": 1.1, "experts_ratio": 0.9, "e_ours": 1e-7,

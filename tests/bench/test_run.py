@@ -58,6 +58,8 @@ def test_end_to_end(done):
     assert all(r["verdict"] in (fid.PARITY, fid.UNSURE) for r in rows if r["kind"] == "parity")
     assert [r["control"] for r in rows if r["kind"] == "control"] == list(parity.SABOTAGES)
     assert kinds.count("inner_loops") == kinds.count("training") == kinds.count("figures") == kinds.count("load") == 1
+    assert kinds.count("experts") == 1 and "Position × expert" in (folder / "experts.html").read_text()
+    assert 'href="experts.html"' in (folder / "index.html").read_text()
     assert kinds.count("ceilings") == 1 and kinds.index("ceilings") < kinds.index("time")
     assert len({r["race"] for r in rows if r["kind"] == "time"}) == RACES
     assert {"index.html", "report.md", "rows.jsonl", "pictures.npz", "model.safetensors"} <= {

@@ -1,4 +1,4 @@
-"""Pixels for the report: PNG files made of numpy arrays, as data URIs that open offline."""
+"""Pixels: PNG files made of numpy arrays, and data URIs of them that open offline."""
 
 from __future__ import annotations
 

@@ -1,0 +1,121 @@
+"""What tables of picks say: load, information with its null, stability, pairs, degrees. Pure numpy.
+
+Bits are estimates from counts, and never 0: two corrections say how far from it they would be without any dependence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+DRAWS = 199  # permutations; the smallest p is 1 / (DRAWS + 1)
+
+
+@dataclass(frozen=True)
+class Information:
+    """Mutual information of expert and another variable in one layer, in bits.
+
+    plain: plug-in estimate. corrected: less (X - 1)(E - 1) / (2 N ln 2), its bias for N independent picks (Miller,
+    Madow). null, null_high: mean and 95 % quantile of the plug-in estimate after permutations that keep together what
+    is no independent sample; p: share of permutations that reach `plain`.
+    """
+
+    plain: float
+    corrected: float
+    null: float
+    null_high: float
+    p: float
+
+    @property
+    def excess(self) -> float:
+        return self.plain - self.null
+
+
+def mutual_information(tables: np.ndarray) -> np.ndarray:
+    """Return the mutual information in bits of tables of counts (..., X, E), 0 for an empty one: (...)."""
+    total = tables.sum((-2, -1), keepdims=True)
+    joint = tables / np.maximum(total, 1)
+    product = joint.sum(-1, keepdims=True) * joint.sum(-2, keepdims=True)
+    seen = joint > 0
+    return (joint * np.log2(np.where(seen, joint, 1) / np.where(seen, product, 1))).sum((-2, -1))
+
+
+def bias(table: np.ndarray) -> float:
+    """Return what mutual_information of a table (X, E) gains by chance, if its counts are independent picks."""
+    X, E = (int((table.sum(axis) > 0).sum()) for axis in (1, 0))
+    return (X - 1) * (E - 1) / (2 * max(table.sum(), 1) * math.log(2))
+
+
+def information_by_group(groups: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Information:
+    """Judge a variable within groups of images: (G, X, E) counts, of which the sum is judged.
+
+    Null: in each group its own permutation of the X values. Tokens of an image, and steps, stay together.
+    """
+    rng = np.random.default_rng(seed)
+    G, X, _ = groups.shape
+    tables = np.empty((draws, *groups.shape[1:]))
+    for draw in range(draws):
+        order = rng.permuted(np.tile(np.arange(X), (G, 1)), axis=1)
+        tables[draw] = np.take_along_axis(groups, order[..., None], axis=1).sum(0)
+    return _judge(groups.sum(0), mutual_information(tables))
+
+
+def information_by_image(images: np.ndarray, labels: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Information:
+    """Judge the class: images (N, E) counts and labels (N,). Null: labels permuted among whole images."""
+    rng = np.random.default_rng(seed)
+    tables = np.stack([by_class(images, rng.permutation(labels)) for _ in range(draws)])
+    return _judge(by_class(images, labels), mutual_information(tables))
+
+
+def by_class(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Sum counts (N, ...) over the images of each label (N,): (classes that occur, ...), in ascending order."""
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(labels[order]) != 0])
+    return np.add.reduceat(images[order].astype(np.float64), starts, axis=0)
+
+
+def _judge(table: np.ndarray, null: np.ndarray) -> Information:
+    plain = float(mutual_information(table))
+    p = (1 + int((null >= plain - 1e-12).sum())) / (1 + len(null))
+    return Information(plain, plain - bias(table), float(null.mean()), float(np.quantile(null, 0.95)), p)
+
+
+def max_over_mean(load: np.ndarray) -> np.ndarray:
+    """Return the largest expert's load over the fair share: (..., E) -> (...)."""
+    return load.max(-1) * load.shape[-1] / np.maximum(load.sum(-1), 1)
+
+
+def entropy(load: np.ndarray) -> np.ndarray:
+    """Return the entropy of the load over experts, as a share of log2 E: 1 is even, 0 one expert: (..., E) -> (...)."""
+    share = load / np.maximum(load.sum(-1, keepdims=True), 1)
+    bits = -(share * np.log2(np.where(share > 0, share, 1))).sum(-1)
+    return bits / max(math.log2(load.shape[-1]), 1e-9)
+
+
+def pair_lift(pairs: np.ndarray) -> np.ndarray:
+    """Return how many times more often two experts share a token than chance has it: (E, E), its diagonal 1.
+
+    Chance: in proportion to the product of both loads, as many pairs in all. 0 where no pair was seen at all.
+    """
+    E = len(pairs)
+    load, apart = np.diag(pairs).astype(np.float64), ~np.eye(E, dtype=bool)
+    expected = np.where(apart, np.outer(load, load), 0)
+    expected *= pairs[apart].sum() / max(expected.sum(), 1e-30)
+    return np.where(apart, pairs / np.maximum(expected, 1e-30), 1) * np.where(apart, expected > 0, 1)
+
+
+def gini(histogram: np.ndarray) -> np.ndarray:
+    """Return the Gini coefficient of values 0, 1, ... with these counts (..., V): 0 all equal, near 1 all in one."""
+    values = np.arange(histogram.shape[-1])
+    apart = np.abs(values[:, None] - values)
+    n, mean = histogram.sum(-1), (histogram * values).sum(-1)
+    spread = np.einsum("...i,ij,...j->...", histogram, apart, histogram)
+    return spread / np.maximum(2 * n * mean, 1e-30)
+
+
+def binomial(E: int, mean: float) -> np.ndarray:
+    """Return the degrees (E + 1,) that tokens would have if every expert took each with the same chance."""
+    p = mean / E
+    return np.array([math.comb(E, k) * p**k * (1 - p) ** (E - k) for k in range(E + 1)])

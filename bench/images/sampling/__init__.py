@@ -1,0 +1,1 @@
+"""Any checkpoint to files of images or latents: image i depends on (seed, i), whoever draws it."""
