@@ -1,4 +1,4 @@
-"""Samplers in a model's own time. All take a function (x (B, C, ...), t (B,)) -> (B, C or 2C, ...), so that any model on
+"""Samplers in a model's own time. All take a function (x (B, C, ...), t (B,)) -> (B, C or 2C, ...), so any model on
 any backend plugs in; what is random comes from `noise` and `generators` alone (diffusion.draw_noise).
 """
 
