@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
         say(f"guidance {args.guidance:g}: a guided field is the score of no density; the trained tier is a heuristic")
     try:
         for name in makers if args.tier == "both" else (args.tier,):
-            tier(ledger, makers[name](), size)
+            tier(ledger, name, functools.cache(makers[name]), size)
     except FloatingPointError as error:
         say(f"stopped: {error}; {len(ledger.rows)} rows kept in {ledger.path}")
         return 1
@@ -98,18 +99,18 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def tier(ledger: Ledger, on: Oracle | Trained, size: Size) -> None:
-    """Run every arm at every budget with every seed; one stage each."""
-    ledger.stage(f"{on.name}: what is sampled", lambda: [store.row("dmcmc_tier", tier=on.name, **on.facts())])
+def tier(ledger: Ledger, name: str, make: Callable[[], Oracle | Trained], size: Size) -> None:
+    """Run every arm at every budget with every seed; one stage each. The tier is made when a stage first needs it."""
+    ledger.stage(f"{name}: what is sampled", lambda: [store.row("dmcmc_tier", tier=name, **make().facts())])
     jobs = [
         (arm, budget, seed)
         for seed in range(size.seeds)
-        for arm in size.arms(on.name)
+        for arm in size.arms(name)
         for budget in (size.budgets[-1:] if arm.integrator == "rk45" else size.budgets)
     ]
-    for arm, budget, seed in track(jobs, on.name, len(jobs)):
-        stage = f"{on.name}: {arm.title}, {budget}, seed {seed}"
-        ledger.stage(stage, lambda arm=arm, budget=budget, seed=seed: measure(on, arm, budget, size.amount, seed))
+    for arm, budget, seed in track(jobs, name, len(jobs)):
+        stage = f"{name}: {arm.title}, {budget}, seed {seed}"
+        ledger.stage(stage, lambda arm=arm, budget=budget, seed=seed: measure(make(), arm, budget, size.amount, seed))
 
 
 def measure(on: Oracle | Trained, arm: Arm, budget: int, amount: Amount, seed: int) -> Iterator[dict]:

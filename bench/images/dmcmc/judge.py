@@ -40,7 +40,7 @@ def figures(features: np.ndarray, classes: np.ndarray, labels: np.ndarray, corre
     precision, recall = precision_recall(flat, data.features)
     shares = np.bincount(classes.ravel(), minlength=len(data.shares)) / classes.size
     return {
-        "fd": found.distance, "fd_bias": jackknife_bias(features, found.distance, data.moments), 
+        "fd": found.distance, "fd_bias": jackknife_bias(features, labels, found.distance, data.moments), 
         "fd_error": float(influence.std() / ess**0.5), "ess": ess, "precision": precision, "recall": recall,
         "class_tv": float(np.abs(shares - data.shares).sum() / 2),
         "lag1": lag1(_about_labels(features, labels)) if correlated and W > 1 else 0.0,
@@ -60,12 +60,20 @@ def effective(values: np.ndarray, labels: int) -> float:
     return float(np.clip(W * B * within / between, 1, W * B)) if between > 0 else float(B)
 
 
-def jackknife_bias(features: np.ndarray, distance: float, data: Moments) -> float:
-    """Return (G - 1) (mean of the distances without a group - distance), groups of neighbouring chains."""
-    _, B, D = features.shape
-    groups = np.array_split(np.arange(B), min(GROUPS, B // 2))
-    rest = [np.delete(features, group, axis=1).reshape(-1, D) for group in groups]
-    return float((len(groups) - 1) * (np.mean([transport(moments(r), data).distance for r in rest]) - distance))
+def jackknife_bias(features: np.ndarray, labels: np.ndarray, distance: float, data: Moments) -> float:
+    """Return (G - 1) (mean of the distances without a group - distance), every label alike in all G groups of chains.
+
+    With unlike groups the distances would tell of labels that are missing, not of samples.
+    """
+    found, counts = np.unique(labels, return_counts=True)
+    if counts.min() < 2:
+        raise ValueError(f"labels: got {counts.min()} chains of a label, expected at least 2 of each")
+    G = min(GROUPS, counts.min())
+    group = np.empty(len(labels), int)
+    for label, count in zip(found, counts, strict=True):
+        group[labels == label] = np.arange(count) % G
+    rest = [features[:, group != g].reshape(-1, features.shape[-1]) for g in range(G)]
+    return float((G - 1) * (np.mean([transport(moments(r), data).distance for r in rest]) - distance))
 
 
 def precision_recall(samples: np.ndarray, real: np.ndarray) -> tuple[float, float]:
