@@ -119,7 +119,7 @@ def test_figures_of_the_data_themselves_and_of_a_lost_mode():
 
 
 def row(title: str, choice: str = "", budget: int = 5, fd: float = 1.0, **changes) -> dict:
-    f = {"fd": fd, "fd_bias": 0.0, "fd_error": 0.05, "ess": 9.0, "recall": 0.9, "evaluations": 5.0, "cpu_ms": 2.0}
+    f = {"fd": fd, "fd_bias": 0.0, "fd_error": 0.05, "ess": 90.0, "recall": 0.9, "evaluations": 5.0, "cpu_ms": 2.0}
     f |= {key: changes.pop(key) for key in f.keys() & changes.keys()}
     return {"tier": "oracle", "arm": title, "title": title, "integrator": "heun", "choice": choice, "budget": budget,
             "samples": 500, "dimension": 10, "figures": f, **changes}  # fmt: skip
@@ -129,7 +129,7 @@ def row(title: str, choice: str = "", budget: int = 5, fd: float = 1.0, **change
     "chain, word",
     [
         (dict(fd=0.5), verdicts.BETTER), (dict(fd=1.5), verdicts.WORSE), (dict(fd=1.1), verdicts.UNSURE),
-        (dict(fd=0.5, recall=0.8), verdicts.NARROW), (dict(fd=0.5, samples=14), verdicts.UNSURE),
+        (dict(fd=0.5, recall=0.8), verdicts.NARROW), (dict(fd=0.5, ess=14.0), verdicts.UNSURE),
     ],
 )  # fmt: skip
 def test_verdicts(chain, word):

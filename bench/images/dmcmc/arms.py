@@ -96,7 +96,7 @@ class Samples:
 def split(arm: Arm, budget: int, amount: Amount) -> dict:
     """Divide `budget` evaluations per image: a chain's share of its start, steps skipped between images, the way down.
 
-    A third of what the start leaves goes into the way down, at least 3 where there are 4, and DOWN at most.
+    Half of what the start leaves goes into the way down, at least 3 where there are 4, and DOWN at most.
     Raises: ValueError where nothing is left to divide.
     """
     integrator = INTEGRATORS[arm.integrator]
@@ -106,7 +106,7 @@ def split(arm: Arm, budget: int, amount: Amount) -> dict:
         raise ValueError(
             f"budget: got {budget} evaluations, of which a chain's start takes {begun / amount.windows:.2f}"
         )
-    down = integrator.evaluations(min(DOWN, max(rest // 3, min(3, rest - 1))))
+    down = integrator.evaluations(min(DOWN, max(3, (rest + 1) // 2), rest - 1))
     return {"start": begun / amount.windows, "skip": rest - down, "down": down}
 
 

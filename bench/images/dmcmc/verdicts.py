@@ -63,13 +63,13 @@ def _line(rows: Sequence[dict]) -> Line:
 def compare(chains: Line, against: Line) -> Comparison:
     """Compare at 95 %: the noise of two arms cannot be paired. Better at less recall is no better: NARROWER.
 
-    Below LINEAR samples per dimension the bias is not known well enough: UNSURE. The best of several trajectories is
-    lucky, too: the comparison leans against chains by that much.
+    Below LINEAR effective samples per dimension the bias is not known well enough: UNSURE. The best of several
+    trajectories is lucky, too: the comparison leans against chains by that much.
     """
     difference, spread = chains.fd - against.fd, 1.96 * float(np.hypot(chains.error, against.error))
     recall = chains.figures["recall"] - against.figures["recall"]
     verdict = BETTER if difference + spread < 0 else WORSE if difference - spread > 0 else UNSURE
-    if chains.row["samples"] < LINEAR * chains.row["dimension"]:
+    if chains.figures["ess"] < LINEAR * chains.row["dimension"]:
         verdict = UNSURE
     if verdict == BETTER and recall < -RECALL:
         verdict = NARROW
