@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.images.dmcmc.integrators import INTEGRATORS, rk45
 from reference.denoiser import Counted
 from reference.diffusion import draw_noise, sample_generators
-from reference.dmcmc import Langevin, LangevinGibbs, VariancePreserving
+from reference.dmcmc import Langevin, LangevinGibbs, State, VariancePreserving
 
 ETA, SHARE = 0.8, 0.2  # of the Langevin step, and of the step that preserves the variance
 START = (
@@ -129,7 +129,9 @@ def run(arm: Arm, budget: int, problem: Problem, amount: Amount, seed: int) -> S
     return Samples(torch.stack(images), labels, *counts, *took, shares, sigmas, twice)
 
 
-def _trajectories(arm, budget, problem, amount, seed, denoise, levels):
+def _trajectories(
+    arm: Arm, budget: int, problem: Problem, amount: Amount, seed: int, denoise: Counted, levels: Counted
+) -> tuple[list[Tensor], list[State], dict]:
     images, sigma = [], torch.full((amount.chains,), problem.sigma_max, dtype=torch.float64)
     for batch in range(amount.windows):
         first = seed * 1_000_003 + batch * amount.chains
@@ -144,7 +146,9 @@ def _trajectories(arm, budget, problem, amount, seed, denoise, levels):
     return images, [], {}
 
 
-def _chains(arm, budget, problem, amount, seed, denoise, levels):
+def _chains(
+    arm: Arm, budget: int, problem: Problem, amount: Amount, seed: int, denoise: Counted, levels: Counted
+) -> tuple[list[Tensor], list[State], dict]:
     kernel, options = CHOICES[arm.choice]
     down, shares = INTEGRATORS[arm.integrator], split(arm, budget, amount)
     states = LangevinGibbs(denoise, levels, problem.grid, kernel, **options)
