@@ -17,6 +17,10 @@ COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit
     ),
     "fid": ("bench.images.fid.command", "judge your own samples: Frechet distances and paired parity of two npz files"),
     "fid-coverage": ("bench.images.fid.coverage", "simulate how often the interval of fid covers the truth"),
+    "dmcmc": (
+        "bench.images.dmcmc.command",
+        "Denoising MCMC against good samplers, at equal evaluations and at equal time",
+    ),
     "peers": ("bench.peers.contest", "the contest: native against every public MoE implementation for CPUs"),
     "time": ("bench.timing", "time one level of a model: contenders verified, interleaved, compared"),
     "overhead": ("bench.overhead", "what a call costs beside its kernels: ops, reading replaced modules, LoRA"),

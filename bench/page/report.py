@@ -15,7 +15,7 @@ from bench.instrument.cases import ROOMS
 from bench.instrument.races import failures
 from bench.instrument.readers import Npz
 from bench.machine_code import inner_loops, static_gate
-from bench.page import drawings, experts, ladder, markdown, overview, races, roofline
+from bench.page import chains, drawings, experts, ladder, markdown, overview, races, roofline
 from bench.page.overview import headline
 from bench.page.render import render
 from bench.page.words import BASELINES, NAMES, STEPS, figure, rank, signed
@@ -40,11 +40,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def write(folder: Path) -> Path:
-    """Write index.html and report.md beside the files of rows that are there (FILES); return the path of index.html.
+    """Write index.html and report.md beside the files of rows that are there (FILES), and chains' page beside theirs.
 
+    Returns: the path of index.html; in a folder of chains alone that of their page.
     Raises: ValueError naming the file when it is empty or foreign, or rows.jsonl when there is none at all.
     """
-    files = [path for pattern in FILES for path in sorted(folder.glob(pattern))]
+    files, page = [path for pattern in FILES for path in sorted(folder.glob(pattern))], chains.write(folder)
+    if page and not files:
+        return page
     rows = [row for path in files or [folder / "rows.jsonl"] for row in store.read(path)]
     view = view_of(rows, load_pictures(folder / "pictures.npz"))
     if view["experts"] and (folder / experts.TABLES).exists():

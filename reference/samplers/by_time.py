@@ -1,5 +1,6 @@
-"""From noise to samples. Every sampler takes a function (x (B, C, ...), t (B,)) -> (B, C or 2C, ...), so that any model
-on any backend plugs in; what is random comes from `noise` and `generators` alone (see diffusion.draw_noise)."""
+"""Samplers in a model's own time. All take a function (x (B, C, ...), t (B,)) -> (B, C or 2C, ...), so any model on
+any backend plugs in; what is random comes from `noise` and `generators` alone (diffusion.draw_noise).
+"""
 
 from __future__ import annotations
 

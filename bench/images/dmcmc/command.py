@@ -1,0 +1,154 @@
+"""`python -m bench dmcmc`: is Denoising MCMC better than a good sampler, at equal evaluations and at equal time?"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.images import digits
+from bench.images.dmcmc import verdicts
+from bench.images.dmcmc.arms import CHOICES, Amount, Arm, Samples, run
+from bench.images.dmcmc.integrators import INTEGRATORS
+from bench.images.dmcmc.tiers import Oracle, Trained, watch_loads
+from bench.instrument import arguments, store
+from bench.instrument.ledger import Ledger, source_digest
+from bench.instrument.progress import say, track
+
+FILE = "dmcmc.jsonl"
+TRACE = 50  # points of the trace of levels
+STANDARD = ("heun", "heun_churn", "dpmpp_2m", "unipc")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; the trained tier has the trajectories STANDARD."""
+
+    amount: Amount
+    budgets: tuple[int, ...]
+    seeds: int
+    trajectories: tuple[str, ...] = (*INTEGRATORS, "rk45")
+    chains: tuple[str, ...] = ("dpmpp_2m", "heun", "heun_churn")
+    choices: tuple[str, ...] = tuple(CHOICES)
+    level_steps: int = 4000
+    epochs: int = 40
+
+    def arms(self, tier: str) -> list[Arm]:
+        """Return the trajectories, the chains as released, and with the first integrator every other choice."""
+        alone = [name for name in self.trajectories if tier == "oracle" or name in STANDARD]
+        released, *others = self.choices
+        return [
+            *map(Arm, alone), *(Arm(name, released) for name in self.chains), *(Arm(self.chains[0], c) for c in others),
+        ]  # fmt: skip
+
+
+SIZES = {
+    "tiny": Size(
+        Amount(20, 3, 3, 1), (6,), 1, ("dpmpp_2m", "heun"), ("dpmpp_2m", "heun"), ("released", "drawn level"), 100, 1
+    ),
+    "small": Size(Amount(60, 10, 5, 4), (5, 10, 20), 1),
+    "default": Size(Amount(100, 20, 9, 10), (5, 10, 20, 40), 3),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size", choices=list(SIZES), default="default", help="tiny: seconds; small: minutes; default: an hour"
+    )
+    parser.add_argument("--tier", choices=("oracle", "trained", "both"), default="both", help="default: both")
+    parser.add_argument(
+        "--guidance", type=arguments.positive, default=1.0,
+        help="of the trained tier; other than 1 the field is no score and all of it a heuristic (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=arguments.count, default=1, help="default: 1, so that CPU time is what it took"
+    )
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the rows (default: report)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the grid, going on where it was interrupted; returns 1 when the model gives NaN, 130 on Ctrl-C."""
+    torch.set_num_threads(args.threads)
+    size, data = SIZES[args.size], digits.load_digits()
+    args.out.mkdir(parents=True, exist_ok=True)
+    key = {"source": source_digest(), "size": args.size, "threads": args.threads, "guidance": args.guidance}
+    ledger = Ledger(store.check_rows_file(args.out / FILE), key)
+    makers: dict[str, Callable[[], Oracle | Trained]] = {
+        "oracle": lambda: Oracle(data),
+        "trained": lambda: Trained(data, args.out, size.epochs, size.level_steps, args.guidance),
+    }
+    if args.guidance != 1.0 and args.tier != "oracle":
+        say(f"guidance {args.guidance:g}: a guided field is the score of no density; the trained tier is a heuristic")
+    try:
+        for name in makers if args.tier == "both" else (args.tier,):
+            tier(ledger, name, functools.cache(makers[name]), size)
+    except FloatingPointError as error:
+        say(f"stopped: {error}; {len(ledger.rows)} rows kept in {ledger.path}")
+        return 1
+    except KeyboardInterrupt:
+        say(f"interrupted: {len(ledger.rows)} rows kept in {ledger.path}; the same command goes on")
+        return 130
+    report(ledger.rows)
+    say(f"{ledger.path}; python -m bench report {args.out} makes a page of it")
+    return 0
+
+
+def tier(ledger: Ledger, name: str, make: Callable[[], Oracle | Trained], size: Size) -> None:
+    """Run every arm at every budget with every seed; one stage each. The tier is made when a stage first needs it."""
+    ledger.stage(f"{name}: what is sampled", lambda: [store.row("dmcmc_tier", tier=name, **make().facts())])
+    jobs = [
+        (arm, budget, seed)
+        for seed in range(size.seeds)
+        for arm in size.arms(name)
+        for budget in (size.budgets[-1:] if arm.integrator == "rk45" else size.budgets)
+    ]
+    for arm, budget, seed in track(jobs, name, len(jobs)):
+        stage = f"{name}: {arm.title}, {budget}, seed {seed}"
+        ledger.stage(stage, lambda arm=arm, budget=budget, seed=seed: measure(make(), arm, budget, size.amount, seed))
+
+
+def measure(on: Oracle | Trained, arm: Arm, budget: int, amount: Amount, seed: int) -> Iterator[dict]:
+    """Sample by an arm and judge the samples; one row."""
+    with watch_loads(on.model.model) if isinstance(on, Trained) else nullcontext() as loads:
+        samples = run(arm, budget, on.problem, amount, seed)
+    found = on.judge(samples, bool(arm.choice))
+    took = {
+        "evaluations": samples.evaluations, "classified": samples.classified,
+        "cpu_ms": 1e3 * samples.cpu_s / amount.samples, "wall_ms": 1e3 * samples.seconds / amount.samples,
+    }  # fmt: skip
+    yield store.row(
+        "dmcmc", tier=on.name, arm=arm.title, title=arm.title, integrator=arm.integrator, choice=arm.choice,
+        budget=budget, seed=seed, samples=amount.samples, chains=amount.chains if arm.choice else 0,
+        distance=on.distance, dimension=on.reference.features.shape[1], split=samples.split,
+        sent_twice=samples.sent_twice, trace=trace(samples), loads=loads.summary() if loads else None,
+        figures={**took, **found},
+    )  # fmt: skip
+
+
+def trace(samples: Samples) -> list[list[float]]:
+    """Return the 5th, 50th and 95th percentile of the levels sent down, window by window, at most TRACE of them."""
+    if samples.sigmas is None:
+        return []
+    percentiles = np.percentile(samples.sigmas.numpy(), (5, 50, 95), axis=1).T
+    return store.thin([[round(float(v), 4) for v in row] for row in percentiles], TRACE)
+
+
+def report(rows: list[dict]) -> None:
+    """Print every arm's figures, and what chains gained or lost."""
+    found = verdicts.lines([row for row in rows if row["kind"] == "dmcmc"])
+    for line in found:
+        f = line.figures
+        say(
+            f"{line.tier:<8}{line.title:<46}{f['evaluations']:6.2f} evaluations {f['cpu_ms']:8.3f} ms  "
+            f"{line.row['distance']} {line.fd:.4f} +- {line.error:.4f}  precision {f['precision']:.2f} "
+            f"recall {f['recall']:.2f}  ess {f['ess']:.0f}"
+        )
+    for name in dict.fromkeys(line.tier for line in found):
+        compared = [c for c in verdicts.comparisons(found) if c["line"].tier == name]
+        say(f"{name}: {verdicts.sentence(compared)}")
