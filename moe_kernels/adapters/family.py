@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ class Family:
 
     name: ClassVar[str]
     classes: ClassVar[tuple[str, ...]] = ()  # names of the blocks' classes
-    attributes: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}  # what a block must have, dotted names allowed
+    attributes: ClassVar[tuple[tuple[str, Any], ...]] = ()  # what a block must have: (dotted name, type or types)
     parts: ClassVar[tuple[str, ...]] = ("gate", "experts", "shared_experts")  # whose parameters the block computes with
     block_class: ClassVar[type | None] = None  # where a block offers more than the original's forward
 
@@ -45,7 +44,7 @@ class Family:
 
         Raises: ValueError, TypeError, NotUnderstoodError naming path and attribute.
         """
-        for name, kind in self.attributes.items():
+        for name, kind in self.attributes:
             owner = block
             for part in name.split("."):
                 owner = getattr(owner, part, None)

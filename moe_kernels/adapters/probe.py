@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block import BlockConfig, MoEBlock, layer_weights, original_class, replaced_class
+from .block import BlockConfig, MoEBlock, original_class, replaced_class
 
 TOKENS = (2, 8)  # images, tokens
 ERROR = 1e-5  # relative, in float32. GELU's two forms differ by 2e-4; two ways to sum by 1e-7, at great widths by 1e-6

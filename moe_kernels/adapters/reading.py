@@ -16,7 +16,7 @@ Matrices = Sequence[Tensor] | None
 
 
 class Experts(NamedTuple):
-    """The weights of a block as `moe_mlp` takes them: each kind is one stacked tensor in a list, or all its matrices."""
+    """The weights of a block as `moe_mlp` takes them: a kind is one stacked tensor in a list, or all its matrices."""
 
     gate_up: Sequence[Tensor]
     down: Sequence[Tensor]

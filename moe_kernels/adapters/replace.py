@@ -71,7 +71,7 @@ def replace_moe(
             block.__class__ = replaced_class(type(block), family)
         if next(block.parameters()).is_cuda:
             with _in_eval(block):
-                _lay_out(family.experts(block, configs[path].read))
+                lay_out(family.experts(block, configs[path].read))
     return len(blocks)
 
 
@@ -145,7 +145,7 @@ def _check_extras(path: str, block: nn.Module, family: Family) -> None:
             raise ValueError(f"{path}.{name}: got {module}, expected no dropout")
 
 
-def _lay_out(experts: Experts) -> None:
+def lay_out(experts: Experts) -> None:
     """Put the matrices of one kind side by side, each Parameter on a storage of its own over its part.
 
     Stacked (in, out) matrices get the strides of (out, in) ones: values, shapes and keys stay.

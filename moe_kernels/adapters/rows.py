@@ -21,7 +21,7 @@ def plan_of_rows(
         num_tokens, num_experts: T and E.
     Returns: a RoutingPlan of R rows; row_pick is the place of a row in the arguments, row_weight float32 (float64 for
         float64).
-    Raises: TypeError, ValueError naming the argument. Indices out of range are not looked for: it would make a GPU wait.
+    Raises: TypeError, ValueError naming the argument. Indices are not looked at: that would make a GPU wait.
     Cost: two sorts of R keys, in plain torch; no host syncs.
     Source: the fields of RoutingPlan.
     """

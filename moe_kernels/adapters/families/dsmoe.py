@@ -16,7 +16,11 @@ KINDS = ("gate_proj", "up_proj", "down_proj")
 class DSMoE(Family):
     name = "DSMoE"
     classes = ("DSMoE",)
-    attributes = {"gate": nn.Module, "experts.blocks": nn.ModuleList, "use_shared_expert": bool}
+    attributes = (
+        ("gate", nn.Module),
+        ("experts.blocks", nn.ModuleList),
+        ("use_shared_expert", bool),
+    )
 
     def experts(self, block: nn.Module, read: Reader) -> Experts:
         shared = read.mlps(block, "shared_experts", KINDS) if block.use_shared_expert else ()

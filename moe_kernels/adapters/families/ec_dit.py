@@ -1,4 +1,7 @@
-"""EC-DiT as the DiffMoE, ProMoE and DSMoE repositories have it: expert choice per image, softmax over experts."""
+"""EC-DiT as the repositories of DiffMoE and ProMoE have it: expert choice per image, of softmax over experts.
+
+An expert takes int(S / E * capacity) tokens, which may be none.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ class ECDiT(Family):
     name = "EC-DiT"
     expected = "modules with gate_weight, capacity and experts of gate_proj, up_proj and down_proj"
     parts = ("gate_weight", "experts", "shared_experts")
-    attributes = {"capacity": (int, float), "num_experts": int}
+    attributes = (
+        ("capacity", (int, float)),
+        ("num_experts", int),
+    )
 
     def finds(self, module: nn.Module) -> bool:
         own = module.__dict__
@@ -33,9 +39,7 @@ class ECDiT(Family):
         B, S, H = x.shape
         E = block.num_experts
         scores = F.linear(x, block.gate_weight).softmax(-1).mT
-        weight, token = scores.topk(
-            int(S / E * block.capacity), -1, sorted=False
-        )  # (B, E, C); none where capacity < E/S
+        weight, token = scores.topk(int(S / E * block.capacity), -1, sorted=False)  # (B, E, C)
         token = token + torch.arange(0, B * S, S, device=x.device)[:, None, None]
         expert = torch.arange(E, device=x.device)[:, None].expand(B, E, token.shape[2])
         rows = expert.flatten(), token.flatten(), weight.flatten()

@@ -17,7 +17,12 @@ KINDS = ("w1", "w3", "w2")
 class HiDream(Family):
     name = "HiDream-I1"
     classes = ("MOEFeedForwardSwiGLU",)
-    attributes = {"gate": nn.Module, "gate.weight": Tensor, "experts": nn.ModuleList, "shared_experts": nn.Module}
+    attributes = (
+        ("gate", nn.Module),
+        ("gate.weight", Tensor),
+        ("experts", nn.ModuleList),
+        ("shared_experts", nn.Module),
+    )
 
     def experts(self, block: nn.Module, read: Reader) -> Experts:
         return Experts(*read.mlps(block, "experts", KINDS), *read.mlps(block, "shared_experts", KINDS))

@@ -14,7 +14,11 @@ class HunyuanImage(Family):
     name = "HunyuanImage-3.0"
     classes = ("HunyuanMoE",)
     parts = ("gate", "experts", "shared_mlp")
-    attributes = {"gate": nn.Module, "gate.wg": nn.Module, "experts": nn.ModuleList}
+    attributes = (
+        ("gate", nn.Module),
+        ("gate.wg", nn.Module),
+        ("experts", nn.ModuleList),
+    )
 
     def experts(self, block: nn.Module, read: Reader) -> Experts:
         if getattr(block.gate, "drop_tokens", False):

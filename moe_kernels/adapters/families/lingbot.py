@@ -1,4 +1,4 @@
-"""LingBot-Video: many narrow experts, gate and up as two stacks, router called as it is, padded tokens weigh nothing."""
+"""LingBot-Video: gate and up as two stacks, router called as it is, padded tokens weigh nothing."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class LingBot(Family):
     name = "LingBot-Video"
     classes = ("LingBotVideoSparseMoeBlock",)
     parts = ("router", "experts", "shared_experts")
-    attributes = {
-        "router": nn.Module,
-        "router.route_scale": (int, float),
-        "experts.w1": Tensor,
-        "experts.w2": Tensor,
-        "experts.w3": Tensor,
-    }
+    attributes = (
+        ("router", nn.Module),
+        ("router.route_scale", (int, float)),
+        ("experts.w1", Tensor),
+        ("experts.w2", Tensor),
+        ("experts.w3", Tensor),
+    )
 
     def experts(self, block: nn.Module, read: Reader) -> Experts:
         gate, up, down = (read.parameter(block, f"experts.{name}") for name in ("w1", "w3", "w2"))

@@ -1,4 +1,4 @@
-"""Nucleus-Image: expert choice per image, from the timestep and the unmodulated tokens, weights normalised per token."""
+"""Nucleus-Image: expert choice per image, by timestep and unmodulated tokens; weights normalised per token."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ class Nucleus(Family):
     name = "Nucleus-Image"
     classes = ("NucleusMoELayer",)
     parts = ("gate", "experts", "shared_expert")
-    attributes = {
-        "gate": nn.Module,
-        "experts.gate_up_proj": Tensor,
-        "experts.down_proj": Tensor,
-        "shared_expert.net": nn.ModuleList,
-        "num_experts": int,
-        "capacity_factor": (int, float),
-        "use_sigmoid": bool,
-        "route_scale": (int, float),
-    }
+    attributes = (
+        ("gate", nn.Module),
+        ("experts.gate_up_proj", Tensor),
+        ("experts.down_proj", Tensor),
+        ("shared_expert.net", nn.ModuleList),
+        ("num_experts", int),
+        ("capacity_factor", (int, float)),
+        ("use_sigmoid", bool),
+        ("route_scale", (int, float)),
+    )
 
     def experts(self, block: nn.Module, read: Reader) -> Experts:
-        routed = stacked(
-            read.parameter(block, "experts.gate_up_proj"), read.parameter(block, "experts.down_proj"), True
-        )
+        gate_up, down = (read.parameter(block, f"experts.{name}") for name in ("gate_up_proj", "down_proj"))
+        routed = stacked(gate_up, down, in_out=True)
         read.check(read.find(block, "shared_expert"), f"{read.path}.shared_expert")
         up, gate = read.linear(block, "shared_expert.net.0.proj").chunk(2)  # in the other order than the experts'
         down = read.linear(block, "shared_expert.net.2")

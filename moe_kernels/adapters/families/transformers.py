@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +26,11 @@ EXPECTED = {  # what the decorator writes on every experts module
 class TransformersExperts(Family):
     name = "transformers"
     expected = "modules with has_gate, has_bias, is_transposed, as use_experts_implementation makes them"
-    attributes = {"num_experts": int, "down_proj": Tensor, "act_fn": object}
+    attributes = (
+        ("num_experts", int),
+        ("down_proj", Tensor),
+        ("act_fn", object),
+    )
     parts = ("gate_up_proj", "up_proj", "down_proj")
 
     def finds(self, module: nn.Module) -> bool:
