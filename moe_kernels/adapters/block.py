@@ -29,6 +29,7 @@ class BlockConfig:
     backend: str
     recompute: bool
     aux_loss_mode: str
+    first_argument: str  # what the original's forward calls x
     router_class: type[TokenChoice] = TokenChoice  # of DiT-MoE; another is for whoever wants to see what it does
     on_trial: bool = False  # the original is not to step in: that would compare it with itself
 
@@ -48,9 +49,10 @@ class MoEBlock(nn.Module):
 
     moe_config: BlockConfig
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the block; arguments and results as in the original's forward."""
         config = self.moe_config
+        x, *args = args or (kwargs.pop(config.first_argument),)
         family, backend = config.family, config.backend
         try:
             experts = family.experts(self, config.read)

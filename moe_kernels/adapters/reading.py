@@ -51,7 +51,7 @@ class Reader:
         module = self.find(block, name)
         if module is None:
             return None, None
-        head, _, last = f"{self.path}.{name}".rpartition(".")
+        head, _, last = self.where(name).rpartition(".")
         mlps, path = (module._modules, f"{head}.{last}") if type(module) is nn.ModuleList else ({last: module}, head)
         ups, downs = [], []
         for key, mlp in mlps.items():
@@ -69,12 +69,12 @@ class Reader:
 
     def linear(self, block: nn.Module, name: str) -> Tensor:
         """Return W of a linear layer, LoRA included."""
-        return weight_of(self.find(block, name), f"{self.path}.{name}")
+        return weight_of(self.find(block, name), self.where(name))
 
     def parameter(self, block: nn.Module, name: str) -> Tensor:
         """Return a parameter, of the block or of a module in it that is as it was; a parametrized one as computed."""
         owner_name, _, last = name.rpartition(".")
-        owner, where = block, f"{self.path}.{name}"
+        owner, where = block, self.where(name)
         if owner_name:
             owner = self.find(block, owner_name)
             self.check(owner, where.rpartition(".")[0])
@@ -83,6 +83,10 @@ class Reader:
         if not isinstance(weight, Tensor):
             raise NotUnderstoodError(f"{where}: got {type(weight).__name__}, expected a parameter")
         return plain(weight, where)
+
+    def where(self, name: str) -> str:
+        """Return where a module is in the model; in the block alone under torch.compile, which would guard on it."""
+        return name if torch.compiler.is_compiling() else f"{self.path}.{name}"
 
     def check(self, module: nn.Module | None, path: str) -> None:
         """Refuse a module whose forward, or whose activation, is not one that `replace_moe` has looked at."""
@@ -95,12 +99,12 @@ class Reader:
 
     def find(self, block: nn.Module, name: str) -> nn.Module | None:
         """Return a module by its dotted name; those on the way are checked, for their forward is not called."""
-        module, path = block, self.path
+        module = block
         *outer, last = name.split(".")
         for part in outer:
-            module, path = module.__dict__["_modules"].get(part), f"{path}.{part}"
+            module = module.__dict__["_modules"].get(part)
             if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-                self.check(module, path)
+                self.check(module, f"{self.where(name)}: {part}")
         return module.__dict__["_modules"].get(last)
 
 

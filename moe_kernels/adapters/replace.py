@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -57,9 +58,12 @@ def replace_moe(
     blocks = {path: (block, family) for path, (block, family) in found.items() if family}
     if not blocks:
         raise ValueError(_nothing_found(model))
-    configs, tried = {}, set()
+    configs, tried, known = {}, set(), {}
     for path, (block, family) in blocks.items():
-        configs[path] = BlockConfig(family, Reader(path, known_of(block)), backend, recompute, aux_loss_mode)
+        how = backend, recompute, aux_loss_mode
+        configs[path] = BlockConfig(
+            family, Reader(path, known.setdefault(k := known_of(block), k)), *how, _first_argument(block)
+        )
         experts = _check_block(block, configs[path])
         settings = settings_of(block)
         if settings not in tried:
@@ -88,6 +92,11 @@ def restore_moe(model: nn.Module) -> int:
         for name in ("moe_config", "moe_said"):
             block.__dict__.pop(name, None)
     return len(blocks)
+
+
+def _first_argument(block: nn.Module) -> str:
+    original = original_class(block) if isinstance(block, MoEBlock) else type(block)
+    return [*inspect.signature(original.forward).parameters, ""][1]
 
 
 def _nothing_found(model: nn.Module) -> str:

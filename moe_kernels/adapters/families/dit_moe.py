@@ -152,7 +152,7 @@ def read(block: nn.Module, config: BlockConfig) -> Reading:
 
 
 def _gate_weight(gate: nn.Module, read: Reader, num_experts: int) -> Tensor:
-    own, path = gate.__dict__, f"{read.path}.gate"
+    own, path = gate.__dict__, read.where("gate")
     if isinstance(gate, nn.Linear) or "base_layer" in own["_modules"]:
         weight = weight_of(gate, path)
     else:
@@ -161,14 +161,15 @@ def _gate_weight(gate: nn.Module, read: Reader, num_experts: int) -> Tensor:
         weight = plain(gate.weight if weight is None else weight, path)
     if num_experts != weight.shape[0]:
         expected = f"{weight.shape[0]} as gate.weight has"
-        raise NotUnderstoodError(f"{read.path}.experts: got {num_experts}, expected {expected}")
+        raise NotUnderstoodError(f"{read.where('experts')}: got {num_experts}, expected {expected}")
     return weight
 
 
 def router_of(block: nn.Module, config: BlockConfig, num_experts: int) -> TokenChoice:
     """Return the router that the attributes of a block and its gate say. Raises: NotUnderstoodError naming one."""
-    top_k, alpha = routing_of(block, config.path, num_experts)
-    make = _router.__wrapped__ if torch.compiler.is_compiling() else _router  # Dynamo warns about caches
+    compiling = torch.compiler.is_compiling()
+    top_k, alpha = routing_of(block, "" if compiling else config.path, num_experts)
+    make = _router.__wrapped__ if compiling else _router  # Dynamo warns about caches
     return make(config.router_class, top_k, alpha, config.aux_loss_mode)
 
 

@@ -32,7 +32,7 @@ class Nucleus(Family):
     def experts(self, block: nn.Module, read: Reader) -> Experts:
         gate_up, down = (read.parameter(block, f"experts.{name}") for name in ("gate_up_proj", "down_proj"))
         routed = stacked(gate_up, down, in_out=True)
-        read.check(read.find(block, "shared_expert"), f"{read.path}.shared_expert")
+        read.check(read.find(block, "shared_expert"), read.where("shared_expert"))
         up, gate = read.linear(block, "shared_expert.net.0.proj").chunk(2)  # in the other order than the experts'
         down = read.linear(block, "shared_expert.net.2")
         if "in_out" in routed.layout:

@@ -37,7 +37,7 @@ class TransformersExperts(Family):
         return all(isinstance(module.__dict__.get(name), bool) for name in ("has_gate", "has_bias", "is_transposed"))
 
     def check(self, block: nn.Module, read: Reader) -> None:
-        refuse_unlike(block, read.path)  # before attributes: with a bias there are others
+        refuse_unlike(block, read.where(""))  # before attributes: with a bias there are others
         super().check(block, read)
         name, function = ("SiLU", F.silu) if block.has_gate else ("GELU", F.gelu)
         if not computes(block.act_fn, function):
@@ -45,7 +45,7 @@ class TransformersExperts(Family):
             raise ValueError(f"{read.path}.act_fn: got {block.act_fn}, expected {name} in experts {gated} a gate")
 
     def experts(self, block: nn.Module, read: Reader) -> Experts:
-        refuse_unlike(block, read.path)
+        refuse_unlike(block, read.where(""))
         up = read.parameter(block, "gate_up_proj" if block.has_gate else "up_proj")
         return stacked(up, read.parameter(block, "down_proj"), block.is_transposed, gated=block.has_gate)
 
@@ -72,12 +72,10 @@ def refuse_unlike(experts: nn.Module, path: str) -> None:
     """Refuse what the kernels have not got. Raises: NotUnderstoodError naming the attribute."""
     for name, value in EXPECTED.items():
         if (got := getattr(experts, name, value)) != value:
-            raise NotUnderstoodError(f"{path}.{name}: got {got!r}, expected {value!r}")
+            raise NotUnderstoodError(f"{path}{name}: got {got!r}, expected {value!r}")
     gate = getattr(type(experts)._apply_gate, "__name__", "") if experts.has_gate else "_default_apply_gate"
     if gate != "_default_apply_gate":
-        raise NotUnderstoodError(
-            f"{path}._apply_gate: got one of {type(experts).__name__}'s own, expected act(gate) * up"
-        )
+        raise NotUnderstoodError(f"{path}_apply_gate: got {type(experts).__name__}'s own, expected act(gate) * up")
 
 
 def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
