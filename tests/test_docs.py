@@ -22,7 +22,7 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 OBJECT = re.compile(r"^::: (\S+)$", re.M)
 RANK = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}  # as torchrun sets
-MAY_LACK = ("peft",)  # of the extra `ecosystem`
+MAY_LACK = ("peft", "transformers")  # of the extra `ecosystem`
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 

@@ -22,16 +22,17 @@ from .reading import Experts, Reader, known_of, unequal
 def replace_moe(
     model: nn.Module, backend: str = "auto", recompute: bool = False, aux_loss_mode: str = "injected"
 ) -> int:
-    """Swap, in place, every DiT-MoE block of a model for one that computes with this project.
+    """Swap, in place, every MoE block of a known family for one that computes with this project.
 
-    A block is a module with `gate.weight` (E, H), `experts`, an nn.ModuleList of modules with bias-free linear layers
-    gate_proj, up_proj and down_proj, optionally `shared_experts` of the same kind, and `num_experts_per_tok` or
-    `gate.top_k`. Its class is not imported. The module objects, their hooks, their state_dict() keys and values, their
-    named_parameters() and the Parameter objects stay; all that changes is the block's class, to a subclass of its own,
-    and with it the forward. Weights, top_k and alpha are read at every call from the modules as they then are: swap
-    them, adapt them (LoRA), shard, offload, tie or re-allocate them, the next call sees it. What works and what is
-    refused: docs/replaced_model.md. Train and eval take the same path, and both give gradients (the original gives
-    none in eval).
+    A family says how its blocks are recognised, where their weights lie and how they route; classes are named, never
+    imported. A DiT-MoE block is any module with `gate.weight` (E, H), `experts`, an nn.ModuleList of modules with
+    bias-free linear layers gate_proj, up_proj and down_proj, optionally `shared_experts` of the same kind, and
+    `num_experts_per_tok` or `gate.top_k`. Others, and how to add one: docs/families.md. The module objects, their
+    hooks, their state_dict() keys and values, their named_parameters() and the Parameter objects stay; all that changes
+    is the block's class, to a subclass of its own, and with it the forward. Weights and settings are read at every call
+    from the modules as they then are: swap them, adapt them (LoRA), shard, offload, tie or re-allocate them, the next
+    call sees it. What works and what is refused: docs/replaced_model.md. Train and eval take the same path, and both
+    give gradients (some originals give none in eval).
 
     On a CUDA device the weights of a block are laid side by side once, each Parameter with a storage of its own over
     its part: the kernels of `triton` and `cuda` then read them in place at any width. Where expert widths are multiples
@@ -42,13 +43,14 @@ def replace_moe(
         model: any module, the block itself included.
         backend: "auto" or a name out of `backends()`.
         recompute: keep no activations for backward, compute them there again: see `moe_mlp`.
-        aux_loss_mode: "injected" or "scaled", see TokenChoice.
+        aux_loss_mode: "injected" or "scaled", see TokenChoice; of DiT-MoE's blocks.
     Returns: the number of blocks swapped. Doing it again is allowed: it takes over the arguments.
-    Raises: ValueError where no block is found; ValueError, TypeError naming the module path of a block that is not as
-        above (biases, unequal experts, other activations, hooks inside, another forward: each block is tried on a few
-        random tokens against its own forward); RuntimeError for a backend that cannot run here. Nothing is changed
-        where it raises.
-    Cost: two forwards of 16 tokens through a float32 copy of a block, one block at a time.
+    Raises: ValueError where no block is found, listing the families; ValueError, TypeError naming the path and the
+        attribute of a block that is not as its family's are (biases, unequal experts, other activations, hooks inside,
+        another forward: blocks are tried on a few random tokens against their own forward, those that differ by their
+        place and weights alone once); RuntimeError for a backend that cannot run here. Nothing is changed where it
+        raises.
+    Cost: two forwards of 16 tokens through a float32 copy of a block, for each kind of block.
     Source: the structure in the DiT-MoE repository; reference.moe.SparseMoeBlock has it too.
     """
     registry.check_name(backend)

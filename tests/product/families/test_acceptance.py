@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.error_rule import judge
 from tests.contenders import BACKENDS
+from tests.error_rule import judge
 from tests.product.families.cases import (
     BLOCKS,
     CONTENDERS,
@@ -18,7 +18,6 @@ from tests.product.families.cases import (
     computed,
     nucleus_block,
 )
-
 
 each_contender = pytest.mark.parametrize(("backend", "dtype"), CONTENDERS)
 
