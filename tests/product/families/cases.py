@@ -36,10 +36,8 @@ class Case:
     make: Callable[[], nn.Module]
     arguments: Callable[[], Arguments]
     blocks: int = 1
-    several: bool = (
-        False  # no token with one pick: weights that are normalised give no gradient there, only its rounding
-    )
     call: Callable[[nn.Module, Arguments], Tensor] = lambda module, arguments: module(**arguments)
+    several: bool = False  # no token with one pick: normalised weights have no gradient there, only its rounding
 
     def __str__(self) -> str:
         return self.name
