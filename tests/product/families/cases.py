@@ -270,9 +270,20 @@ def computed(
         y = case.call(module, arguments)
         grads = torch.autograd.grad(y.square().sum(), list(wanted.values()), allow_unused=True) if gradients else ()
     found = {name: g for name, g in zip(wanted, grads, strict=True) if g is not None}
+    if case in (*MODELS, *LOOPS):
+        found = joined(found)
     matrices = {name for name, g in found.items() if g.dim() == 2 and not name.startswith("d")}
     # One slice (see error_rule) of a matrix: a row of its gradient may be next to nothing.
     return {"y": y.detach()} | {name: g[None] if name in matrices else g for name, g in found.items()}
+
+
+def joined(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make one gradient of each block's experts: behind a whole model, that of one with few tokens may cancel."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, gradient in gradients.items():
+        block, found, _ = name.partition("experts")
+        groups.setdefault(block + found, []).append(gradient)
+    return {name: torch.cat([g.flatten() for g in gs]) if len(gs) > 1 else gs[0] for name, gs in groups.items()}
 
 
 def differentiable(value: Any) -> bool:
