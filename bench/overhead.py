@@ -20,7 +20,7 @@ from bench.instrument.cases import kernels_on
 from bench.instrument.progress import say
 from bench.instrument.shapes import MODEL_SHAPES
 from bench.instrument.verify import Check, judge
-from moe_kernels.adapters.block import read
+from moe_kernels.adapters.families.dit_moe import read
 from reference.moe import SparseMoeBlock
 
 EXPERTS = (8, 64)
@@ -77,7 +77,7 @@ def reading(num_experts: int, seconds: float) -> dict:
     moe_kernels.replace_moe(block, backend="native")
     calls = {"read": lambda: read(block, block.moe_config), YARDSTICK: _operator()}
     samples = measure.interleave(calls, 15, seconds)
-    down = read(block, block.moe_config).weights[1]
+    down = read(block, block.moe_config).experts.down
     own = all(got is expert.down_proj.weight for got, expert in zip(down, block.experts, strict=True))
     wrong = None if own else "down_proj: got other tensors than the modules hold"
     return store.row("reading_modules", case=f"E{num_experts}", figures=_times(samples, wrong), wrong=wrong)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..adapters.block import MoEBlock
+from ..adapters.families.dit_moe import DiTMoEBlock
 from ..layer import MoELayer
 from ..weights import stack_dit_moe
 
 
 def stack_experts(model: nn.Module) -> int:
-    """Exchange every replaced block inside model for a MoELayer with its weights, router and options.
+    """Exchange every replaced DiT-MoE block inside model for a MoELayer with its weights, router and options.
 
     For `expert_parallel`. State dicts then have the names of MoELayer: `checkpoints.gather_dit_moe` and
     `checkpoints.scatter_dit_moe` speak those of DiT-MoE.
@@ -21,17 +21,17 @@ def stack_experts(model: nn.Module) -> int:
     Raises: ValueError where model holds no replaced block, or is one.
     Cost: the weights once more while a block is exchanged.
     """
-    if isinstance(model, MoEBlock):
+    if isinstance(model, DiTMoEBlock):
         raise ValueError("model: got a replaced block itself, expected the model that holds it")
-    blocks = {name: child for name, child in model.named_modules() if isinstance(child, MoEBlock)}
+    blocks = {name: child for name, child in model.named_modules() if isinstance(child, DiTMoEBlock)}
     if not blocks:
-        raise ValueError(f"model: got {type(model).__name__} without a replaced block, expected replace_moe(model)")
+        raise ValueError(f"model: got {type(model).__name__} without a replaced DiT-MoE block, expected replace_moe(model)")
     for name, block in blocks.items():
         model.set_submodule(name, _layer(block))
     return len(blocks)
 
 
-def _layer(block: MoEBlock) -> MoELayer:
+def _layer(block: DiTMoEBlock) -> MoELayer:
     state, router, config = stack_dit_moe(block.state_dict()), block.router(), block.moe_config
     down, shared = state["down_proj"], state.get("shared_down_proj")
     E, H, I = down.shape
@@ -44,6 +44,6 @@ def _layer(block: MoEBlock) -> MoELayer:
     return layer.train(block.training)
 
 
-def _trains(block: MoEBlock, name: str) -> bool:
+def _trains(block: DiTMoEBlock, name: str) -> bool:
     part = block.gate if name == "gate_weight" else block.shared_experts if name.startswith("shared") else block.experts
     return any(p.requires_grad for p in part.parameters())

@@ -1,0 +1,35 @@
+"""DSMoE: sigmoid router with groups and a bias for the choice, called as it is; without a shared expert x is added."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ... import ops
+from ..family import Family, Routed
+from ..reading import Experts, Reader
+
+KINDS = ("gate_proj", "up_proj", "down_proj")
+
+
+class DSMoE(Family):
+    name = "DSMoE"
+    classes = ("DSMoE",)
+    attributes = (
+        ("gate", nn.Module),
+        ("experts.blocks", nn.ModuleList),
+        ("use_shared_expert", bool),
+    )
+
+    def experts(self, block: nn.Module, read: Reader) -> Experts:
+        shared = read.mlps(block, "shared_experts", KINDS) if block.use_shared_expert else ()
+        return Experts(*read.mlps(block, "experts.blocks", KINDS), *shared)
+
+    def route(self, block: nn.Module, backend: str, x: Tensor) -> Routed:
+        ids, weights = block.route_tokens_to_experts(block.gate(x))
+        return Routed(x.reshape(-1, x.shape[-1]), ops.dispatch(ids, weights, len(block.experts.blocks), backend))
+
+    def result(self, block: nn.Module, y: Tensor, x: Tensor, extra: Any) -> Tensor:
+        y = super().result(block, y, x, extra)
+        return y if block.use_shared_expert else y + x

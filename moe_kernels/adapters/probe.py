@@ -1,0 +1,80 @@
+"""A trial call: does a block's own forward do what its family says?"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .block import BlockConfig, MoEBlock, original_class, replaced_class
+
+TOKENS = (2, 8)  # images, tokens
+ERROR = 1e-5  # relative, in float32. GELU's two forms differ by 2e-4; two ways to sum by 1e-7, at great widths by 1e-6
+
+
+def settings_of(block: nn.Module) -> tuple[Any, ...]:
+    """Return what tells blocks apart beside their weights: classes and plain attributes of all modules inside."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (name, type(module), tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, plain)))
+        for name, module in block.named_modules()
+    )
+
+
+def try_block(block: nn.Module, config: BlockConfig, hidden_size: int) -> None:
+    """Compare our forward with the block's own on random tokens, in float32, in eval, with random weights.
+
+    Random, for a model may be on its way to its checkpoint: zeros would hide a difference, and empty memory is no
+    number. Nothing is tried on meta or under fake tensors.
+
+    Raises: ValueError naming the path, with the difference.
+    """
+    if any(p.is_meta for p in block.parameters()) or torch._guards.detect_fake_mode() is not None:
+        return
+    original = original_class(block) if isinstance(block, MoEBlock) else type(block)
+    config = dataclasses.replace(config, on_trial=True)
+    with torch.inference_mode(False), torch.no_grad():
+        trial = copy.deepcopy(block).float().eval()
+        generator = torch.Generator().manual_seed(0)
+        _draw(trial, generator)
+        device = next(trial.parameters()).device
+        x = torch.randn(*TOKENS, hidden_size, generator=generator, device="cpu").to(device)
+        arguments = config.family.trial(trial, x)
+        trial.__class__ = original
+        expected = _tensor(_call(trial, arguments, config.path), config.path)
+        trial.moe_config, trial.__class__ = config, replaced_class(original, config.family)
+        got = _tensor(_call(trial, arguments, config.path), config.path)
+    if got.shape != expected.shape:
+        raise ValueError(f"{config.path}: its forward returned shape {tuple(expected.shape)}, expected {got.shape}")
+    difference, size = (got - expected).norm(), expected.norm()
+    if not difference <= ERROR * size:
+        raise ValueError(
+            f"{config.path}: its own forward differs from what its attributes say by {float(difference / size):.1e} of "
+            f"its norm on random tokens, expected that of {config.family.name}"
+        )
+
+
+def _draw(block: nn.Module, generator: torch.Generator) -> None:
+    for parameter in block.parameters():
+        if parameter.is_floating_point() and parameter.dim() > 1:
+            scale = parameter.shape[-1] ** -0.5
+            draw = torch.randn(parameter.shape, generator=generator, device="cpu") * scale
+            parameter.data = draw.to(parameter.device)
+
+
+def _call(block: nn.Module, arguments: tuple[Any, ...], path: str) -> Any:
+    try:
+        return block(*(a.clone() if isinstance(a, Tensor) else a for a in arguments))
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        shape = tuple(arguments[0].shape)
+        raise ValueError(f"{path}: its forward failed on x of shape {shape} ({what}), expected (..., H)") from error
+
+
+def _tensor(result: Any, path: str) -> Tensor:
+    if not isinstance(result, Tensor):
+        raise ValueError(f"{path}: its forward returned a {type(result).__name__}, expected a tensor of the shape of x")
+    return result

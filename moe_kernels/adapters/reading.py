@@ -1,0 +1,154 @@
+"""The matrices of a block's experts, read from its modules as they are at this moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .linear import NotUnderstoodError, plain, plain_weights, refuse_watched, watched, weight_of
+
+Matrices = Sequence[Tensor] | None
+
+
+class Experts(NamedTuple):
+    """The weights of a block as `moe_mlp` takes them: a kind is one stacked tensor in a list, or all its matrices."""
+
+    gate_up: Sequence[Tensor]
+    down: Sequence[Tensor]
+    shared_gate_up: Matrices = None
+    shared_down: Matrices = None
+    activation: str = "swiglu"
+    layout: str = "gate_up"
+
+    @property
+    def weights(self) -> tuple[Matrices, ...]:
+        return self[:4]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads modules of the block at `path`; `known` are forwards and activations that `replace_moe` has looked at.
+
+    What does more than its weights show (hooks, patched forwards, other classes than before, quantised layers ...)
+    raises NotUnderstoodError: the block's own forward then computes the call.
+    """
+
+    path: str
+    known: frozenset[Any]
+
+    def mlps(
+        self, block: nn.Module, name: str, kinds: tuple[str, ...]
+    ) -> tuple[list[Tensor], list[Tensor]] | tuple[None, None]:
+        """Return [gate_0, up_0, gate_1, ...] and [down_0, ...] of the MLPs in a ModuleList, or of a single one.
+
+        kinds: the linear layers' names, (gate, up, down) or (up, down). None where the block has nothing of the name.
+        """
+        module = self.find(block, name)
+        if module is None:
+            return None, None
+        head, _, last = self.where(name).rpartition(".")
+        mlps, path = (module._modules, f"{head}.{last}") if type(module) is nn.ModuleList else ({last: module}, head)
+        ups, downs = [], []
+        for key, mlp in mlps.items():
+            self.check(mlp, f"{path}.{key}")
+            inner = mlp.__dict__["_modules"]
+            ups += [inner.get(kind) for kind in kinds[:-1]]
+            downs.append(inner.get(kinds[-1]))
+        gate_up, down = plain_weights(ups), plain_weights(downs)
+        if gate_up is None:
+            names = [f"{path}.{key}.{kind}" for key in mlps for kind in kinds[:-1]]
+            gate_up = [weight_of(layer, where) for layer, where in zip(ups, names, strict=True)]
+        if down is None:
+            down = [weight_of(layer, f"{path}.{key}.{kinds[-1]}") for layer, key in zip(downs, mlps, strict=True)]
+        return gate_up, down
+
+    def linear(self, block: nn.Module, name: str) -> Tensor:
+        """Return W of a linear layer, LoRA included."""
+        return weight_of(self.find(block, name), self.where(name))
+
+    def parameter(self, block: nn.Module, name: str) -> Tensor:
+        """Return a parameter, of the block or of a module in it that is as it was; a parametrized one as computed."""
+        owner_name, _, last = name.rpartition(".")
+        owner, where = block, self.where(name)
+        if owner_name:
+            owner = self.find(block, owner_name)
+            self.check(owner, where.rpartition(".")[0])
+        weight = owner.__dict__["_parameters"].get(last)
+        weight = getattr(owner, last, None) if weight is None else weight
+        if not isinstance(weight, Tensor):
+            raise NotUnderstoodError(f"{where}: got {type(weight).__name__}, expected a parameter")
+        return plain(weight, where)
+
+    def where(self, name: str) -> str:
+        """Return where a module is in the model; in the block alone under torch.compile, which would guard on it."""
+        return name if torch.compiler.is_compiling() else f"{self.path}.{name}"
+
+    def check(self, module: nn.Module | None, path: str) -> None:
+        """Refuse a module whose forward, or whose activation, is not one that `replace_moe` has looked at."""
+        if module is None:
+            raise NotUnderstoodError(f"{path}: got None, expected a module")
+        if watched(module):
+            refuse_watched(module, path)
+        if type(module).forward not in self.known or activation_of(module) not in self.known:
+            raise NotUnderstoodError(f"{path}: got {type(module).__name__}, another module than at replace_moe")
+
+    def find(self, block: nn.Module, name: str) -> nn.Module | None:
+        """Return a module by its dotted name; those on the way are checked, for their forward is not called."""
+        module = block
+        *outer, last = name.split(".")
+        for part in outer:
+            module = module.__dict__["_modules"].get(part)
+            if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+                self.check(module, f"{self.where(name)}: {part}")
+        return module.__dict__["_modules"].get(last)
+
+
+def known_of(block: nn.Module) -> frozenset[Any]:
+    """Return what a Reader is to know of a block: forwards and activations of all modules inside."""
+    inner = [module for module in block.modules() if module is not block]
+    return frozenset({type(m).forward for m in inner} | {activation_of(m) for m in (block, *inner)} | {None})
+
+
+def activation_of(mlp: nn.Module) -> Any:
+    """Return what tells an expert's activation from others: the class of a module, else the function; None without."""
+    own = mlp.__dict__
+    if "act_fn" in own:
+        return own["act_fn"]
+    module = own["_modules"].get("act_fn")
+    return None if module is None else type(module)
+
+
+def unequal(path: str, weights: tuple[Matrices, ...], dtype: torch.dtype, device: torch.device) -> str:
+    """Say which expert differs from the first in shape, dtype or device, or all from what is given; "" if none does."""
+    gate_up, down = weights[:2]
+    each = max(len(gate_up) // len(down), 1)
+    for kind, tensors, count in (("gate_proj, up_proj", gate_up, each), ("down_proj", down, 1)):
+        for position, tensor in enumerate(tensors):
+            first = tensors[0]
+            got, expected = ((t.shape, t.dtype, t.device) for t in (tensor, first))
+            if got != expected:
+                what = " ".join(map(str, (tuple(got[0]), *got[1:])))
+                return f"{path}.experts.{position // count} ({kind}): got {what}, other than experts.0"
+    for tensor in (tensor for kind in weights for tensor in kind or ()):
+        if (tensor.dtype, tensor.device) != (dtype, device):
+            return f"{path}: got weights in {tensor.dtype} on {tensor.device} beside {dtype} on {device}"
+    return ""
+
+
+def expect_silu(mlp: nn.Module, path: str) -> None:
+    """Refuse an MLP whose `act_fn` is another than SiLU; one without computes what the trial call shows."""
+    activation = getattr(mlp, "act_fn", None)
+    if activation is not None and not computes(activation, F.silu):
+        raise ValueError(f"{path}.act_fn: got {activation}, expected SiLU")
+
+
+def computes(activation: Callable[[Tensor], Tensor], function: Callable[[Tensor], Tensor]) -> bool:
+    """Say whether an activation gives the same bits as a function of torch."""
+    with torch.no_grad():  # the model may be on meta, and so the default device
+        probe = torch.linspace(-4, 4, 9, device="cpu")
+        return torch.equal(activation(probe.clone()), function(probe))

@@ -1,0 +1,194 @@
+"""What is no block of a known family, and what is one but for an attribute; transformers' registry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moe_kernels import replace_moe
+from moe_kernels.adapters import Family, experts_forward, known_families, register_family
+from tests.product.families.cases import BLOCKS, MODELS, build, hidream_block, nucleus_block
+from tests.product.families.standins import (
+    DSMoE,
+    H,
+    HunyuanMoE,
+    LingBotVideoSparseMoeBlock,
+    SparseMoEBlock,
+    TransposedExperts,
+)
+
+
+class Unknown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(3, 3)])
+
+
+def test_an_unknown_model_lists_the_families_and_what_has_experts():
+    with pytest.raises(ValueError) as error:
+        replace_moe(nn.Sequential(nn.Linear(3, 3), Unknown()))
+    text = str(error.value)
+    assert "1 (Unknown)" in text and "class NucleusMoELayer" in text and "register_family" in text
+    assert all(family.name in text for family in known_families())
+
+
+def without(make, name):
+    def spoiled():
+        block = make()
+        owner, _, last = name.rpartition(".")
+        delattr(block.get_submodule(owner), last)
+        return block
+
+    return spoiled
+
+
+def changed(make, name, value):
+    def spoiled():
+        block = make()
+        owner, _, last = name.rpartition(".")
+        setattr(block.get_submodule(owner), last, value)
+        return block
+
+    return spoiled
+
+
+class Scaled(LingBotVideoSparseMoeBlock):
+    def forward(self, x, padding_mask=None):
+        return 1.0001 * super().forward(x, padding_mask)
+
+
+class OtherGroups(SparseMoEBlock):
+    """Two images are one group: alike while a batch is one image."""
+
+    def forward(self, x):
+        return super().forward(x.view(1, -1, H)).view(x.shape)
+
+
+class TanhForm(TransposedExperts):
+    def __init__(self):
+        super().__init__(False)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        self.act_fn = nn.GELU("tanh")
+        y = super().forward(hidden_states, top_k_index, top_k_weights)
+        self.act_fn = nn.GELU()
+        return y
+
+
+def of(cls, **marks):
+    def make():
+        block = nn.Module()
+        block.__class__ = type(cls, (nn.Module,), {})
+        for name, value in marks.items():
+            setattr(block, name, value)
+        return block
+
+    return make
+
+
+SPOILED = {
+    "no gate": (without(hidream_block, "gate"), r"0\.gate: got NoneType in a MOEFeedForwardSwiGLU, expected Module"),
+    "no w3": (without(hidream_block, "experts.1.w3"), r"0\.experts\.1\.w3: got None, expected an nn\.Linear"),
+    "bias": (changed(hidream_block, "experts.2.w1", nn.Linear(H, 256)), r"0\.experts\.2\.w1: got a bias"),
+    "no scale": (without(lambda: nucleus_block(False, 2.0), "route_scale"), r"0\.route_scale: got NoneType"),
+    "no stack": (without(LingBotVideoSparseMoeBlock, "experts.w3"), r"0\.experts\.w3: got NoneType"),
+    "extra": (changed(DSMoE, "scale", nn.Parameter(torch.ones(H))), r"0: got a parameter or buffer scale"),
+    "drops tokens": (changed(HunyuanMoE, "gate.drop_tokens", True), r"0\.gate\.drop_tokens: got True"),
+    "another rule": (Scaled, r"0: its own forward differs .* by 1\.0e-04 .* LingBot-Video"),
+    "other groups": (OtherGroups, r"0: its own forward differs .* EC-DiT"),
+    "GELU's tanh form": (TanhForm, r"0: its own forward differs .* by \d\.\de-0[34] .* transformers"),
+    "another activation": (changed(lambda: TransposedExperts(True), "act_fn", nn.GELU()), r"0\.act_fn: got GELU"),
+    "has_bias": (changed(lambda: TransposedExperts(True), "has_bias", True), r"0\.has_bias: got True, expected False"),
+    "interleaved": (changed(lambda: TransposedExperts(True), "is_concatenated", False), r"0\.is_concatenated"),
+    "ProMoE": (of("SparseMoeBlock", cluster_centers=1, experts=1), r"0: got a SparseMoeBlock of ProMoE: .*biases"),
+    "DiffMoE": (of("SparseMoeBlock", gate_weight=1, capacity_predictor=1), r"of DiffMoE: .*values"),
+    "MAGI-2": (of("CoreMultiHeadMoE", W_gate=1, W_up=1, W_down=1), r"of MAGI-2: .*clamp"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_refused_by_path_and_attribute(name):
+    make, message = SPOILED[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(make())
+    cls = type(model[0])
+    with pytest.raises((ValueError, TypeError), match=message):
+        replace_moe(model)
+    assert type(model[0]) is cls and "moe_config" not in vars(model[0])
+
+
+def test_empty_memory_and_zeros_are_no_reason_to_refuse():
+    """Models on the way to their checkpoint: Nucleus' experts are torch.empty, others' routers zeros."""
+    block = nucleus_block(False, 2.0)
+    nn.init.constant_(block.experts.gate_up_proj, float("nan"))
+    nn.init.zeros_(block.gate.weight)
+    assert replace_moe(block) == 1 and block.experts.gate_up_proj.isnan().all()
+
+
+def test_blocks_of_one_kind_are_tried_once(monkeypatch):
+    from moe_kernels.adapters import replace
+
+    tried = []
+    monkeypatch.setattr(replace, "try_block", lambda block, config, size: tried.append(config.path))
+    other = DSMoE()
+    other.top_k = 1
+    assert replace_moe(nn.Sequential(DSMoE(), DSMoE(), DSMoE(False), other)) == 4 and tried == ["0", "2", "3"]
+
+
+def test_a_family_registered_again_is_taken_over_and_asked_first():
+    before = known_families()
+
+    class Mine(Family):
+        name, classes = before[-1].name, ("Linear",)
+
+    try:
+        mine = register_family(Mine())
+        assert known_families()[0] is mine and len(known_families()) == len(before)
+        with pytest.raises(TypeError, match="family: got"):
+            register_family(Mine)
+    finally:
+        for family in reversed(before):
+            register_family(family)
+    assert known_families() == before
+
+
+def test_the_registry_of_transformers(seed):
+    integration = pytest.importorskip("transformers.integrations.moe")
+    integration.ALL_EXPERTS_FUNCTIONS.register("moe_kernels", experts_forward)
+    for case in (case for case in MODELS if "M" in case.name):
+        model, arguments = build(case, seed, torch.float32)
+        expected = case.call(model, arguments)
+        model.set_experts_implementation("moe_kernels")
+        got = case.call(model, arguments)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        replace_moe(model)
+        assert torch.equal(case.call(model, arguments), got)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("has_bias", True), ("is_concatenated", False), ("_is_expert_parallel", True), ("act_fn", nn.GELU())],
+)
+def test_the_registry_refuses_by_name(name, value):
+    experts = TransposedExperts(True)
+    setattr(experts, name, value)
+    with pytest.raises(ValueError, match=rf"TransposedExperts\.{name}: got"):
+        experts_forward(experts, torch.randn(2, H), torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1))
+
+
+def test_a_gate_of_its_own_is_refused():
+    """gpt-oss, DeepSeek-V4 and others clamp in it."""
+
+    class Clamped(TransposedExperts):
+        def _apply_gate(self, both):
+            gate, up = both.chunk(2, -1)
+            return F.silu(gate.clamp(max=7)) * up
+
+    with pytest.raises(ValueError, match=r"Clamped\._apply_gate: got Clamped's own"):
+        replace_moe(Clamped(True))
+
+
+def test_every_case_is_of_the_family_that_it_says():
+    assert {case.name.split()[0] for case in BLOCKS} >= {"HiDream", "Nucleus", "LingBot", "DSMoE", "EC-DiT", "Hunyuan"}

@@ -1,0 +1,259 @@
+"""What a replaced block of any family must survive: copies, compile, adapters, hooks, offloading, another module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from moe_kernels import replace_moe, restore_moe
+from moe_kernels.adapters.family import family_of
+from moe_kernels.adapters.replace import lay_out
+from tests.contenders import BACKENDS
+from tests.product.families.cases import BLOCKS, MODELS, blocks_of, build, by_position, differentiable, nucleus_block
+from tests.trap_cases import DEVICE
+
+each_block = pytest.mark.parametrize("case", BLOCKS, ids=str)
+each_model = pytest.mark.parametrize("case", MODELS, ids=str)
+BY_NAME = {case.name: case for case in (*BLOCKS, *MODELS)}
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # two ways to sum in float32; the error rule is test_acceptance.py's
+
+
+def replaced(case, seed, backend=BACKENDS[0]):
+    """Return a module, the same one replaced, and arguments."""
+    module, arguments = build(case, seed, torch.float32)
+    ours = copy.deepcopy(module)
+    assert replace_moe(ours, backend=backend) == case.blocks
+    return module, ours, arguments
+
+
+@pytest.mark.parametrize("case", [*BLOCKS, *MODELS], ids=str)
+def test_names_values_objects_and_classes_stay(case, seed):
+    module, arguments = build(case, seed, torch.float32)
+    classes = [type(m) for m in module.modules()]
+    parameters, state = dict(module.named_parameters()), {n: t.clone() for n, t in module.state_dict().items()}
+    places = [p.data_ptr() for p in module.parameters()]
+    replace_moe(module)
+    assert all(isinstance(m, cls) for m, cls in zip(module.modules(), classes, strict=True))
+    assert all(module.get_parameter(name) is p for name, p in parameters.items())
+    assert [p.data_ptr() for p in module.parameters()] == places or DEVICE == "cuda"
+    assert list(module.state_dict()) == list(state) and all(
+        torch.equal(module.state_dict()[n], state[n]) for n in state
+    )
+    module.load_state_dict(state)
+    expected = case.call(module, arguments)
+    for other in (copy.deepcopy(module), pickle.load(io.BytesIO(pickle.dumps(module)))):
+        assert torch.equal(case.call(other, arguments), expected) and next(blocks_of(other)).moe_config
+    assert restore_moe(module) == case.blocks and [type(m) for m in module.modules()] == classes
+
+
+@each_block
+@pytest.mark.unpoisoned
+def test_compiles_as_one_graph(case, seed):
+    torch.compiler.reset()
+    _, ours, arguments = replaced(case, seed)
+    for value in filter(differentiable, arguments.values()):
+        value.requires_grad_()
+    wanted = [v for v in (*arguments.values(), *ours.parameters()) if differentiable(v)]
+    expected = case.call(ours, arguments)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    got = case.call(compiled, arguments)
+    torch.testing.assert_close(got, expected, **CLOSE)
+    grads = [torch.autograd.grad(y.square().sum(), wanted, allow_unused=True) for y in (got, expected)]
+    torch.testing.assert_close(*grads, **CLOSE)
+
+
+@pytest.mark.parametrize("first", ["LoRA first", "replaced first"])
+def test_lora_on_the_experts_and_on_attention(first, seed):
+    peft = pytest.importorskip("peft")
+    case = BY_NAME["HiDream"]
+    config = peft.LoraConfig(r=2, target_modules=["w1", "w2", "w3", "to_q"], init_lora_weights=False)
+    results = []
+    for how in ("plain", "ours"):
+        model, arguments = build(case, seed, torch.float32)
+        model.train()
+        if how == "ours" and first == "replaced first":
+            replace_moe(model)
+        torch.manual_seed(seed)
+        model = peft.inject_adapter_in_model(config, model)
+        if how == "ours" and first == "LoRA first":
+            replace_moe(model)
+        for block in blocks_of(model):
+            block._force_inference_output = how == "ours"  # with it, the original gives experts no gradients
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y = case.call(model, arguments)
+        wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert sum("experts" in name for name in wanted) > 20 and all("lora_" in name for name in wanted)
+        results.append(
+            (y, dict(zip(wanted, torch.autograd.grad(y.square().mean(), list(wanted.values())), strict=True)))
+        )
+    torch.testing.assert_close(*results, **CLOSE)
+
+
+def hook(model):
+    inner = next(blocks_of(model))
+    (inner.experts[1].w1 if hasattr(inner, "gate") else inner).register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def float8_storage(model):
+    from diffusers.hooks import apply_layerwise_casting
+
+    apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32)
+
+
+def offloaded(model):
+    from accelerate import cpu_offload
+
+    cpu_offload(model, "cpu")
+
+
+def adapted_parameters(model):
+    peft = pytest.importorskip("peft")
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(r=2, target_parameters=names, init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model.transformer_blocks)
+
+
+def another_expert(model):
+    class Doubled(type(next(blocks_of(model)).experts[0])):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    next(blocks_of(model)).experts[1].__class__ = Doubled
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="offloads to the CPU")
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("HiDream", hook), ("HiDream", float8_storage), ("HiDream", offloaded), ("HiDream", another_expert),
+        ("Nucleus", float8_storage), ("Nucleus", offloaded), ("Nucleus", adapted_parameters),
+    ],
+)  # fmt: skip
+def test_what_reading_cannot_show_is_computed_by_the_original(name, change, seed):
+    case = BY_NAME[name]
+    module, ours, arguments = replaced(case, seed)
+    for model in (module, ours):
+        model.eval()
+        torch.manual_seed(seed)
+        change(model)
+    with torch.no_grad():
+        expected = case.call(module, arguments)
+        with pytest.warns(UserWarning, match="the block's original forward computes it"):
+            got = case.call(ours, arguments)
+        torch.testing.assert_close(got, expected, **CLOSE)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it was said
+            case.call(ours, arguments)
+
+
+def test_where_the_original_cuts_gradients_it_does_not_step_in(seed):
+    case = BY_NAME["HiDream block"]
+    _, ours, arguments = replaced(case, seed)
+    ours.experts[2].w3.register_forward_hook(lambda module, args, y: 2 * y)
+    ours.train()
+    with pytest.warns(UserWarning, match=r"experts\.2\.w3: got forward hooks"):
+        case.call(ours, arguments).sum().backward()
+    assert all(p.grad is not None for p in ours.experts.parameters())
+    for ours._force_inference_output, training in ((True, True), (False, False)):
+        with pytest.raises(RuntimeError, match=r"experts\.2\.w3.*gives no gradients"):
+            case.call(ours.train(training), arguments)
+
+
+def test_in_out_parameters_whose_memory_is_out_in(seed):
+    """What replace_moe does on a GPU: values, keys and results stay, and the layout is that of the kernels."""
+    torch.manual_seed(seed)
+    block = nucleus_block(False, 2.0).to(DEVICE)
+    arguments = BY_NAME["Nucleus block"].arguments()
+    replace_moe(block)
+    state, expected = copy.deepcopy(block.state_dict()), by_position(block, arguments)
+    grads = torch.autograd.grad(expected.sum(), list(block.parameters()))
+    family, read = family_of(block), block.moe_config.read
+    lay_out(family.experts(block, read))
+    assert family.experts(block, read).layout == "gate_up" and not block.experts.gate_up_proj.is_contiguous()
+    assert all(torch.equal(t, state[name]) for name, t in block.state_dict().items())
+    got = by_position(block, arguments)
+    torch.testing.assert_close(got, expected, **CLOSE)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), list(block.parameters())), grads, **CLOSE)
+    block.load_state_dict(state)
+    assert not block.experts.gate_up_proj.is_contiguous() and copy.deepcopy(block).experts.down_proj.stride(1) == 1
+
+
+@pytest.mark.unpoisoned
+def test_replaced_on_meta_and_loaded_later(seed):
+    case = BY_NAME["LingBot"]
+    module, _, arguments = replaced(case, seed)
+    with torch.device("meta"):
+        ours = case.make()
+    assert replace_moe(ours) == 1
+    ours.to_empty(device=DEVICE).load_state_dict(module.state_dict())
+    torch.testing.assert_close(case.call(ours, arguments), case.call(module, arguments), **CLOSE)
+
+
+def test_a_router_wider_than_the_experts(seed):
+    """Hunyuan's router stays in float32 beside experts in bfloat16."""
+    case = BY_NAME["Hunyuan"]
+    module, arguments = build(case, seed, torch.bfloat16)
+    module.gate.float()
+    ours = copy.deepcopy(module)
+    replace_moe(ours)
+    expected, got = (case.call(m, arguments) for m in (module, ours))
+    assert got.dtype == torch.bfloat16 and (got - expected).norm() < 1e-2 * expected.norm()
+
+
+@each_model
+def test_autocast(case, seed):
+    module, ours, arguments = replaced(case, seed)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        expected, got = (case.call(m.eval(), arguments) for m in (module, ours))
+    assert got.dtype == expected.dtype and (got - expected).norm() < 5e-2 * expected.norm()
+
+
+def test_nan_goes_through(seed):
+    """A loss scaler waits for it."""
+    case = BY_NAME["HiDream block"]
+    _, ours, arguments = replaced(case, seed)
+    arguments["x"][0, 3] = float("nan")
+    y = case.call(ours, arguments)
+    assert y[0, 3].isnan().all() and y[1].isfinite().all()
+
+
+def test_an_idle_expert_has_zero_gradients(seed):
+    case = BY_NAME["DSMoE"]
+    module, ours, arguments = replaced(case, seed)
+    for block in (module, ours):
+        block.gate.e_score_correction_bias[3] = -10.0
+    case.call(ours, arguments).square().sum().backward()
+    assert all(not p.grad.any() for p in ours.experts.blocks[3].parameters())
+    torch.testing.assert_close(case.call(ours, arguments), case.call(module, arguments), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["LingBot", "DSMoE", "EC-DiT", "Hunyuan"])
+def test_blocks_that_differ_in_their_place_alone_compile_once(name, seed):
+    """What compiling a model block by block lives on: nothing guards on a path."""
+    torch.compiler.reset()
+    case, counter = BY_NAME[name], CompileCounter()
+    blocks = nn.ModuleList(case.make() for _ in range(3)).to(DEVICE)
+    replace_moe(blocks)
+    for block in blocks:
+        case.call(torch.compile(block, backend=counter, fullgraph=True), case.arguments())
+    assert counter.frame_count == 1
+
+
+class Net(nn.Sequential):
+    """Two blocks of one class, one of them another family's."""
+
+
+def test_families_beside_each_other(seed):
+    net = Net(BY_NAME["Hunyuan"].make(), BY_NAME["DSMoE"].make()).to(DEVICE)
+    expected = copy.deepcopy(net)
+    x = BY_NAME["DSMoE"].arguments()["x"]
+    assert replace_moe(net) == 2 and [family_of(b).name for b in net] == ["HunyuanImage-3.0", "DSMoE"]
+    torch.testing.assert_close(net(x), expected(x), **CLOSE)
