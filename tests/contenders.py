@@ -42,7 +42,7 @@ CONTENDERS = [
 ]
 # Traps in where things lie and how many there are: the interpreter, slow as it is, tries them in float32 alone.
 OF_ANY_DTYPE = frozenset(
-    "no_token one_token below_tile all_experts single_expert no_shared expert_choice expert_choice_shared strided "
+    "wide no_token one_token below_tile all_experts single_expert no_shared expert_choice expert_choice_shared strided "
     "expanded_dout poisoned_ends misaligned int64_ids".split()
 )
 WIDTH_STEP = {"cuda": 8}  # of what widths have to be multiples

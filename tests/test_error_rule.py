@@ -9,7 +9,7 @@ import torch
 
 from bench.instrument import verify
 from tests import error_rule
-from tests.error_rule import judge, mean_errors
+from tests.error_rule import errors, judge, keeps_the_rule
 
 
 def compute_with(ours: float, theirs: float):
@@ -45,7 +45,22 @@ def test_one_wrong_element_is_not(ours, theirs, seed):
 def test_slices_by_themselves_show_what_is_no_number(seed):
     compute = compute_with(torch.nan, 0.0)
     draw = tuple(compute(seed, how) for how in ("native", "eager", "oracle"))
-    assert not mean_errors(lambda t: t.flatten(1), "out", [draw])[0] < torch.inf
+    assert not keeps_the_rule(*errors(lambda t: t.flatten(1), "out", [draw]))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "kept"),
+    [
+        ([3, 1, 1], [1, 1, 1], True),  # a lucky draw of the rival's
+        ([3, 3, 1], [1, 1, 1], False),  # regularly too large
+        ([3, 1, 1, 500], [1, 1, 1, 90], True),  # a draw that cancels, for both
+        ([1, 1, 500], [1, 1, 1], False),  # garbage in one draw
+        ([1, 1, 1], [1, 1, torch.inf], False),
+        ([1, 1, torch.nan], [1, 1, 1], False),
+    ],
+)
+def test_what_several_draws_must_show(ours, theirs, kept):
+    assert keeps_the_rule(*torch.tensor([ours, theirs], dtype=torch.float64)) == kept
 
 
 @pytest.mark.parametrize(("value", "right"), [(torch.inf, True), (-torch.inf, False), (torch.nan, False)])

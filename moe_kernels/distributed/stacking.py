@@ -25,7 +25,8 @@ def stack_experts(model: nn.Module) -> int:
         raise ValueError("model: got a replaced block itself, expected the model that holds it")
     blocks = {name: child for name, child in model.named_modules() if isinstance(child, DiTMoEBlock)}
     if not blocks:
-        raise ValueError(f"model: got {type(model).__name__} without a replaced DiT-MoE block, expected replace_moe(model)")
+        kind = type(model).__name__
+        raise ValueError(f"model: got {kind} without a replaced block of DiT-MoE, expected replace_moe(model)")
     for name, block in blocks.items():
         model.set_submodule(name, _layer(block))
     return len(blocks)
