@@ -48,6 +48,10 @@ OF_ANY_DTYPE = frozenset(
 WIDTH_STEP = {"cuda": 8}  # of what widths have to be multiples
 each_contender = pytest.mark.parametrize(("backend", "dtype"), CONTENDERS)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+# Tests of what goes on around the kernels, whose calls of them would take the interpreter minutes.
+each_backend_but_interpreted = pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS if (name, DEVICE) != ("triton", "cpu")]
+)
 needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="native is not built, or not for this device")
 
 

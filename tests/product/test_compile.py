@@ -85,6 +85,8 @@ each_module = pytest.mark.parametrize("module", MODULES)
 @each_module
 def test_compiles_as_one_graph(module, backend):
     """Same bits as without compiling; another number of tokens needs no graph break either."""
+    if (backend, DEVICE) == ("triton", "cpu") and module != "token_choice":
+        pytest.skip("the same kernels, interpreted for half a minute again")
     torch.compiler.reset()
     module = MODULES[module](backend)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

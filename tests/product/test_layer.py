@@ -13,7 +13,7 @@ import reference.rooms
 from moe_kernels import ExpertChoice, MoELayer, Router, TokenChoice, dispatch
 from moe_kernels.backends import registry
 from moe_kernels.weights import stack_dit_moe, unstack_dit_moe
-from tests.contenders import each_backend, each_contender, moe_loop
+from tests.contenders import each_backend, each_backend_but_interpreted, each_contender, moe_loop
 from tests.error_rule import judge
 from tests.product.test_gating import aux_loss_loop
 from tests.trap_cases import Problem, Trap, draw_router, sample
@@ -111,7 +111,7 @@ def gate_gradient_of_aux(layer, x, loss_scale, asked=False):
     return layer.gate_weight.grad.clone()
 
 
-@each_backend
+@each_backend_but_interpreted
 def test_aux_loss_is_scaled_with_the_loss_where_it_is_asked_for_and_not_where_it_is_injected(backend, seed):
     """Parity with the original, whose injected gradient ignores the loss scale of fp16, and the way that does not."""
     inject, x, _ = draw_layer(seed, torch.float32, backend=backend, router=TokenChoice(2, 0.01, "injected"))

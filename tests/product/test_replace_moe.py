@@ -14,7 +14,7 @@ from moe_kernels import replace_moe, restore_moe
 from moe_kernels.adapters import MoEBlock
 from reference.dit import DiTMoE, DiTMoEConfig
 from reference.moe import SparseMoeBlock
-from tests.contenders import BACKENDS, each_backend
+from tests.contenders import BACKENDS, each_backend, each_backend_but_interpreted
 from tests.error_rule import judge
 from tests.trap_cases import DEVICE, sample
 
@@ -78,7 +78,7 @@ def train(model, seed, dtype, optimizer):
         step(model, make_batch(seed + i, dtype), optimizer)
 
 
-@each_backend
+@each_backend_but_interpreted
 def test_optimizer_made_before_goes_on_training_like_the_oracle(backend, seed):
     def compute(seed, how):
         seed = without_near_ties(seed)
@@ -126,7 +126,7 @@ def repeatable_attention():
         yield
 
 
-@each_backend
+@each_backend_but_interpreted
 @pytest.mark.usefixtures("repeatable_attention")
 def test_gradients_have_storages_of_their_own_and_accumulate(backend, seed):
     model, batch = make_model(seed), make_batch(seed)
@@ -139,7 +139,7 @@ def test_gradients_have_storages_of_their_own_and_accumulate(backend, seed):
     assert all(torch.equal(model.get_parameter(name).grad, 2 * grad) for name, grad in once.items())
 
 
-@each_backend
+@each_backend_but_interpreted
 @pytest.mark.usefixtures("repeatable_attention")
 def test_some_parameters_frozen(backend, seed):
     whole, some = make_model(seed), make_model(seed)
