@@ -7,7 +7,6 @@
 
 #include "core/workspace.h"
 #include "cpu/blocking.h"
-#include "cpu/blocking.h"
 #include "cpu/combine.h"
 #include "cpu/dispatch.h"
 #include "cpu/experts.h"

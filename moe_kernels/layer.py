@@ -30,7 +30,7 @@ class MoELayer(nn.Module):
         router: TokenChoice(top_k) by default.
         backend: "auto" or a name out of `backends()`.
         recompute: keep no activations for backward, compute them there again: see `moe_mlp`.
-        device, dtype: of the parameters; float32, bfloat16, float16 or float64.
+        device, dtype: of the parameters; float32, bfloat16, float16 or float64. A router's own keep theirs.
         layout: how the parameters are stored, a name out of `moe_kernels.weights.LAYOUTS`: "up_gate" has rows
             [up; gate], "gate_up_in_out" gate_up_proj (E, H, 2I) and down_proj (E, I, H). Native reads all of them as
             they are; triton and cuda read (out, in) in place where the widths are multiples of 64; else other
@@ -59,6 +59,8 @@ class MoELayer(nn.Module):
         Is = shared_intermediate_size and _checks.positive("shared_intermediate_size", shared_intermediate_size)
         self.router = TokenChoice(top_k) if router is None else router
         _check_router(self.router, top_k, E)
+        if device is not None and isinstance(self.router, nn.Module) and torch.device(device).type != "meta":
+            self.router.to(device)
         registry.check_name(backend)
         if dtype is not None and dtype not in _checks.FLOATS:
             raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, _checks.FLOATS))}")

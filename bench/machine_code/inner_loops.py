@@ -2,7 +2,8 @@
 
 A loop here is a conditional jump backwards over instructions none of which is another jump, a call or a return: it is
 innermost, and each of its instructions runs once per step. Kept are those that multiply and accumulate in at least four
-vector registers and prefetch, which in this project the micro-kernel alone does (csrc/cpu/micro.h). All levels are in
+vector registers and prefetch, or do it UNROLLED times, which in this project the micro-kernel alone does
+(csrc/cpu/micro.h); steps that are unrolled are counted together. All levels are in
 the file, whatever this CPU runs; identical loops are counted together (fp32 at avx512 and avx512bf16, for one).
 """
 
@@ -19,6 +20,7 @@ from bench.instrument import store
 
 PANEL = 2  # vectors across a tile, as NR in csrc/cpu/micro.h
 LEAST = 4  # accumulators; a tile of one row has two, as have other loops
+UNROLLED = 48  # multiply-adds of a loop that does without prefetches, four steps of 6 x 2: no other loop has as many
 FIGURES = ("fma", "loads", "prefetches", "stores", "spills", "instructions")
 LINE = re.compile(r"^\s*([0-9a-f]+):\s+(\S.*)$", re.MULTILINE)
 BRANCH = re.compile(r"(?:bnd |notrack )?(?:(j(?!mp)\w+)\s+([0-9a-f]+)\b|j|call|ret|loop|ud2)")
@@ -98,7 +100,7 @@ def _figures(body: Sequence[str]) -> tuple | None:
     sums = [(m, text) for text in body if (m := MULTIPLY_ADD.match(text))]
     prefetches = sum(text.startswith("prefetch") for text in body)
     others = {_written(text) for text in body if not ACCUMULATES.match(text)}
-    if len({_written(text) for _, text in sums} - others) < LEAST or not prefetches:
+    if len({_written(text) for _, text in sums} - others) < LEAST or not (prefetches or len(sums) >= UNROLLED):
         return None
     kinds = Counter(f"{m[1] or m[2] or 'mulps, addps'} {WRITTEN.search(text)[1]}" for m, text in sums)
     memory = [text for text in body if "(" in text and not text.startswith(("prefetch", "lea", "nop"))]

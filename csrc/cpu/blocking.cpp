@@ -36,7 +36,7 @@ Caches caches() {
 }
 
 Blocking blocking_for(const Caches& caches) {
-  return {std::max(caches.l2 * 3 / 8, 64 * kKiB), std::clamp(caches.l3 / 2, 4 * kMiB, 16 * kMiB)};
+  return {std::clamp(caches.l2 * 3 / 8, 64 * kKiB, 768 * kKiB), std::clamp(caches.l3 / 2, 4 * kMiB, 16 * kMiB)};
 }
 
 const Blocking& blocking() {

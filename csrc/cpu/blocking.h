@@ -17,8 +17,8 @@ struct Blocking {
   int64_t wave_bytes;   // activations in flight, which stay in L3
 };
 
-// panel_bytes = 3/8 of L2: the rows, their results and the weights fetched ahead take the rest.
-// wave_bytes = L3 / 2, from 4 to 16 MiB: a virtual machine may see an L3 that many others use.
+// panel_bytes = 3/8 of L2, from 64 to 768 KiB: the rows, their results and the weights fetched ahead take the rest.
+// wave_bytes = L3 / 2, from 4 to 16 MiB. Bounded, since virtual machines may report what is not there, or not theirs.
 Blocking blocking_for(const Caches& caches);
 
 // blocking_for(caches()), computed once.

@@ -57,9 +57,15 @@ inline void multiply_add(vf& acc, const uint32_t* a, vf b) {
   acc += value * b;
 #endif
 }
-inline void keep_in_register([[maybe_unused]] vf& v) {
+// Nothing is known of the value any more, but that it is in a register.
+inline void keep([[maybe_unused]] vf& v) {
 #if MOE_W == 8
   asm("" : "+x"(v));
+#endif
+}
+inline void keep([[maybe_unused]] int64_t& n) {
+#if MOE_W == 8
+  asm("" : "+r"(n));
 #endif
 }
 
@@ -74,12 +80,15 @@ struct Rows {
 #pragma GCC unroll 8
     for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * lda;
   }
+  // Of packed features rows are all there is side by side (pack_features): then everything but the base is a constant.
+  int64_t step() const { return kColumns && W <= 8 ? rows : lda; }
   const uint32_t* at(int r, int64_t k) const {
-    return kColumns ? base[0] + k * lda + r : base[r / 3] + (r % 3) * lda + k;
+    return kColumns ? base[0] + k * step() + r : base[r / 3] + (r % 3) * lda + k;
   }
   void advance(int64_t k) {
 #pragma GCC unroll 8
-    for (int g = 0; g < kBases; ++g) base[g] += kColumns ? k * lda : k;
+    for (int g = 0; g < kBases; ++g) base[g] += kColumns ? k * step() : k;
+    keep(lda);  // else GCC keeps lda + 1, lda + 2 ... in registers, too, which are not there
   }
 };
 
@@ -95,7 +104,7 @@ inline __attribute__((always_inline)) void multiply(vf (&acc)[rows][2], Rows<kCo
 #pragma GCC unroll 8
   for (int s = 0; s < steps; ++s) {
     vf b0 = loadu<vf>(b + s * NR), b1 = loadu<vf>(b + s * NR + W);
-    keep_in_register(b0), keep_in_register(b1);
+    keep(b0), keep(b1);
     if (kPrefetchB) {
       __builtin_prefetch(b + (s + kNear) * NR);
       if (NR * 4 > kLine) __builtin_prefetch(b + (s + kNear) * NR + W);
@@ -124,13 +133,21 @@ void micro(const uint32_t* a_items, int64_t lda, const uint32_t* b, int64_t item
     for (int r = 0; r < rows; ++r) acc[r][0] = acc[r][1] = vf{};
     const int64_t end = min64(items, begin + kRegisterItems);
     int64_t k = begin;
-    for (; next != last && k + kStreamLines * kStreamSteps <= end; k += kStreamLines * kStreamSteps) {
-      Stream ahead = *next++;
-      for (int line = 0; line < kStreamLines; ++line) multiply<C, kStreamSteps, true>(acc, a, b, ahead);
+    const Stream none{reinterpret_cast<const char*>(out), 0};
+    if constexpr (kSteps == 1) {
+      while (k < end) {
+        Stream ahead = next != last ? *next++ : none;
+        for (const int64_t stop = min64(end, k + kStreamLines); k < stop; ++k) multiply<C, 1, kAhead>(acc, a, b, ahead);
+      }
+    } else {
+      for (; next != last && k + kStreamLines * kStreamSteps <= end; k += kStreamLines * kStreamSteps) {
+        Stream ahead = *next++;
+        for (int line = 0; line < kStreamLines; ++line) multiply<C, kStreamSteps, true>(acc, a, b, ahead);
+      }
+      Stream ahead = none;
+      for (; k + kSteps <= end; k += kSteps) multiply<C, kSteps, false>(acc, a, b, ahead);
+      for (; k < end; ++k) multiply<C, 1, false>(acc, a, b, ahead);
     }
-    Stream none{};
-    for (; k + kSteps <= end; k += kSteps) multiply<C, kSteps, false>(acc, a, b, none);
-    for (; k < end; ++k) multiply<C, 1, false>(acc, a, b, none);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2

@@ -48,12 +48,17 @@ inline vu load_items(const S* row, int64_t valid) {
   }
 }
 
-// W columns from W rows of a (columns, K) source: the transpose of pack_natural.
+// W columns from W rows of a (columns, K) source: the transpose of pack_natural. Rows are too short for the hardware's
+// prefetchers, so the lines of those to be packed after the next W are asked for here.
+constexpr int64_t kRowsAhead = 2 * W;
 template <class C, class S>
 inline void pack_transposed(const S* source, int64_t ld, int64_t k_valid, int64_t n, uint32_t* out) {
   const int64_t items = (k_valid + C::kPair - 1) / C::kPair;
   for (int64_t k = 0; k < items; k += W) {
     vu rows[W];
+    if (k * 4 % kLine == 0)
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) __builtin_prefetch(source + (r + kRowsAhead) * ld + k * C::kPair);
 #pragma GCC unroll 16
     for (int r = 0; r < W; ++r)
       rows[r] = r < n ? load_items<C>(source + r * ld + k * C::kPair, k_valid - k * C::kPair) : vu{};

@@ -286,7 +286,8 @@ void expect_error(const std::function<void()>& call, const std::string& what) {
 void test_blocking() {
   const auto panels = [](int64_t l2_kib) { return blocking_for({32 << 10, l2_kib << 10, 32 << 20}).panel_bytes >> 10; };
   expect(panels(256) == 96 && panels(512) == 192 && panels(1024) == 384, "3/8 of L2");
-  expect(panels(1280) == 480 && panels(2048) == 768 && panels(64) == 64, "3/8 of L2, 64 KiB at least");
+  expect(panels(1280) == 480 && panels(2048) == 768 && panels(64) == 64 && panels(1 << 16) == 768,
+         "3/8 of L2, 64 to 768 KiB");
   const auto wave = [](int64_t l3_mib) { return blocking_for({32 << 10, 1 << 20, l3_mib << 20}).wave_bytes >> 20; };
   expect(wave(2) == 4 && wave(16) == 8 && wave(32) == 16 && wave(260) == 16, "half of L3, 4 to 16 MiB");
   setenv("MOE_KERNELS_CACHES", "48,1280,24576", 1);

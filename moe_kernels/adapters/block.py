@@ -52,6 +52,8 @@ class MoEBlock(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the block; arguments and results as in the original's forward."""
         config = self.moe_config
+        if not args and config.first_argument not in kwargs:
+            raise TypeError(f"{config.path}: got no {config.first_argument}, expected a tensor")
         x, *args = args or (kwargs.pop(config.first_argument),)
         family, backend = config.family, config.backend
         try:
@@ -75,6 +77,8 @@ class MoEBlock(nn.Module):
         if self.moe_config.on_trial:
             raise ValueError(reason)
         if torch.compiler.is_compiling():
+            path = self.moe_config.path  # Reader leaves it out while compiling: equal blocks are then one graph
+            reason = reason if reason.startswith(path) else f"{path}.{reason.removeprefix('.')}"
             raise RuntimeError(
                 f"replace_moe: {reason}; under torch.compile only blocks that the kernels compute can run"
             )
@@ -116,7 +120,8 @@ class MoEBlock(nn.Module):
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         """Pickle, and so copy, as the original's class: the one of this block is made at run time."""
-        return _rebuild, (original_class(self), self.moe_config.family), self.__dict__
+        state = object.__reduce_ex__(self, max(protocol, 2))[2]  # as the class, or its __getstate__ and slots, have it
+        return _rebuild, (original_class(self), self.moe_config.family), state
 
 
 def layer_weights(experts: Experts) -> LayerWeights:

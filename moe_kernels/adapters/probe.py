@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,17 +13,30 @@ from torch import Tensor, nn
 
 from .block import BlockConfig, MoEBlock, original_class, replaced_class
 
+OF_TORCH = frozenset(vars(nn.Module()))  # parameters, hooks ...
 TOKENS = (2, 8)  # images, tokens
 ERROR = 1e-5  # relative, in float32. GELU's two forms differ by 2e-4; two ways to sum by 1e-7, at great widths by 1e-6
 
 
 def settings_of(block: nn.Module) -> tuple[Any, ...]:
-    """Return what tells blocks apart beside their weights: classes and plain attributes of all modules inside."""
-    plain = (bool, int, float, str, type(None))
+    """Return what tells blocks apart beside their weights: classes and attributes of all modules inside.
+
+    Functions, dtypes and all that can be hashed by what they are; lists and the like by which they are.
+    """
     return tuple(
-        (name, type(module), tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, plain)))
+        (name, type(module), tuple((k, _key(v)) for k, v in sorted(vars(module).items()) if k not in OF_TORCH))
         for name, module in block.named_modules()
     )
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor | nn.Module):
+        return None
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
 
 
 def try_block(block: nn.Module, config: BlockConfig, hidden_size: int) -> None:
@@ -36,8 +51,8 @@ def try_block(block: nn.Module, config: BlockConfig, hidden_size: int) -> None:
         return
     original = original_class(block) if isinstance(block, MoEBlock) else type(block)
     config = dataclasses.replace(config, on_trial=True)
-    with torch.inference_mode(False), torch.no_grad():
-        trial = copy.deepcopy(block).float().eval()
+    with torch.inference_mode(False), torch.no_grad(), _full_precision(next(block.parameters()).device.type):
+        trial = _copy(block, config.path)
         generator = torch.Generator().manual_seed(0)
         _draw(trial, generator)
         device = next(trial.parameters()).device
@@ -55,6 +70,31 @@ def try_block(block: nn.Module, config: BlockConfig, hidden_size: int) -> None:
             f"{config.path}: its own forward differs from what its attributes say by {float(difference / size):.1e} of "
             f"its norm on random tokens, expected that of {config.family.name}"
         )
+
+
+@contextmanager
+def _full_precision(device: str) -> Iterator[None]:
+    """Neither autocast nor TF32, whatever the caller has chosen."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _copy(block: nn.Module, path: str) -> nn.Module:
+    """Return a float32 copy in eval, without the hooks that a user has put on it: none is to see a trial."""
+    try:
+        trial = copy.deepcopy(block).float().eval()
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ValueError(f"{path}: cannot be copied ({what}), expected a block that copy.deepcopy takes") from error
+    for module in trial.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()
+    return trial
 
 
 def _draw(block: nn.Module, generator: torch.Generator) -> None:

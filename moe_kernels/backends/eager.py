@@ -197,14 +197,12 @@ def _sum_rows(rows: Tensor, plan: RoutingPlan, row_weight: Tensor | None = None)
     acc = accumulator(rows.dtype)
     if row_weight is not None:
         row_weight = row_weight.index_select(0, plan.token_rows).to(acc)
-    return F.embedding_bag(
-        plan.token_rows,
-        rows.to(acc),
-        plan.token_row_offsets,
-        mode="sum",
-        per_sample_weights=row_weight,
-        include_last_offset=True,
+    # Rows behind the last token's are a bag of their own, which is dropped. `include_last_offset` would give
+    # them to the last token in float64, and on a GPU.
+    bags = F.embedding_bag(
+        plan.token_rows, rows.to(acc), plan.token_row_offsets, mode="sum", per_sample_weights=row_weight
     )
+    return bags[:-1]
 
 
 def _activate(gate_up: Tensor, activation: str) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class ExactDispatcher:
     Two exchanges before the experts, E int32 and then the rows, one behind them. The sizes of the second are read on
     the host: one sync per layer and direction, forward only.
     """
+
+    waits: ClassVar[bool] = True  # for the device: so the rows behind the last expert's, if any, can be left out first
 
     def send(self, rows: Tensor, plan: RoutingPlan, mesh: DeviceMesh) -> Arrived:
         """See Dispatcher."""
@@ -92,9 +94,10 @@ class BoundedDispatcher:
         arrived = _exchange(_take(rows, filled), None, None, mesh)
         own = torch.arange(E // ranks, dtype=torch.int32, device=rows.device).repeat_interleave(C).repeat(ranks)
 
-        expert = torch.arange(E, dtype=torch.int32, device=rows.device).repeat_interleave(counts, output_size=R)
-        behind = torch.arange(R, dtype=torch.int32, device=rows.device) - starts[expert]
-        slot = torch.where(behind < C, expert * C + behind, E * C)
+        row = torch.arange(R, dtype=torch.int32, device=rows.device)
+        expert = torch.searchsorted(plan.expert_offsets[1:], row, right=True, out_int32=True)  # E: behind all of them
+        behind = row - plan.expert_offsets[expert]
+        slot = torch.where((behind < C) & (expert < E), expert * C + behind, E * C)
         return Arrived(arrived, own, lambda y: _take(_exchange(y, None, None, mesh), slot), over)
 
 

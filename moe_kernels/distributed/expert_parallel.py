@@ -52,6 +52,8 @@ class ExpertParallelLayer(MoELayer):
         """Compute what `moe_mlp` documents."""
         x = x.to(_checks.compute_dtype(x))
         plan = _checks.plan(plan, x.shape[0], x)
+        if getattr(self.dispatcher, "waits", False):
+            plan = plan.owned()
         how = {"activation": activation, "layout": layout, "backend": backend}
         arrived = self.dispatcher.send(TakeRows.apply(x, backend, *plan.tensors()), plan, self.ep_mesh)
         shared = None
@@ -123,7 +125,7 @@ def expert_parallel(module: nn.Module, mesh: DeviceMesh, dispatcher: Dispatcher 
     if not callable(getattr(dispatcher, "send", None)):
         raise TypeError(f"dispatcher: got {type(dispatcher).__name__}, expected one with a method send")
     for name, layer in layers.items():
-        E = layer.gate_weight.shape[0]
+        E = layer.down_proj.shape[0]
         if isinstance(layer, ExpertParallelLayer) or isinstance(layer.down_proj, DTensor):
             raise ValueError(f"module: got {name} with distributed weights, expected one that holds all its experts")
         if E % ep.size():
@@ -132,7 +134,7 @@ def expert_parallel(module: nn.Module, mesh: DeviceMesh, dispatcher: Dispatcher 
             )
     check_in_sync(module, mesh)
     for layer in layers.values():
-        layer.__class__ = ExpertParallelLayer
+        layer.__class__ = _class_of(type(layer))
         layer.ep_mesh, layer.dispatcher = ep, dispatcher
         zero = torch.zeros((), dtype=torch.int64, device=layer.gate_weight.device)
         layer.register_buffer("dropped_rows", zero, persistent=False)
@@ -142,6 +144,11 @@ def expert_parallel(module: nn.Module, mesh: DeviceMesh, dispatcher: Dispatcher 
             own = DTensor.from_local(own, ep, [Shard(0)], run_check=False)
             setattr(layer, name, nn.Parameter(own, requires_grad=whole.requires_grad))
     return module
+
+
+def _class_of(cls: type[MoELayer]) -> type[MoELayer]:
+    """Return ExpertParallelLayer, in front of a class of the user's own."""
+    return ExpertParallelLayer if cls is MoELayer else type(cls.__name__, (ExpertParallelLayer, cls), {})
 
 
 def _ep_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -71,7 +71,8 @@ def data_parallel(module: nn.Module, mesh: DeviceMesh, **options: Any) -> Distri
             distributed.all_reduce(parameter.grad.to_local().div_(group.size()), group=group)
 
         for parameter in _experts(module):
-            parameter.register_post_accumulate_grad_hook(average)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(average)
     return DistributedDataParallel(module, **options)
 
 

@@ -11,13 +11,13 @@ from ..plan import RoutingPlan
 from .call import RouterCall, linear
 from .expert_choice import capacity
 from .losses import update_ema
-from .race import at_most, rows_bound
-from .router import AUX_LOSS_MODES, Router
+from .race import at_most, check_max_picks, rows_bound
+from .router import AUX_LOSS_MODES, StatefulRouter
 
 SAMPLERS = ("batch", "token")
 
 
-class DiffMoE(Router, nn.Module):
+class DiffMoE(StatefulRouter):
     """Each expert takes its C = int((T / E) f) best tokens of the whole batch in training, as predicted in sampling.
 
     Scores are softmax over E, and weights. capacity_predictor, Linear SiLU Linear on detached tokens, learns which
@@ -62,6 +62,7 @@ class DiffMoE(Router, nn.Module):
         numbers = {"capacity_factor": capacity_factor, "predictor_weight": predictor_weight, "decay": decay}
         for name, value in numbers.items():
             _checks.finite_number(name, value)
+        check_max_picks(max_picks)
         if not 0 < capacity_factor <= E:
             raise ValueError(f"capacity_factor: got {capacity_factor}, expected (0, E] with E = {E} experts")
         self.capacity_factor, self.predictor_weight, self.sampling = capacity_factor, predictor_weight, sampling
@@ -80,6 +81,7 @@ class DiffMoE(Router, nn.Module):
         C = capacity(max(T, 1), self.capacity_factor, E, "int")
         plan = ops.dispatch_expert_choice(scores, C, max(T, 1), call.backend)
         if not T:
+            update_ema(self.expert_threshold, None, self.ema_decay, self.process_group)
             return plan, None
         predicted = self._predicted(call)
         kth = predicted.detach().sigmoid().topk(C, 0).values[-1]
@@ -104,7 +106,7 @@ class DiffMoE(Router, nn.Module):
         return torch.zeros_like(order).scatter_(0, order, places) < above.sum(0)
 
     def batch_invariant(self) -> bool:
-        return not self.training and self.sampling == "token"
+        return not self.training and self.sampling == "token" and self.max_picks is None
 
     def extra_repr(self) -> str:
         return f"capacity_factor={self.capacity_factor}, sampling={self.sampling!r}, max_picks={self.max_picks}"

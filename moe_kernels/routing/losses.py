@@ -42,9 +42,9 @@ def routing_contrastive_loss(x: Tensor, prototypes: Tensor, picks: Tensor, group
         groups: G consecutive parts of the batch, each by itself.
     Source: reference.routers.routing_contrastive_loss (ProMoE).
     """
-    wide, (T, E) = _checks.accumulator(x.dtype), picks.shape
+    wide, T = _checks.accumulator(x.dtype), picks.shape[0]
     with outside_autocast(x):
-        taken, tokens = picks.view(groups, T // max(groups, 1), E).to(wide), x.to(wide).view(groups, -1, x.shape[-1])
+        taken, tokens = (t.view(groups, T // max(groups, 1), t.shape[1]).to(wide) for t in (picks, x))
         counts = taken.sum(1)
         means = F.normalize((taken.transpose(1, 2) @ tokens) / counts.clamp(min=1)[..., None], dim=-1)
         logits = F.normalize(prototypes.to(wide), dim=-1) @ means.transpose(1, 2) / temperature
@@ -55,10 +55,18 @@ def routing_contrastive_loss(x: Tensor, prototypes: Tensor, picks: Tensor, group
 
 
 @torch.no_grad()
-def update_ema(average: Tensor, value: Tensor, decay: float | Tensor, group: distributed.ProcessGroup | None) -> None:
-    """Set average to decay average + (1 - decay) value in place; with a process group to the mean over its ranks."""
-    new = decay * average + (1 - decay) * value.to(average.dtype)
+def update_ema(
+    average: Tensor, value: Tensor | None, decay: float | Tensor, group: distributed.ProcessGroup | None
+) -> None:
+    """Set average to decay average + (1 - decay) value in place; value is None where there are no tokens.
+
+    With a process group the value is the mean over its ranks that have one; all of them have to call.
+    """
+    have = average.new_full((1,), value is not None)
+    value = torch.zeros_like(average) if value is None else value.to(average.dtype)
     if group is not None:
-        distributed.all_reduce(new, group=group)
-        new = new / group.size()
-    average.copy_(new)
+        sums = torch.cat([value.flatten(), have])
+        distributed.all_reduce(sums, group=group)
+        value, have = (sums[:-1] / sums[-1].clamp(min=1)).view_as(value), sums[-1:]
+    new = decay * average + (1 - decay) * value
+    average.copy_(torch.where(have > 0, new, average).view_as(average))

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from .. import _checks
 from .call import RouterCall, linear
 from .losses import router_similarity_loss, update_ema
-from .router import AUX_LOSS_MODES, Router, best
+from .router import AUX_LOSS_MODES, StatefulRouter, best
 
 GROUPS = ("batch", "image")
 
 
-class ExpertRace(Router, nn.Module):
+class ExpertRace(StatefulRouter):
     """The best scores win, whatever token and expert they belong to; weights are the raw logits (Expert Race).
 
     In training the L K largest of the L E logits of a group are picked, so that tokens have 0 to E picks, K on average.
@@ -52,10 +52,9 @@ class ExpertRace(Router, nn.Module):
         super().__init__()
         _checks.one_of("group", group, GROUPS)
         _checks.one_of("aux_loss_mode", aux_loss_mode, AUX_LOSS_MODES)
-        for name, value in (("similarity_weight", similarity_weight), ("decay", decay), ("max_picks", max_picks or 1)):
+        for name, value in (("similarity_weight", similarity_weight), ("decay", decay)):
             _checks.finite_number(name, value)
-        if max_picks is not None and max_picks <= 0:
-            raise ValueError(f"max_picks: got {max_picks}, expected more than 0")
+        check_max_picks(max_picks)
         self.top_k, self.group, self.aux_loss_mode = _checks.positive("top_k", top_k), group, aux_loss_mode
         self.similarity_weight, self.decay, self.max_picks = similarity_weight, decay, max_picks
         self.process_group = process_group
@@ -74,9 +73,8 @@ class ExpertRace(Router, nn.Module):
             return at_most(scores >= self.threshold, scores, self.max_rows(call))
         racing = scores.view(T // max(L, 1), L * E)
         picks = best(racing, L * self.top_k)
-        if T:
-            slowest = racing.masked_fill(~picks, torch.inf).amin(1).mean()
-            update_ema(self.threshold, slowest, self.decay, self.process_group)
+        slowest = racing.masked_fill(~picks, torch.inf).amin(1).mean() if T else None
+        update_ema(self.threshold, slowest, self.decay, self.process_group)
         return picks.view(T, E)
 
     def loss(self, scores: Tensor, picks: Tensor, call: RouterCall) -> Tensor:
@@ -88,10 +86,19 @@ class ExpertRace(Router, nn.Module):
         return rows_bound(self.max_picks, call)
 
     def batch_invariant(self) -> bool:
-        return not self.training or self.group == "image"
+        return self.group == "image" if self.training else self.max_picks is None
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, group={self.group!r}, max_picks={self.max_picks}"
+
+
+def check_max_picks(max_picks: float | None) -> None:
+    """Check how many picks a token may have in the mean; None: any."""
+    if max_picks is None:
+        return
+    _checks.finite_number("max_picks", max_picks)
+    if max_picks <= 0:
+        raise ValueError(f"max_picks: got {max_picks}, expected more than 0")
 
 
 def rows_bound(max_picks: float | None, call: RouterCall) -> int | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from .. import _checks, ops
@@ -58,7 +59,9 @@ class Scores:
             logits = linear(F.silu(timestep.to(_checks.accumulator(timestep.dtype))), weight)
             return logits.repeat_interleave(call.tokens_per_image, 0, output_size=call.num_tokens)
         halves = linear(timestep, weight[:, :own]), linear(call.unmodulated, weight[:, own:])
-        return (halves[1].view(call.num_images, -1, weight.shape[0]) + halves[0][:, None]).view(-1, weight.shape[0])
+        E = weight.shape[0]
+        logits = halves[1].view(call.num_images, call.tokens_per_image, E) + halves[0][:, None]
+        return logits.view(call.num_tokens, E)
 
     def gate_shape(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
         """Return the shape of gate_weight."""
@@ -137,10 +140,42 @@ class Router:
         """Route tokens (T, H) without a layer: `plan` of RouterCall(x, gate_weight, backend, **how)."""
         return self.plan(RouterCall(x, gate_weight, backend, **how))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) and hasattr(Router, name):
+            self.__dict__[name] = value  # a learned part: nn.Module keeps it where the part of this class would hide it
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "route" in cls.__dict__:
             raise TypeError(f"{cls.__name__}.route: layers call plan(call), expected plan to be overridden")
+
+
+class StatefulRouter(Router, nn.Module):
+    """A router with averages, which stay in float32 or wider in a half-precision layer: there they would stand still.
+
+    A copy shares the process group; a pickled one has none.
+    """
+
+    process_group: distributed.ProcessGroup | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16):
+                source = buffer if before[name].is_meta else before[name]
+                self._buffers[name] = source.to(buffer.device, _checks.accumulator(before[name].dtype))
+        return self
+
+    def __deepcopy__(self, memo: dict) -> StatefulRouter:
+        new = memo[id(self)] = type(self).__new__(type(self))
+        shared = {"process_group": self.process_group}
+        new.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k not in shared}, memo) | shared)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"process_group": None}
 
 
 class _Inject(torch.autograd.Function):

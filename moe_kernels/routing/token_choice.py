@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks, ops
 from ..plan import RoutingPlan
 from .call import RouterCall
 from .expert_choice import weigh
-from .router import AUX_LOSS_MODES, Router, Scores, best
+from .router import AUX_LOSS_MODES, Router, Scores, StatefulRouter, best
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TokenChoice(Router):
 SIGMOID = Scores(by="sigmoid")
 
 
-class GroupLimitedChoice(Router, nn.Module):
+class GroupLimitedChoice(StatefulRouter):
     """Every token takes its top_k experts out of its best groups of experts (DeepSeek-V3's gate: DSMoE, LingBot-Video).
 
     A group of consecutive experts is worth the sum of its two best scores + bias; the top_k best scores + bias of the

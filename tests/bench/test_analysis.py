@@ -182,6 +182,14 @@ def test_correction_and_null_meet_chance_and_leave_what_is_there():
     assert found.plain == pytest.approx(2) and found.excess > 1.8 and found.p == 1 / (statistics.DRAWS + 1)
 
 
+@pytest.mark.parametrize("count", [2, 4, GROUPS])
+def test_what_permutations_leave_of_an_effect_is_no_chance(count):
+    """Groups without noise: all bits are above chance, though with few groups the null holds much of them."""
+    table = np.round(1e6 * np.random.default_rng(3).dirichlet(np.full(5, 1.0), 12))
+    found = statistics.information_by_group(np.tile(table, (count, 1, 1)))
+    assert found.null > found.plain / (2 * count) and found.excess == pytest.approx(found.plain, rel=0.08)
+
+
 def test_class_is_judged_by_whole_images():
     """Images that differ in what they pick, whatever their class: tokens alone would call it certain."""
     rng = np.random.default_rng(2)

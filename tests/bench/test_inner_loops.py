@@ -110,8 +110,8 @@ def installed() -> dict:
 
 @pytest.mark.parametrize(
     ("kind", "fma", "loads"),
-    [("vfmadd zmm", 28, 16), ("vdpbf16ps zmm", 28, 16), ("vfmadd ymm", 12, 8)],
-    ids=["14x2 fp32", "14x2 bf16", "6x2 avx2"],
+    [("vfmadd zmm", 28, 16), ("vdpbf16ps zmm", 28, 16), ("vfmadd ymm", 48, 32)],
+    ids=["14x2 fp32", "14x2 bf16", "6x2 avx2, four steps"],
 )
 def test_full_tiles_neither_store_nor_spill(installed, kind, fma, loads):
     """Gate: each step loads two vectors of B and an item of A per row, and nothing else goes through memory."""

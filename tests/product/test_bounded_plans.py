@@ -10,9 +10,11 @@ import torch
 import reference.moe
 import reference.rooms
 from moe_kernels import RoutingPlan, combine, dispatch_mask, dispatch_rows, experts, moe_mlp
+from moe_kernels.backends.base import Request
+from moe_kernels.backends.registry import get
 from tests.contenders import each_backend, gradients
 from tests.error_rule import judge
-from tests.trap_cases import BY_NAME, PLAIN, make_problem, sample
+from tests.trap_cases import BY_NAME, DEVICE, PLAIN, make_problem, sample
 
 FIELDS = reference.rooms.Plan._fields
 
@@ -95,13 +97,18 @@ def test_what_lies_behind_reaches_no_result(trap, backend, seed):
 
 
 @each_backend
-def test_room_by_room(backend, seed):
-    problem, answers = make_problem(PLAIN, seed, torch.float32), []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_room_by_room(backend, dtype, seed):
+    if get(backend).supports(Request("experts", dtype, DEVICE)):
+        pytest.skip(f"{backend} does not compute {dtype}")
+    problem, answers = make_problem(PLAIN, seed, dtype), []
     picks = draw(seed)[1]
     for bound in (None, int(picks.sum())):
-        x, weights = problem.x.clone().requires_grad_(), draw(seed)[0].requires_grad_()
+        x, weights = problem.x.clone().requires_grad_(), draw(seed)[0].to(dtype).requires_grad_()
         plan = poisoned(dispatch_mask(weights, picks, bound))
         rows = experts(x, plan, problem.gate_up_proj, problem.down_proj, backend=backend)
+        with torch.no_grad():
+            rows[int(plan.expert_offsets[-1]) :] = torch.nan
         out = combine(rows, plan, backend=backend)
         answers.append((out, *torch.autograd.grad(out, (x, weights), problem.dout)))
     assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -131,14 +134,56 @@ def _call(layer, x):
 
 
 def test_thresholds_are_means_over_a_process_group(monkeypatch):
-    class Two:
-        def size(self):
-            return 2
+    """Of those that have tokens, of which there may be none."""
+    others = torch.tensor([3.0, 3.0, 1.0])  # the sum of the other ranks' values, and their number
+    monkeypatch.setattr(losses.distributed, "all_reduce", lambda t, group: t.add_(others))
+    for value, count, expected in ((torch.zeros(2), 1, 1.25), (None, 1, 2.0), (None, 0, 1.0)):
+        average, others[-1] = torch.ones(2), count
+        losses.update_ema(average, value, 0.5, object())
+        assert average.tolist() == [expected, expected]
 
-    monkeypatch.setattr(losses.distributed, "all_reduce", lambda t, group: t.add_(3.0))
-    average = torch.ones(2)
-    losses.update_ema(average, torch.zeros(2), 0.5, Two())
-    assert average.tolist() == [1.75, 1.75]
+
+@pytest.mark.parametrize("make", [lambda: ExpertRace(2), lambda: DiffMoE(E, H)])
+def test_averages_stay_wide_in_a_narrow_layer(make):
+    layers = [MoELayer(H, 8, E, 2, router=make(), backend="eager") for _ in range(2)]
+    layers[1].to(torch.bfloat16).to(torch.float32)
+    averages = [{n: b for n, b in layer.router.named_buffers()} for layer in layers]
+    narrow = MoELayer(H, 8, E, 2, router=make()).to(torch.bfloat16)
+    assert all(b.dtype == torch.float32 for b in narrow.router.buffers()) and narrow.gate_weight.dtype == torch.bfloat16
+    assert all(torch.equal(averages[0][n], averages[1][n]) for n in averages[0])
+    narrow(torch.zeros(0, H, dtype=torch.bfloat16))
+
+
+def test_a_copy_shares_the_process_group_and_a_file_has_none():
+    class Group:
+        def __reduce__(self):
+            raise TypeError("cannot pickle")
+
+    router = ExpertRace(2, process_group=Group())
+    assert copy.deepcopy(router).process_group is router.process_group is not None
+    assert pickle.loads(pickle.dumps(router)).process_group is None and router.process_group is not None
+
+
+def test_a_part_that_learns_is_not_hidden():
+    class Learned(Router, torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scores = Scorer()
+
+        def pick(self, scores, call):
+            return scores >= scores.topk(2, -1).values[:, -1:]
+
+    class Scorer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = torch.nn.Linear(H, E)
+
+        def forward(self, call):
+            return self.map(call.tokens).softmax(-1)
+
+    layer = copy.deepcopy(MoELayer(H, 8, E, 2, router=Learned(), backend="eager"))
+    layer(torch.randn(5, H)).square().sum().backward()
+    assert layer.router.scores.map.weight.grad.count_nonzero() and layer.gate_weight.grad is None
 
 
 @pytest.mark.parametrize("name", ["race", "DiffMoE", "ProMoE", "ProMoE, experts choose"])

@@ -95,11 +95,14 @@ def by_step(tables: Arrays) -> list[dict]:
 def findings(tables: Arrays) -> list[Finding]:
     """State the claims of DiT-MoE's abstract and text for this run, each with its interval.
 
-    Bits are less what permutations leave (the null level of the whole run). Leaving one group of images out at a time
-    gives the interval; with few images it is wide, and a claim stays undecided.
+    Bits are those above what permutations leave (the null level of the whole run; see statistics.excess). Leaving one
+    group of images out at a time gives the interval; with few images it is wide, and a claim stays undecided.
     """
     infos = informations(tables)
-    null = {name: np.array([layer[name].null for layer in infos]) for name in VARIABLES}
+    null, alike = (
+        {name: np.array([getattr(layer[name], of) for layer in infos]) for name in VARIABLES}
+        for of in ("null", "alike")
+    )
     depth = len(infos)
 
     def bits(part: Arrays) -> dict[str, np.ndarray]:
@@ -108,7 +111,7 @@ def findings(tables: Arrays) -> list[Finding]:
             "step": mutual_information(part["group_steps"].sum(0)),
             "class": mutual_information(statistics.by_class(part["images"], part["labels"]).transpose(1, 0, 2)),
         }
-        return {name: plain[name] - null[name] for name in VARIABLES}
+        return {name: statistics.excess(plain[name], null[name], alike[name]) for name in VARIABLES}
 
     def concentration(part: Arrays) -> float:
         even = entropy(part["group_steps"].sum(0)).mean(0)

@@ -20,6 +20,7 @@ class Information:
     plain: plug-in estimate. corrected: less (X - 1)(E - 1) / (2 N ln 2), its bias for N independent picks (Miller,
     Madow). null, null_high: mean and 95 % quantile of the plug-in estimate after permutations that keep together what
     is no independent sample; p: share of permutations that reach `plain`.
+    alike: the share of what there is that such a permutation leaves, as some of the samples stay where they belong.
     """
 
     plain: float
@@ -27,10 +28,16 @@ class Information:
     null: float
     null_high: float
     p: float
+    alike: float
 
     @property
     def excess(self) -> float:
-        return self.plain - self.null
+        return excess(self.plain, self.null, self.alike)
+
+
+def excess(plain: np.ndarray, null: np.ndarray, alike: np.ndarray) -> np.ndarray:
+    """Return the bits above chance: null = chance + alike (bits above chance), nearly; 0 where nothing is apart."""
+    return (plain - null) / np.maximum(1 - alike, 1e-9) * (alike < 1)
 
 
 def mutual_information(tables: np.ndarray) -> np.ndarray:
@@ -59,14 +66,15 @@ def information_by_group(groups: np.ndarray, seed: int = 0, draws: int = DRAWS) 
     for draw in range(draws):
         order = rng.permuted(np.tile(np.arange(X), (G, 1)), axis=1)
         tables[draw] = np.take_along_axis(groups, order[..., None], axis=1).sum(0)
-    return _judge(groups.sum(0), mutual_information(tables))
+    return _judge(groups.sum(0), mutual_information(tables), 1 / max(1, int((groups.sum((1, 2)) > 0).sum())))
 
 
 def information_by_image(images: np.ndarray, labels: np.ndarray, seed: int = 0, draws: int = DRAWS) -> Information:
     """Judge the class: images (N, E) counts and labels (N,). Null: labels permuted among whole images."""
     rng = np.random.default_rng(seed)
     tables = np.stack([by_class(images, rng.permutation(labels)) for _ in range(draws)])
-    return _judge(by_class(images, labels), mutual_information(tables))
+    classes, N = len(np.unique(labels)), len(labels)
+    return _judge(by_class(images, labels), mutual_information(tables), min(1.0, (classes - 1) / max(N - 1, 1)))
 
 
 def by_class(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -76,10 +84,10 @@ def by_class(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.add.reduceat(images[order].astype(np.float64), starts, axis=0)
 
 
-def _judge(table: np.ndarray, null: np.ndarray) -> Information:
+def _judge(table: np.ndarray, null: np.ndarray, alike: float) -> Information:
     plain = float(mutual_information(table))
     p = (1 + int((null >= plain - 1e-12).sum())) / (1 + len(null))
-    return Information(plain, plain - bias(table), float(null.mean()), float(np.quantile(null, 0.95)), p)
+    return Information(plain, plain - bias(table), float(null.mean()), float(np.quantile(null, 0.95)), p, alike)
 
 
 def max_over_mean(load: np.ndarray) -> np.ndarray:

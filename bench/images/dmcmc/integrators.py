@@ -75,5 +75,6 @@ def rk45(denoise: Denoise, y: Tensor, sigma: Tensor, sigma_min: float, tolerance
 
     done = solve_ivp(slope, (0.0, 1.0), y.double().flatten().numpy(), rtol=tolerance, atol=tolerance)
     if not done.success:
+        getattr(denoise, "check", lambda: None)()  # a model's NaN, which SciPy takes for too large a step
         raise ValueError(f"rk45: {done.message}")
     return denoise(torch.from_numpy(done.y[:, -1]).to(y).view_as(y), level(1.0))

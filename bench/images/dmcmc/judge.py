@@ -79,7 +79,7 @@ def jackknife_bias(features: np.ndarray, labels: np.ndarray, distance: float, da
 def precision_recall(samples: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     """Return the shares of samples near the data and of the data near samples; the larger set is thinned first."""
     count = min(len(samples), len(real))
-    a, b = (x[:: len(x) // count][:count] for x in (samples, real))
+    a, b = (x[np.arange(count) * len(x) // count] for x in (samples, real))
     return _covered(a, b), _covered(b, a)
 
 

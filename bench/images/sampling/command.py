@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from bench.images.sampling.ranges import Ranges
 from bench.images.sampling.samplers import NOISE, SAMPLERS, VELOCITY, choose
 from bench.images.sampling.vae import Decoder
 from bench.instrument import arguments
+from bench.instrument.ledger import source_digest
 from bench.instrument.outputs import check_folder
 from bench.instrument.progress import Pace, say
 
@@ -99,10 +101,11 @@ def prepare(args: argparse.Namespace) -> tuple[Drawing, dict]:
         moe_kernels.replace_moe(model, backend=args.backend)
     drawing = Drawing(
         model, trained.time_scale, sampler, steps, args.guidance, args.guided_channels or CHANNELS[predicts],
-        parse_labels(args.labels, config.num_classes), args.seed, min(args.batch, args.count), device,
+        parse_labels(args.labels, config.num_classes), args.seed, args.batch, device,
         Decoder(args.vae, config.in_channels, device) if args.vae else None,
     )  # fmt: skip
     settings = {
+        "source": source_digest(), "torch": torch.__version__, "config": asdict(config),
         "checkpoint": trained.identity, "predicts": predicts, "time_scale": trained.time_scale,
         **{name: getattr(drawing, name) for name in ("sampler", "steps", "guidance", "channels", "labels", "seed")},
         "count": args.count, "batch": drawing.batch, "backend": args.backend, "dtype": args.dtype,

@@ -60,7 +60,11 @@ class Ranges:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(spare, self._path(first))
+        with self._locked():  # another process of the same command may have joined all ranges meanwhile
+            if self.result.exists():
+                spare.unlink()
+            else:
+                os.replace(spare, self._path(first))
 
     def join(self) -> bool:
         """Join all ranges to samples.npz and draw grid.png; False when some are missing. Reads a range at a time.
@@ -73,8 +77,8 @@ class Ranges:
             if not self.result.exists():
                 self._draw_grid()
                 self._write_result()
-                for path in (self.folder / "ranges").iterdir():
-                    path.unlink()
+                for first in range(0, self.count, self.size):
+                    self._path(first).unlink()
         return True
 
     def _write_result(self) -> None:
@@ -116,9 +120,16 @@ class Ranges:
         if not path.exists():
             if self.result.exists():
                 raise ValueError(f"--out {self.folder}: samples.npz is there without settings.json, expected neither")
-            path.write_text(json.dumps(self.settings, indent=1) + "\n")
+            spare = path.with_suffix(".tmp")
+            spare.write_text(json.dumps(self.settings, indent=1) + "\n")
+            os.replace(spare, path)
             return
-        found = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"--out {self.folder}: settings.json is damaged ({error}), expected none, or a run's"
+            ) from None
         unlike = [
             f"{name} {found.get(name)!r} there, {self.settings.get(name)!r} now"
             for name in {**found, **self.settings}

@@ -43,3 +43,6 @@ class MAGI2(Refused):
     name = "MAGI-2"
     marks = ("W_gate", "W_up", "W_down")
     reason = "its experts clamp gate and up, expected plain SwiGLU or GELU"
+
+    def finds(self, module: nn.Module) -> bool:
+        return all(isinstance(getattr(module, mark, None), nn.Parameter) for mark in self.marks)

@@ -11,7 +11,7 @@ from torch.distributed import fsdp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.clusters import cost
-from moe_kernels import MoELayer, replace_moe
+from moe_kernels import ExpertRace, MoELayer, replace_moe
 from moe_kernels.distributed import (
     BoundedDispatcher,
     ExactDispatcher,
@@ -72,6 +72,30 @@ def count_messages(problem: Problem, seed: int) -> None:
         totals = [None] * distributed.get_world_size()
         distributed.all_gather_object(totals, (there, back))
         assert sum(t for t, _ in totals) == sum(b for _, b in totals), "what comes back is what was sent"
+
+
+class Doubled(MoELayer):
+    def forward(self, x, return_aux_loss=False, **call):
+        return 2 * super().forward(x, return_aux_loss, **call)
+
+
+def race_in_eval(seed: int) -> None:
+    """Fewer rows than their bound, in a layer whose class is the user's."""
+    torch.manual_seed(seed)
+    layers = [Doubled(H, 8, E, 2, router=ExpertRace(2), backend=BACKEND).eval() for _ in range(3)]
+    x = torch.randn(2, L, H)
+    for layer in layers:
+        layer.load_state_dict(layers[0].state_dict())
+        layer.router.threshold.fill_(0.1)
+    expected = layers[0](x)
+    for layer, dispatcher in zip(layers[1:], (ExactDispatcher(), BoundedDispatcher(2 * L)), strict=True):
+        y = expert_parallel(layer, mesh_of(ep=distributed.get_world_size()), dispatcher)(x)
+        torch.testing.assert_close(y, expected)  # the same kernels on other rows
+        assert isinstance(layer, Doubled)
+
+
+def test_plans_that_are_not_full(two, seed):
+    two.run(race_in_eval, seed=seed)
 
 
 def test_messages_have_the_size_of_the_formula(two, seed):

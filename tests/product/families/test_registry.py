@@ -77,6 +77,9 @@ class TanhForm(TransposedExperts):
         return y
 
 
+STACK = nn.Parameter(torch.ones(2, 3, 4))
+
+
 def of(cls, **marks):
     def make():
         block = nn.Module()
@@ -104,7 +107,10 @@ SPOILED = {
     "interleaved": (changed(lambda: TransposedExperts(True), "is_concatenated", False), r"0\.is_concatenated"),
     "ProMoE": (of("SparseMoeBlock", cluster_centers=1, experts=1), r"0: got a SparseMoeBlock of ProMoE: .*biases"),
     "DiffMoE": (of("SparseMoeBlock", gate_weight=1, capacity_predictor=1), r"of DiffMoE: .*values"),
-    "MAGI-2": (of("CoreMultiHeadMoE", W_gate=1, W_up=1, W_down=1), r"of MAGI-2: .*clamp"),
+    "MAGI-2": (
+        of("CoreMultiHeadMoE", **dict.fromkeys(("W_gate", "W_up", "W_down"), STACK)),
+        r"of MAGI-2: .*clamp",
+    ),
 }
 
 
@@ -125,6 +131,31 @@ def test_empty_memory_and_zeros_are_no_reason_to_refuse():
     nn.init.constant_(block.experts.gate_up_proj, float("nan"))
     nn.init.zeros_(block.gate.weight)
     assert replace_moe(block) == 1 and block.experts.gate_up_proj.isnan().all()
+
+
+def test_a_trial_is_of_full_precision_and_nobody_sees_it():
+    seen = []
+    block = DSMoE()
+    block.register_forward_hook(lambda *_: seen.append(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert replace_moe(nn.Sequential(DSMoE(), block)) == 2
+    assert not seen and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_dense_layer_with_names_of_another_family_is_left_alone():
+    dense = nn.Module()
+    for name in ("W_gate", "W_up", "W_down"):
+        setattr(dense, name, nn.Linear(4, 4))
+    assert replace_moe(nn.Sequential(DSMoE(), dense)) == 1
+
+
+def test_blocks_that_differ_in_a_function_are_tried_each(monkeypatch):
+    from moe_kernels.adapters import replace
+
+    tried, blocks = [], [DSMoE(), DSMoE(), DSMoE()]
+    blocks[2].function = F.gelu
+    monkeypatch.setattr(replace, "try_block", lambda block, config, size: tried.append(config.path))
+    assert replace_moe(nn.Sequential(*blocks)) == 3 and tried == ["0", "2"]
 
 
 def test_blocks_of_one_kind_are_tried_once(monkeypatch):
