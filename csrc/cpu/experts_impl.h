@@ -67,13 +67,14 @@ void pack_gate_up_proj(const Group& g, int64_t panel_begin, int64_t panel_end, v
   const Factor<C> gate = over_inputs<C>(g.gate_proj), up = over_inputs<C>(g.up_proj);
   if (g.activation == Activation::kGELU) {
     const int64_t column = panel_begin * NR;
-    return pack_panels<C>(up.at(0, column), g.H, g.I - column, panel_end - panel_begin, items, packed);
+    return pack_panels<C>(up.at(0, column), g.H, g.I - column, panel_end - panel_begin, items, packed,
+                          g.rows <= kFewRows);
   }
   // Long rows of memory where columns lie side by side; else panel by panel, whose halves meet in L1.
   const int64_t run = gate.k_major && up.k_major ? panel_end - panel_begin : 1;
   for (int64_t p = panel_begin; p < panel_end; p += run, packed += run * items * NR) {
-    pack_panels<C, W>(gate.at(0, p * W), g.H, g.I - p * W, run, items, packed);
-    pack_panels<C, W>(up.at(0, p * W), g.H, g.I - p * W, run, items, packed + W);
+    pack_panels<C, W>(gate.at(0, p * W), g.H, g.I - p * W, run, items, packed, g.rows <= kFewRows);
+    pack_panels<C, W>(up.at(0, p * W), g.H, g.I - p * W, run, items, packed + W, g.rows <= kFewRows);
   }
 }
 
@@ -81,7 +82,7 @@ template <class C>
 void pack_down_proj(const Group& g, int64_t panel_begin, int64_t panel_end, void* out) {
   const int64_t column = panel_begin * NR;
   pack_panels<C>(over_inputs<C>(g.down_proj).at(0, column), g.I, g.H - column, panel_end - panel_begin,
-                 items_of<C>(g.I), static_cast<uint32_t*>(out));
+                 items_of<C>(g.I), static_cast<uint32_t*>(out), g.rows <= kFewRows);
 }
 
 // What packing `count` columns of gate_proj and up_proj from `column` on reads.
@@ -196,7 +197,7 @@ void down(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
         ahead.contiguous(all_packed + (p * whole + next.k / C::kPair) * NR, items_of<C>(next.count) * NR * 4);
     } else {
       pack_panels<C>(weight.at(now.k, now.begin * NR), now.count, g.H - now.begin * NR, panels, items,
-                     static_cast<uint32_t*>(scratch));
+                     static_cast<uint32_t*>(scratch), g.rows <= kFewRows);
       weight.at(next.k, next.begin * NR).ahead(ahead, next.count, min64(next.end * NR, g.H) - next.begin * NR);
     }
     accumulate_y<C>(g, items_at<C>(g.act, now.k), g.ld_i / C::kPair, packed, all_packed ? whole : items, items,

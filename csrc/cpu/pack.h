@@ -48,15 +48,17 @@ inline vu load_items(const S* row, int64_t valid) {
   }
 }
 
-// W columns from W rows of a (columns, K) source: the transpose of pack_natural. Rows are too short for the hardware's
-// prefetchers, so the lines of those to be packed after the next W are asked for here.
-constexpr int64_t kRowsAhead = 2 * W;
+// With so few rows of tokens the products before have no time to bring weights into L2 (Ahead): packing asks for them, since
+// rows of weights are too short for the hardware's prefetchers. With more rows that costs up to 7 %.
+constexpr int64_t kFewRows = 12, kRowsAhead = 2 * W;
+
+// W columns from W rows of a (columns, K) source: the transpose of pack_natural.
 template <class C, class S>
-inline void pack_transposed(const S* source, int64_t ld, int64_t k_valid, int64_t n, uint32_t* out) {
+inline void pack_transposed(const S* source, int64_t ld, int64_t k_valid, int64_t n, uint32_t* out, bool fetch) {
   const int64_t items = (k_valid + C::kPair - 1) / C::kPair;
   for (int64_t k = 0; k < items; k += W) {
     vu rows[W];
-    if (k * 4 % kLine == 0)
+    if (fetch && k * 4 % kLine == 0)
 #pragma GCC unroll 16
       for (int r = 0; r < W; ++r) __builtin_prefetch(source + (r + kRowsAhead) * ld + k * C::kPair);
 #pragma GCC unroll 16
@@ -96,13 +98,14 @@ inline Factor<C> over_outputs(const Matrix& weight) {
   return {static_cast<const typename C::Store*>(weight.data), weight.ld, !weight.transposed};
 }
 
-// Panels of the first k_valid k and n columns of a factor: the same bits from either order of it.
+// Panels of the first k_valid k and n columns of a factor: the same bits from either order of it. fetch: see kFewRows.
 template <class C, int width = NR>
 inline void pack_panels(const Factor<C>& b, int64_t k_valid, int64_t n, int64_t panels, int64_t panel_items,
-                        uint32_t* out) {
+                        uint32_t* out, bool fetch = false) {
   if (b.k_major) return pack_natural<C, width>(b.data, b.ld, k_valid, n, panels, panel_items, out);
   for (int64_t c = 0; c < panels * width; c += width, out += panel_items * NR)
-    for (int v = 0; v < width; v += W) pack_transposed<C>(b.data + (c + v) * b.ld, b.ld, k_valid, n - c - v, out + v);
+    for (int v = 0; v < width; v += W)
+      pack_transposed<C>(b.data + (c + v) * b.ld, b.ld, k_valid, n - c - v, out + v, fetch);
 }
 
 // How a contraction over rows reads A: bf16 packed into pairs, tile by tile; fp32 where it lies, unless a tile is less than
