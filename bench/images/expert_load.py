@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from bench.images.hooks import looking_at
+
 
 @contextmanager
 def trace_picks(model: nn.Module, calls: Collection[int], guided: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -17,18 +19,11 @@ def trace_picks(model: nn.Module, calls: Collection[int], guided: bool) -> Itera
     trace: list[tuple[Tensor, Tensor]] = []
     seen = [0] * len(model.blocks)
 
-    def hook(layer: int, output: tuple[Tensor, ...]) -> None:
+    def look(layer: int, _: tuple, output: tuple[Tensor, ...]) -> None:
         if seen[layer] in calls:
             weights, ids = (v[: len(v) // 2] if guided else v for v in output[:2])
             trace.append((ids, weights))
         seen[layer] += 1
 
-    handles = [
-        block.moe.gate.register_forward_hook(lambda _, args, output, layer=layer: hook(layer, output))
-        for layer, block in enumerate(model.blocks)
-    ]
-    try:
+    with looking_at((block.moe.gate for block in model.blocks), look):
         yield trace
-    finally:
-        for handle in handles:
-            handle.remove()

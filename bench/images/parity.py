@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import moe_kernels
 from bench.images import fid
 from bench.images.digits import Classifier, features, recognised
+from bench.images.hooks import looking_at
 from bench.images.training import sample
 from bench.instrument.verify import slice_error, whole_error
 from moe_kernels import RouterCall, RoutingPlan, TokenChoice
@@ -211,22 +212,15 @@ def capture_inputs(model: nn.Module, calls: set[int], tokens: int) -> Iterator[l
     inputs: list[list[Tensor]] = [[] for _ in model.blocks]
     seen = [0] * len(model.blocks)
 
-    def keep(layer: int, x: Tensor) -> None:
+    def look(layer: int, args: tuple[Tensor, ...], _: object) -> None:
         if seen[layer] in calls:
             generator = torch.Generator().manual_seed(len(inputs) * seen[layer] + layer)
-            x = x.detach().flatten(0, -2)
+            x = args[0].detach().flatten(0, -2)
             inputs[layer].append(x[torch.randperm(len(x), generator=generator)[:tokens]])
         seen[layer] += 1
 
-    handles = [
-        block.moe.register_forward_pre_hook(lambda _, args, layer=layer: keep(layer, args[0]))
-        for layer, block in enumerate(model.blocks)
-    ]
-    try:
+    with looking_at((block.moe for block in model.blocks), look):
         yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -234,18 +228,14 @@ def record_routing(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect a bit mask of picked experts (images, tokens) for every MoE call, by one float32 router for all."""
     masks: list[Tensor] = []
 
-    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach()
+    def look(layer: int, args: tuple[Tensor, ...], _: object) -> None:
+        x, module = args[0].detach(), model.blocks[layer].moe
         logits = nn.functional.linear(x.float(), module.gate.weight.detach().float())
         ids = logits.topk(model.config.top_k, dim=-1).indices
         masks.append((1 << ids).sum(-1).to(torch.uint8 if len(module.gate.weight) <= 8 else torch.int64))
 
-    handles = [block.moe.register_forward_pre_hook(record) for block in model.blocks]
-    try:
+    with looking_at((block.moe for block in model.blocks), look):
         yield masks
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def near_ties(x: Tensor, gate_weight: Tensor, top_k: int) -> Tensor:

@@ -298,6 +298,7 @@ void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::
                       void* scratch) {
   constexpr int64_t kChunk = kChunkItems * C::kPair;
   constexpr bool kPacked = kTilesPacked<C> > 0;
+  static_assert(kPacked || W > 8, "Rows::step knows that short tiles are packed");
   constexpr int64_t kTogether = kPacked ? kTilesPacked<C> : 1;
   constexpr bool kDirect = sizeof(typename C::Store) == 4;  // sums stand in `out` itself where its panel is whole
   const int64_t chunk_panels = panels_in_l2(kChunkItems, NR);

@@ -75,13 +75,16 @@ def try_block(block: nn.Module, config: BlockConfig, hidden_size: int) -> None:
 @contextmanager
 def _full_precision(device: str) -> Iterator[None]:
     """Neither autocast nor TF32, whatever the caller has chosen."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # not the older switch: it raises beside these
+    before = [place.fp32_precision for place in places]
     try:
+        for place in places:
+            place.fp32_precision = "ieee"
         with torch.autocast(device, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 def _copy(block: nn.Module, path: str) -> nn.Module:

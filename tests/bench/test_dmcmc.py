@@ -115,6 +115,8 @@ def test_figures_of_the_data_themselves_and_of_a_lost_mode():
     assert whole["fd"] < 0.1 and whole["class_tv"] == 0 and min(whole["precision"], whole["recall"]) > 0.85
     assert half["fd"] > 5 and half["class_tv"] == 0.5 and half["precision"] > 0.85 and half["recall"] < 0.55
     assert precision_recall(real + 100, real) == (0.0, 0.0)
+    late = np.concatenate([real, real[:150] + 100])  # the larger set is thinned over its whole length
+    assert precision_recall(late, real)[0] == pytest.approx(0.8 * precision_recall(real, real)[0], abs=0.03)
     assert abs(whole["fd_bias"]) < 5 * whole["fd_error"] + 0.02 and whole["ess"] == 600
 
 

@@ -149,6 +149,8 @@ def test_files_of_another_run_are_named_by_what_differs(checkpoints, tmp_path, c
     error = capsys.readouterr().err
     assert "seed 0 there, 1 now" in error and "guidance 1.0 there, 2.0 now" in error and "steps" not in error
     assert sample(checkpoints["bad"], tmp_path) == 2 and "checkpoint" in capsys.readouterr().err
+    (tmp_path / "settings.json").write_text("{")
+    assert sample(checkpoints["pixels"], tmp_path) == 2 and "settings.json is damaged" in capsys.readouterr().err
     assert (tmp_path / "samples.npz").read_bytes() == before
 
 

@@ -15,6 +15,7 @@ from bench.images import checkpoints, digits, fid, training
 from bench.images.dmcmc.arms import Problem, Samples
 from bench.images.dmcmc.judge import Reference, figures
 from bench.images.dmcmc.levels import level_error, train_levels
+from bench.images.hooks import looking_at
 from bench.instrument.progress import say
 from reference.denoiser import Denoiser
 from reference.dmcmc import level_grid
@@ -125,18 +126,11 @@ def watch_loads(model: nn.Module) -> Iterator[Loads]:
     experts, depth = model.config.num_experts, len(model.blocks)
     loads = Loads([torch.zeros(experts, dtype=torch.int64) for _ in range(depth)], [0.0] * depth)
 
-    def hook(layer: int, output: tuple[Tensor, ...]) -> None:
+    def look(layer: int, _: tuple, output: tuple[Tensor, ...]) -> None:
         count = torch.bincount(output[1].flatten().long(), minlength=experts)
         loads.counts[layer] += count
         loads.per_call[layer] += float(count.max() / count.double().mean())
         loads.calls += 1
 
-    handles = [
-        block.moe.gate.register_forward_hook(lambda _, args, output, layer=layer: hook(layer, output))
-        for layer, block in enumerate(model.blocks)
-    ]
-    try:
+    with looking_at((block.moe.gate for block in model.blocks), look):
         yield loads
-    finally:
-        for handle in handles:
-            handle.remove()

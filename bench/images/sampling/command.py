@@ -101,7 +101,7 @@ def prepare(args: argparse.Namespace) -> tuple[Drawing, dict]:
         moe_kernels.replace_moe(model, backend=args.backend)
     drawing = Drawing(
         model, trained.time_scale, sampler, steps, args.guidance, args.guided_channels or CHANNELS[predicts],
-        parse_labels(args.labels, config.num_classes), args.seed, args.batch, device,
+        parse_labels(args.labels, config.num_classes), args.seed, min(args.batch, args.count), device,
         Decoder(args.vae, config.in_channels, device) if args.vae else None,
     )  # fmt: skip
     settings = {
