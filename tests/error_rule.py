@@ -113,7 +113,8 @@ def errors(view, name: str, draws: list[tuple[dict[str, Tensor], ...]]) -> Tenso
     """Return our errors and torch's, (2, draws): max over slices i of ||got_i - exact_i|| / ||exact_i||.
 
     A narrow slice is measured against the root mean square of all of them where that is larger: a scalar may cancel. In
-    float64 the oracle itself rounds: torch's error counts as at least 1e-12.
+    float64 the oracle itself rounds: torch's error counts as at least 1e-12. A single number's error counts as at least
+    half a unit in the last place: only luck rounds better.
     """
     slices = [view(oracle[name]) for _, _, oracle in draws]
     norms = [exact.norm(dim=1) for exact in slices]
@@ -124,7 +125,7 @@ def errors(view, name: str, draws: list[tuple[dict[str, Tensor], ...]]) -> Tenso
     def error(which: int, tensors: dict[str, Tensor], exact: Tensor, norm: Tensor) -> float:
         difference = (view(tensors[name]).detach().double() - exact).norm(dim=1)
         relative = torch.where(difference == 0, 0.0, difference / norm)
-        least = 1e-12 if which == 1 and tensors[name].dtype == torch.float64 else 0.0
+        least = least_error(tensors[name]) if which == 1 else 0.0
         worst = float(relative.max()) if len(relative) else 0.0
         return worst if worst != worst else max(worst, least)  # Python's max() would lose NaN
 
@@ -133,6 +134,12 @@ def errors(view, name: str, draws: list[tuple[dict[str, Tensor], ...]]) -> Tenso
         for which in (0, 1)
     ]
     return torch.tensor(found, dtype=torch.float64)
+
+
+def least_error(theirs: Tensor) -> float:
+    if theirs.dtype == torch.float64:
+        return 1e-12
+    return torch.finfo(theirs.dtype).eps / 2 if theirs.numel() == 1 else 0.0
 
 
 @contextmanager

@@ -48,6 +48,14 @@ def test_slices_by_themselves_show_what_is_no_number(seed):
     assert not keeps_the_rule(*errors(lambda t: t.flatten(1), "out", [draw]))
 
 
+@pytest.mark.parametrize(("units", "kept"), [(1, True), (5, False)])
+def test_a_single_number_may_be_a_unit_off_where_a_rival_was_lucky(units, kept):
+    exact = torch.ones((), dtype=torch.float64)
+    ours = {"aux": 1 + units * torch.tensor(torch.finfo(torch.float32).eps)}
+    draw = (ours, {"aux": exact.float()}, {"aux": exact})
+    assert keeps_the_rule(*errors(lambda t: t.reshape(1, -1), "aux", [draw])) == kept
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "kept"),
     [
