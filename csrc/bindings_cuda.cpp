@@ -1,5 +1,5 @@
 // The CUDA backend's Python module: every buffer checked as in bindings.cpp, except for contents, which are on a GPU.
-// Kernels go to the caller's stream on the device of use_device; scratch memory is the caller's, sized by *_workspace_bytes.
+// Kernels go to the caller's stream on the device of use_device, with the caller's scratch memory (*_workspace_bytes).
 #include "bindings_cuda.h"
 
 #include "cuda/combine.h"

@@ -177,6 +177,12 @@ def test_sizes_of_files():
     assert not {name: n for name, n in lines.items() if n > LONG_FILE}
 
 
+def test_sizes_of_lines():
+    """Neither formatter breaks a comment."""
+    numbered = ((relative(path), *line) for path in sources() for line in enumerate(path.read_text().splitlines(), 1))
+    assert not [f"{name}:{number}" for name, number, line in numbered if len(line) > 120]
+
+
 def test_sizes_of_functions():
     """9 of 10 under 40 lines, docstring included."""
     lengths = {

@@ -56,9 +56,9 @@ struct Slices {
   int64_t step, count;
 };
 
-// Weights of one kind on a GPU. Without an index slice e of `routed` is all of expert e, and `shared` is one slice. With
-// one every matrix is a slice: of gate_0, up_0, gate_1, ... number i is slice index[i] of `routed`; those of the shared
-// expert come last, out of `shared`.
+// Weights of one kind on a GPU. Without an index slice e of `routed` is all of expert e, and `shared` is one slice.
+// With one every matrix is a slice: of gate_0, up_0, gate_1, ... number i is slice index[i] of `routed`; those of the
+// shared expert come last, out of `shared`.
 struct Weights {
   Slices routed, shared;  // shared.data: null without a shared expert
   const int32_t* index;   // on the GPU, or null

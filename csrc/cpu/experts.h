@@ -40,8 +40,8 @@ void experts_bwd(const MoeSizes&, const PlanView&, const ExpertTable& weights, c
 void moe_mlp_fwd(const MoeSizes&, const PlanView&, const ExpertTable& weights, const PackedWeights* packed,
                  const void* x, void* out, void* gate_up, void* shared_gate_up);
 
-// Gradients of moe_mlp_fwd: dx (T, H), drow_weight (R,), and the weight gradients that `grads` has room for (exact zeros
-// for experts without rows). gate_up and shared_gate_up, where null, are computed again.
+// Gradients of moe_mlp_fwd: dx (T, H), drow_weight (R,), and the weight gradients that `grads` has room for (exact
+// zeros for experts without rows). gate_up and shared_gate_up, where null, are computed again.
 void moe_mlp_bwd(const MoeSizes&, const PlanView&, const ExpertTable& weights, const void* x, const void* dout,
                  const void* gate_up, const void* shared_gate_up, void* dx, float* drow_weight,
                  const ExpertTable& grads);

@@ -290,8 +290,8 @@ void dact(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
 
 // ---------------------------------------------------------------------------------------------- weight gradients
 // out[f, c] = sum over rows of a(row, f) b(row, c), for one block; a, b compute buffers, out storage.
-// The sums of a tile over chunks of rows stand in `out` itself where it is fp32 and the panel whole; else in `tile` where
-// one chunk has all rows, in scratch where there are several; the last chunk stores those, converted or cut.
+// The sums of a tile over chunks of rows stand in `out` itself where it is fp32 and the panel whole; else in `tile`
+// where one chunk has all rows, in scratch where there are several; the last chunk stores those, converted or cut.
 template <class C>
 void rows_contraction(const typename C::Elem* a, int64_t lda, const typename C::Elem* b, int64_t ldb, int64_t rows,
                       int64_t features, int64_t columns, int64_t panels, typename C::Store* out, int64_t ldo,

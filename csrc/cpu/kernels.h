@@ -11,8 +11,8 @@ namespace moe {
 enum class Compute : int { kFloat32 = 0, kBFloat16Widened = 1, kFloat16Widened = 2, kBFloat16Pairs = 3 };
 constexpr int kComputes = 4;
 
-// One weight matrix, nn.Linear's (out, in), or its gradient, in its owner's memory: element (o, i) at data + o * ld + i,
-// where transposed at data + i * ld + o.
+// One weight matrix, nn.Linear's (out, in), or its gradient, in its owner's memory: element (o, i) is
+// data[o * ld + i], where transposed data[i * ld + o].
 struct Matrix {
   void* data = nullptr;  // null: absent
   int64_t ld = 0;
@@ -71,7 +71,8 @@ struct Kernels {
   void (*dact[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
   // y = dgate_up [gate_proj; up_proj]. Panels of H.
   void (*dx[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
-  // ddown_proj = dout^T act; dgate_proj or dup_proj = a half of dgate_up^T x. Stored transposed: act^T dout, x^T dgate_up.
+  // ddown_proj = dout^T act; dgate_proj or dup_proj = a half of dgate_up^T x. Stored
+  // transposed: act^T dout, x^T dgate_up.
   void (*ddown_proj[kComputes])(const Group&, const GradBlock&, void* scratch);
   void (*dgate_up_proj[kComputes])(const Group&, const GradBlock&, void* scratch);
 

@@ -11,8 +11,8 @@ namespace {
 constexpr int MR = MOE_MR;
 constexpr int NR = 2 * W;
 constexpr int64_t kRegisterItems = 256;
-// With vectors of 32 bytes instructions are what is scarce (12 multiply-adds of 20 a step of K): steps are unrolled, B is
-// left to the hardware's prefetchers, and a stream gets a line every other step.
+// With vectors of 32 bytes instructions are what is scarce (12 multiply-adds of 20 a step of K): steps are unrolled, B
+// is left to the hardware's prefetchers, and a stream gets a line every other step.
 constexpr bool kPrefetchB = W > 8;
 constexpr int kSteps = W > 8 ? 1 : 4, kStreamSteps = W > 8 ? 1 : 2;
 constexpr int64_t kFeatureTiles = (kGradFeatures + MR - 1) / MR;
@@ -69,8 +69,8 @@ inline void keep([[maybe_unused]] int64_t& n) {
 #endif
 }
 
-// Where A(r, k) is read: a[r * lda + k], or a[k * lda + r] when kColumns. The latter's rows lie side by side; the former's
-// share a base three by three, since x86 reaches base, base + lda and base + 2 lda in one address.
+// Where A(r, k) is read: a[r * lda + k], or a[k * lda + r] when kColumns. The latter's rows lie side by side; the
+// former's share a base three by three, since x86 reaches base, base + lda and base + 2 lda in one address.
 template <bool kColumns, int rows>
 struct Rows {
   static constexpr int kBases = kColumns ? 1 : (rows + 2) / 3;

@@ -18,7 +18,8 @@ inline void zip(vh2 even, vh2 odd, uint32_t* out) {
 }
 
 // Panels of a K-major source, n valid columns, k_valid valid k: item (k, c) of the panel from source[k * ld + c], or
-// the pair (2k, c), (2k + 1, c). Row by row: the source is read as it lies in memory. width = W fills half of each panel.
+// the pair (2k, c), (2k + 1, c). Row by row: the source is read as it lies in memory. width = W fills
+// half of each panel.
 template <class C, int width = NR, class S>
 inline void pack_natural(const S* source, int64_t ld, int64_t k_valid, int64_t n, int64_t panels, int64_t panel_items,
                          uint32_t* out) {
@@ -48,8 +49,8 @@ inline vu load_items(const S* row, int64_t valid) {
   }
 }
 
-// With so few rows of tokens the products before have no time to bring weights into L2 (Ahead): packing asks for them, since
-// rows of weights are too short for the hardware's prefetchers. With more rows that costs up to 7 %.
+// With so few rows of tokens the products before have no time to bring weights into L2 (Ahead): packing asks for them,
+// since rows of weights are too short for the hardware's prefetchers. With more rows that costs up to 7 %.
 constexpr int64_t kFewRows = 12, kRowsAhead = 2 * W;
 
 // W columns from W rows of a (columns, K) source: the transpose of pack_natural.
@@ -72,7 +73,8 @@ inline void pack_transposed(const S* source, int64_t ld, int64_t k_valid, int64_
   }
 }
 
-// B of a product, (k, column), in its owner's memory: where k_major element (k, c) is at k * ld + c, else at c * ld + k.
+// B of a product, (k, column), in its owner's memory: where k_major element (k, c) is at
+// k * ld + c, else at c * ld + k.
 template <class C>
 struct Factor {
   const typename C::Store* data;
@@ -108,8 +110,8 @@ inline void pack_panels(const Factor<C>& b, int64_t k_valid, int64_t n, int64_t 
       pack_transposed<C>(b.data + (c + v) * b.ld, b.ld, k_valid, n - c - v, out + v, fetch);
 }
 
-// How a contraction over rows reads A: bf16 packed into pairs, tile by tile; fp32 where it lies, unless a tile is less than
-// half a line of it: then packed, four tiles in one pass over the rows, which lie a page apart.
+// How a contraction over rows reads A: bf16 packed into pairs, tile by tile; fp32 where it lies, unless a tile is less
+// than half a line of it: then packed, four tiles in one pass over the rows, which lie a page apart.
 template <class C>
 constexpr int kTilesPacked = C::kPair == 2 ? 1 : 4 * (2 * MR * 4 < kLine);
 constexpr int64_t kPackedTile = kChunkItems * MR + NR;

@@ -35,8 +35,8 @@ class Streams {
   int count_ = 0;
 };
 
-// A block of memory that later calls read, brought into L2 evenly by the calls before: packing straight from memory costs
-// a quarter of the time at 64 rows per expert.
+// A block of memory that later calls read, brought into L2 evenly by the calls before: packing straight from memory
+// costs a quarter of the time at 64 rows per expert.
 class Ahead {
  public:
   Ahead() = default;

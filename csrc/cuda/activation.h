@@ -4,8 +4,8 @@
 
 namespace moe::cuda {
 
-// Of what is rounded to 16 bits afterwards a few units in fp32's last place do not matter, but the slow paths of the exact
-// division and exponential do: their branches stand between the elements, which then wait for each other.
+// Of what is rounded to 16 bits afterwards a few units in fp32's last place do not matter, but the slow paths of the
+// exact division and exponential do: their branches stand between the elements, which then wait for each other.
 template <class T>
 constexpr bool kFast = sizeof(T) == 2;
 

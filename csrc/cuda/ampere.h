@@ -22,8 +22,8 @@ __device__ void wait_chunks() {
   cute::cp_async_wait<LEFT>();
 }
 
-// Four 8 x 8 matrices of 16-bit elements, matrix i from the rows that lanes 8 i to 8 i + 7 point to. A lane gets the two
-// elements 2 (lane % 4) of row lane / 4; transposed, of column lane / 4.
+// Four 8 x 8 matrices of 16-bit elements, matrix i from the rows that lanes 8 i to 8 i + 7 point to. A lane gets the
+// two elements 2 (lane % 4) of row lane / 4; transposed, of column lane / 4.
 __device__ inline void load_matrices(unsigned (&to)[4], const void* row) {
   cute::SM75_U32x4_LDSM_N::copy(*static_cast<const cute::uint128_t*>(row), to[0], to[1], to[2], to[3]);
 }

@@ -25,7 +25,7 @@ namespace moe::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// Launch `kernel` on `blocks` x `threads` with `shared` bytes of dynamic shared memory; nothing where there are no blocks.
+// Launch `kernel` on `blocks` x `threads` with `shared` bytes of dynamic shared memory; nothing without blocks.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared, cudaStream_t stream,
             Arguments&&... arguments) {

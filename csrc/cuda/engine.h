@@ -50,8 +50,8 @@ struct Loader {
   }
 };
 
-// Lane q of four holds two columns of each of four groups of eight: pairs[2 j], pairs[2 j + 1] of group j. Afterwards it
-// holds the eight columns of group q.
+// Lane q of four holds two columns of each of four groups of eight: pairs[2 j], pairs[2 j + 1] of group j. Afterwards
+// it holds the eight columns of group q.
 __device__ inline void gather_columns(float (&pairs)[8]) {
   const int q = threadIdx.x % 4;
 #pragma unroll

@@ -1,8 +1,9 @@
-// Grouped products on Hopper: a persistent block of one loading warpgroup and two that multiply (wgmma), in bf16 or fp16.
+// Grouped products on Hopper, bf16 or fp16: a persistent block of one loading warpgroup and two that multiply (wgmma).
 //
 // Weights and packed rows come by TMA; rows that a token index finds come by cp.async, by all threads of the loading
 // warpgroup. 128 x 128 tiles are multiplied in turns, one warpgroup stores while the other multiplies ("ping-pong");
-// 128 x 192 and 128 x 256 tiles are shared, 64 rows each ("cooperative"). No tile waits for another block, nothing waits for the host.
+// 128 x 192 and 128 x 256 tiles are shared, 64 rows each ("cooperative"). No tile waits for another block, nothing
+// waits for the host.
 #pragma once
 #include <algorithm>
 
@@ -62,8 +63,8 @@ struct Shared {
   __device__ int* table() const { return reinterpret_cast<int*>(&full(2 * C::kStages)); }
 };
 
-// Boxes of an operand: `outer` is the coordinate along the tile, `row` what is added to the coordinate of rows. Rows are
-// a 2-D tensor; weights have the slice as the last dimension.
+// Boxes of an operand: `outer` is the coordinate along the tile, `row` what is added to the coordinate of rows. Rows
+// are a 2-D tensor; weights have the slice as the last dimension.
 template <Summed LIES, int SIZE>
 __device__ void load_boxes(const TensorMap& map, Barrier& barrier, char* shared, int k, int outer, int row, int slice) {
   if (LIES == Summed::kInner) {
@@ -157,8 +158,9 @@ __device__ void clear_tail(const Shared<Product, N>& shared, int stage, int rows
   sync_threads(kCleared + (kPingPong ? consumer : 0), kHelpers);
 }
 
-// With `hand_over` the turn goes to the other warpgroup once all products of the tile are issued: it finds the tensor cores
-// at work. All full barriers of the tile have been waited for by then, which is what its view of the ring depends on.
+// With `hand_over` the turn goes to the other warpgroup once all products of the tile are issued: it finds the tensor
+// cores at work. All full barriers of the tile have been waited for by then, as its view of the ring
+// demands.
 template <class Product, int N>
 __device__ void multiply_tile(const Tile& tile, const Shared<Product, N>& shared,
                               Ring<Config<Product, N>::kStages>& ring, int consumer, bool hand_over,
@@ -195,8 +197,8 @@ __device__ void multiply_tile(const Tile& tile, const Shared<Product, N>& shared
 }
 
 // Cooperative: both warpgroups multiply every tile, 64 rows each. Ping-pong: each takes every other tile of the block,
-// and stores it while the other multiplies; the turn is a named barrier for each, and the ring's phases go on over tiles
-// that the other takes:
+// and stores it while the other multiplies; the turn is a named barrier for each, and the ring's phases go on over
+// tiles that the other takes:
 //   consumer 0   multiply tile 0 | store tile 0    | multiply tile 2 | store tile 2 ...
 //   consumer 1   skip tile 0     | multiply tile 1 | store tile 1    | multiply tile 3 ...
 //   turn         0, at the start | 1, by 0 when its products are issued | 0, by 1 | ...

@@ -1,4 +1,4 @@
-// The table of kernels: every product in every dtype that an engine multiplies. A kernel that is not here is not compiled.
+// The table of kernels: every product in every dtype that an engine multiplies. No other kernel is compiled.
 #pragma once
 #include "device.h"
 #include "experts.h"

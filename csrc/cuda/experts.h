@@ -1,4 +1,4 @@
-// The experts room on a GPU: grouped expert MLP over a routing plan, forward and backward, and the fused layer around it.
+// The experts room on a GPU: grouped expert MLP over a routing plan and the fused layer around it, both directions.
 #pragma once
 #include "../core/shapes.h"
 #include "combine.h"
@@ -42,8 +42,8 @@ int64_t moe_mlp_fwd_workspace_bytes(const MoeSizes&);
 void moe_mlp_fwd(const MoeSizes&, const PlanView&, const ExpertWeights&, const void* x, void* out, void* gate_up,
                  void* shared_gate_up, const Residual*, void* workspace, cudaStream_t);
 
-// Gradients of moe_mlp_fwd: dx (T, H), drow_weight (R,), and the weight gradients (exact zeros for experts without rows).
-// gate_up and shared_gate_up, where null, are computed again.
+// Gradients of moe_mlp_fwd: dx (T, H), drow_weight (R,), and the weight gradients (exact zeros for experts without
+// rows). gate_up and shared_gate_up, where null, are computed again.
 int64_t moe_mlp_bwd_workspace_bytes(const MoeSizes&, bool recompute);
 void moe_mlp_bwd(const MoeSizes&, const PlanView&, const ExpertWeights&, const void* x, const void* dout,
                  const void* gate_up, const void* shared_gate_up, void* dx, float* drow_weight, const ExpertGrads&,

@@ -31,8 +31,8 @@ struct Modulation {
 void modulated_gating_fwd(const GatingSizes&, const Modulation&, const float* weight, void* tokens, float* probs,
                           float* topk_weights, int32_t* topk_ids, float* moments, cudaStream_t);
 
-// Gradients: dx (B, L, H), dshift and dscale (B, H) of the dtypes of x, shift and scale, dweight (E, H) fp32. dtokens (T, H) of
-// GatingSizes::dtype and dtopk_weights may each be null. Sums over tokens are ordered.
+// Gradients: dx (B, L, H), dshift and dscale (B, H) of the dtypes of x, shift and scale, dweight (E, H) fp32. dtokens
+// (T, H) of GatingSizes::dtype and dtopk_weights may each be null. Sums over tokens are ordered.
 int64_t modulated_gating_bwd_workspace_bytes(const GatingSizes&, const Modulation&);
 void modulated_gating_bwd(const GatingSizes&, const Modulation&, const void* dtokens, const float* dtopk_weights,
                           const DProbs& dprobs, const float* weight, const int32_t* topk_ids, const float* probs,

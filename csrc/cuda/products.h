@@ -40,7 +40,7 @@ struct Tile {
   bool shared;
 };
 
-// What the end of a product reads beside its sums: nothing, or Kept of the product. An engine asks for it one step ahead.
+// What the end of a product reads beside its sums: nothing, or Kept of the product. Engines ask one step ahead.
 struct Nothing {};
 
 constexpr int kBand = 8;  // tiles in m that come for one n before the next: neighbours in time share operands
@@ -203,7 +203,8 @@ struct RowsTimes : RowsTimesWeights<T_> {
 };
 
 // dact' = dout_r down_proj_e; dgate_up = activation'(gate_up, w_r dact'); act = w_r activation(gate_up); parts
-// (R, num_parts): the sums of dact' activation(gate_up) over part_columns columns each. Without row_weight w_r is 1, and there are no parts.
+// (R, num_parts): the sums of dact' activation(gate_up) over part_columns columns each. Without row_weight w_r is 1,
+// and there are no parts.
 template <class T_, bool GELU>
 struct Dact : RowsTimesWeights<T_> {
   using T = T_;

@@ -1,6 +1,6 @@
-// What csrc/cuda/hopper.h wraps, on fibers: barriers with transactions, TMA boxes, wgmma with its descriptors, after the
-// PTX manual. Copies and products happen at once (MOE_FIBER_ORDER=forward) or as late as the barriers allow: a missing
-// wait shows in one of the two.
+// What csrc/cuda/hopper.h wraps, on fibers: barriers with transactions, TMA boxes, wgmma with its descriptors, after
+// the PTX manual. Copies and products happen at once (MOE_FIBER_ORDER=forward) or as late as the barriers allow: a
+// missing wait shows in one of the two.
 #pragma once
 #include <deque>
 

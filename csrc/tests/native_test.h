@@ -1,4 +1,4 @@
-// What the tests of csrc/cpu share: buffers of NaN, layouts of weights in memory, plans, and the experts' loop in double.
+// What the tests of csrc/cpu share: buffers of NaN, layouts of weights in memory, plans, the experts in double.
 #pragma once
 #include <algorithm>
 #include <array>

@@ -59,9 +59,9 @@ def compute_modulated(shape, dtype):
         else:
             tokens, weights, ids, probs = modulated_gating(*inputs, K, backend=how)
         loss = sum((t * d.to(t.dtype)).sum() for t, d in ((tokens, dtokens), (weights, dweights), (probs, dprobs)))
-        grads = torch.autograd.grad(loss, inputs)
         names = ("dx", "dshift", "dscale", "dgate_weight")
-        return {"tokens": tokens, "topk_weights": weights, "probs": probs, "topk_ids": ids} | dict(zip(names, grads))  # noqa: B905
+        gradients = dict(zip(names, torch.autograd.grad(loss, inputs), strict=True))
+        return {"tokens": tokens, "topk_weights": weights, "probs": probs, "topk_ids": ids} | gradients
 
     return compute
 
