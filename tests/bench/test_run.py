@@ -149,7 +149,7 @@ def test_a_second_process_on_the_same_rows_is_refused(tmp_path):
     words = [sys.executable, "-c", OTHER_PROCESS, str(path)]
     with subprocess.Popen(words, cwd=store.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "mine\n"
-        with pytest.raises(ValueError, match="rows.jsonl: another process is writing it"):
+        with pytest.raises(ValueError, match=r"rows\.jsonl: another process is writing it"):
             ledger.Ledger(path, {})
     ledger.Ledger(path, {}).stage("one", lambda: [store.row("time")])
     assert len(store.read(path)) == 1, "the lock went with the process"

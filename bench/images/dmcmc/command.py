@@ -59,7 +59,10 @@ SIZES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--size", choices=list(SIZES), default="default", help="tiny: seconds; small: a quarter of an hour; default: hours"
+        "--size",
+        choices=list(SIZES),
+        default="default",
+        help="tiny: seconds; small: half an hour; default: hours",
     )
     parser.add_argument("--tier", choices=("oracle", "trained", "both"), default="both", help="default: both")
     parser.add_argument(
