@@ -143,14 +143,12 @@ class Job:
         self.foreign = checkpoints.load_foreign(args.ckpt, self.data) if args.ckpt else None
         identity = f"{self.foreign.identity}-{self.data.digest()}" if self.foreign else self.recipe.hash
         self.folder.mkdir(parents=True, exist_ok=True)
-        if args.fresh:
-            for name in ("rows.jsonl", "pictures.npz", experts.TABLES, "training.pt", "model.safetensors"):
+        settings = {"identity": identity, "size": args.size, "threads": self.threads}
+        code = {"commit": store.commit()["commit"], "source": ledger.source_digest()}
+        self.ledger = ledger.Ledger(self.folder / "rows.jsonl", settings, code, args.fresh)
+        if args.fresh:  # behind the lock: nothing of a run that still goes on is forgotten
+            for name in ("pictures.npz", experts.TABLES, "training.pt", "model.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
-        key = {
-            "commit": store.commit()["commit"], "source": ledger.source_digest(), "identity": identity,
-            "size": args.size, "threads": self.threads,
-        }  # fmt: skip
-        self.ledger = ledger.Ledger(self.folder / "rows.jsonl", key)
         if not self.ledger.rows:
             (self.folder / "pictures.npz").unlink(missing_ok=True)
 

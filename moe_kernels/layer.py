@@ -80,10 +80,20 @@ class MoELayer(nn.Module):
         self.gate_up_proj, self.down_proj = projection(E, halves * I, H), projection(E, H, I)
         self.shared_gate_up_proj = projection(halves * Is, H) if Is else None
         self.shared_down_proj = projection(H, Is) if Is else None
-        self.reset_parameters()
+        self._draw_weights()
 
     def reset_parameters(self) -> None:
-        """Draw weights as DiT-MoE does: Xavier-uniform for each expert matrix, U(+-1/sqrt(H)) for the router."""
+        """Draw weights as DiT-MoE does: Xavier-uniform for each expert matrix, U(+-1/sqrt(H)) for the router.
+
+        A router that is a module with a `reset_parameters` of its own begins anew, too: what `to_empty` left in its
+        averages is whatever memory held.
+        """
+        self._draw_weights()
+        begin = getattr(self.router, "reset_parameters", None)
+        if begin is not None:
+            begin()
+
+    def _draw_weights(self) -> None:
         H, inner = self._hidden_size(), -2 if LAYOUTS[self.layout].in_out else -1
         bound = self.gate_weight.shape[1] ** -0.5
         nn.init.uniform_(self.gate_weight, -bound, bound)

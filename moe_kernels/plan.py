@@ -18,7 +18,7 @@ class RoutingPlan:
     Where the number of rows depends on values (thresholds), R is a bound, and the first expert_offsets[E] rows are
     those that there are. The rows behind belong to nobody: no expert computes them, no token sums them, and nothing
     that they hold reaches a result. Their row_token is in [0, T) and their token_rows in [0, R): kernels may load from
-    there. The gradient of their row_weight is arbitrary, and the ops that make such plans drop it.
+    there. The gradient of their row_weight is arbitrary (0 in anomaly mode), and the ops that make such plans drop it.
     The ops check shapes, dtypes and devices of a plan; its contents are checked by `validate` alone.
     """
 

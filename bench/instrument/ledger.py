@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bench.instrument import progress, store
@@ -15,18 +17,28 @@ ROOT = store.ROOT
 
 
 class Ledger:
-    """The rows of a run, stage by stage. Rows of another source, model, data or size are dropped at the start."""
+    """The rows of a run, stage by stage, in a file that no other process writes while this one lives.
 
-    def __init__(self, path: Path, key: dict):
-        self.path, self.key = path, key
+    Args:
+        settings: what the rows depend on and the user chose. A file with rows of other settings is refused.
+        code: what they depend on besides, such as commit and sources. Rows of other code are dropped: they are stale.
+        fresh: forget all rows that are there.
+    Raises: ValueError for a file that another process works on, and for rows of other settings, naming both values.
+    """
+
+    def __init__(self, path: Path, settings: Mapping, code: Mapping | None = None, fresh: bool = False):
+        self.path, self.key = path, {**settings, **(code or {})}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weakref.finalize(self, os.close, _lock(path))
         try:
-            found = store.recover(path)
+            found = [] if fresh else store.recover(path)
         except ValueError as error:
             progress.say(f"starting anew: {error}")
             found = []
-        self.rows = [row for row in found if all(row.get(name) == value for name, value in key.items())]
+        _refuse_other(path, found, settings)
+        self.rows = [row for row in found if all(row.get(name) == value for name, value in self.key.items())]
         if len(self.rows) < len(found):
-            progress.say(f"{path}: {len(found) - len(self.rows)} rows of another source, model or size dropped")
+            progress.say(f"{path}: {len(found) - len(self.rows)} rows of another commit or source dropped")
         self._rewrite()
 
     def complete(self, stage: str) -> list[dict]:
@@ -52,10 +64,33 @@ class Ledger:
         return rows
 
     def _rewrite(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         spare = self.path.with_suffix(".tmp")
         spare.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in self.rows), encoding="utf-8")
         os.replace(spare, self.path)
+
+
+def _lock(path: Path) -> int:
+    """Lock rows for this process and return the descriptor that holds the lock; the kernel frees it when we end.
+
+    The lock lies beside the rows, whose file is replaced.
+    """
+    descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise ValueError(f"{path}: another process is writing it; wait for its end, or choose another --out") from None
+    return descriptor
+
+
+def _refuse_other(path: Path, rows: Sequence[dict], settings: Mapping) -> None:
+    for name, value in settings.items():
+        others = [row for row in rows if name in row and row[name] != value]
+        if others:
+            raise ValueError(
+                f"{path}: {len(others)} rows there have {name} {others[0][name]!r}, expected {value!r}, as asked for "
+                "now; choose another --out, or move the file away"
+            )
 
 
 def source_digest(suffixes: Collection[str] = (".py", ".so")) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from ..weights import LayerWeights
 from .family import Family
 from .linear import NotUnderstoodError
 from .reading import Experts, Reader, unequal
+
+INSIDE = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, Path(__file__).parent))  # torch's, ours
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class MoEBlock(nn.Module):
         said = self.__dict__.setdefault("moe_said", set())
         if reason not in said:
             said.add(reason)
-            warnings.warn(f"replace_moe: {reason}; the block's original forward computes it", stacklevel=6)
+            warnings.warn(f"replace_moe: {reason}; the block's original forward computes it", stacklevel=_level())
         result = super().forward(x, *args, **kwargs)
         y = result if isinstance(result, Tensor) else result[0]
         wanted = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
@@ -122,6 +127,14 @@ class MoEBlock(nn.Module):
         """Pickle, and so copy, as the original's class: the one of this block is made at run time."""
         state = object.__reduce_ex__(self, max(protocol, 2))[2]  # as the class, or its __getstate__ and slots, have it
         return _rebuild, (original_class(self), self.moe_config.family), state
+
+
+def _level() -> int:
+    """Return the stacklevel at which a warning of our caller names who called the block: no line of torch or ours."""
+    frame, level = sys._getframe(1), 1  # warnings' skip_file_prefixes needs Python 3.12
+    while frame.f_back and frame.f_code.co_filename.startswith(INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def layer_weights(experts: Experts) -> LayerWeights:

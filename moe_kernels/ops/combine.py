@@ -12,7 +12,7 @@ from ..backends.base import Backend, Request
 from ..backends.registry import choose
 from ..plan import RoutingPlan
 from ._library import register
-from .experts import contiguous_plan, plan_gradient
+from .experts import contiguous_plan, owned_rows, plan_gradient
 
 
 def combine(y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -67,6 +67,7 @@ def _backward(ctx: Any, dout: Tensor):
     y_rows, *plan = ctx.saved_tensors
     dy_rows, drow_weight = _combine_bwd(dout, y_rows, plan, ctx.backend)
     dshared = dout if ctx.has_shared else None
+    dy_rows, drow_weight = (owned_rows(rows, RoutingPlan(*plan)) for rows in (dy_rows, drow_weight))
     return dy_rows, plan_gradient(drow_weight), dshared, None
 
 

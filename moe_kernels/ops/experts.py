@@ -86,6 +86,17 @@ def split_plan(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return tensors[: len(FIELDS)], tensors[len(FIELDS) :]
 
 
+def owned_rows(rows: Tensor, plan: RoutingPlan) -> Tensor:
+    """Return gradients of rows as autograd is to have them: in anomaly mode 0 behind the plan's last row.
+
+    What memory held there reaches no result, but anomaly mode would call its NaN an error.
+    """
+    if not torch.is_anomaly_enabled():
+        return rows
+    behind = torch.arange(len(rows), device=rows.device) >= plan.expert_offsets[-1]
+    return rows.masked_fill(behind.view(-1, *[1] * (rows.dim() - 1)), 0)
+
+
 def plan_gradient(drow_weight: Tensor | None) -> list[Tensor | None]:
     """Return an op's gradients of the plan's tensors, of which row_weight alone has one."""
     return [drow_weight if name == "row_weight" else None for name in FIELDS]

@@ -24,7 +24,7 @@ from ._expert_weights import (
     gradients_of,
 )
 from ._library import needs_input_grad, register
-from .experts import contiguous_plan, plan_gradient, require_saved, split_plan
+from .experts import contiguous_plan, owned_rows, plan_gradient, require_saved, split_plan
 
 
 def moe_mlp(
@@ -209,6 +209,7 @@ def _backward(ctx: Any, dout: Tensor | None, dgate_up: None, dshared_gate_up: No
             dgated = [dresidual, dgate]
         how = ctx.activation, ctx.layout, needed, ctx.backend
         dx, drow_weight, gradients = _moe_mlp_bwd(dout, x, plan, *weights, gate_up, shared_gate_up, *how)
+        drow_weight = owned_rows(drow_weight, RoutingPlan(*plan))
         dweights = by_kind(iter(gradients), weights, needed)
     return dx, plan_gradient(drow_weight), *dweights, dgated, None, None, None, None, None
 

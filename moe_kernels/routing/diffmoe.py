@@ -39,7 +39,8 @@ class DiffMoE(StatefulRouter):
         aux_loss_mode: as in TokenChoice.
 
     State: the buffers expert_threshold (E,) and ema_decay (1,), and the predictor's parameters, named as in the
-    released code. Under activation checkpointing a step counts twice in the average.
+    released code. Under activation checkpointing a step counts once in the average; twice if the router is compiled and
+    the checkpoint around it is not.
     Source: reference.routers.diffmoe_training, diffmoe_sampling, capacity_predictor.
     """
 
@@ -66,10 +67,19 @@ class DiffMoE(StatefulRouter):
         if not 0 < capacity_factor <= E:
             raise ValueError(f"capacity_factor: got {capacity_factor}, expected (0, E] with E = {E} experts")
         self.capacity_factor, self.predictor_weight, self.sampling = capacity_factor, predictor_weight, sampling
+        self.decay = decay
         self.max_picks, self.process_group, self.aux_loss_mode = max_picks, process_group, aux_loss_mode
         self.capacity_predictor = nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, E))
         self.register_buffer("expert_threshold", torch.zeros(E))
         self.register_buffer("ema_decay", torch.tensor([decay]))
+
+    def reset_parameters(self) -> None:
+        """Begin anew: thresholds 0, ema_decay as given, the predictor drawn as nn.Linear's layers. `to_empty` leaves
+        whatever memory held."""
+        self.expert_threshold.zero_()
+        self.ema_decay.fill_(self.decay)
+        for part in (self.capacity_predictor[0], self.capacity_predictor[2]):
+            part.reset_parameters()
 
     def plan(self, call: RouterCall) -> tuple[RoutingPlan, Tensor | None]:
         scores = self.scores(call)

@@ -61,6 +61,8 @@ def update_ema(
     """Set average to decay average + (1 - decay) value in place; value is None where there are no tokens.
 
     With a process group the value is the mean over its ranks that have one; all of them have to call.
+    Where backward computes a forward again (activation checkpointing) the average stays: it has had this step. The rest
+    is computed there too, because a policy that keeps results of ops hands them out in their order.
     """
     have = average.new_full((1,), value is not None)
     value = torch.zeros_like(average) if value is None else value.to(average.dtype)
@@ -69,4 +71,11 @@ def update_ema(
         distributed.all_reduce(sums, group=group)
         value, have = (sums[:-1] / sums[-1].clamp(min=1)).view_as(value), sums[-1:]
     new = decay * average + (1 - decay) * value
-    average.copy_(torch.where(have > 0, new, average).view_as(average))
+    new = torch.where(have > 0, new, average).view_as(average)
+    if not _recomputing():
+        average.copy_(new)
+
+
+def _recomputing() -> bool:
+    """Tell whether autograd's backward is what calls. A graph being compiled is told at run time by nobody: False."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

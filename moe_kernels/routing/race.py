@@ -34,7 +34,7 @@ class ExpertRace(StatefulRouter):
         aux_loss_mode: as in TokenChoice.
 
     State: the buffer threshold (); with a process group its ranks have to step together. Under activation checkpointing
-    a step counts twice in the average.
+    a step counts once in the average; twice if the router is compiled and the checkpoint around it is not.
     Source: reference.routers.race, router_similarity_loss, ema.
     """
 
@@ -60,6 +60,12 @@ class ExpertRace(StatefulRouter):
         self.process_group = process_group
         self.hidden = None if hidden_size is None else nn.Linear(hidden_size, hidden_size)
         self.register_buffer("threshold", torch.zeros(()))
+
+    def reset_parameters(self) -> None:
+        """Begin anew: threshold 0, the hidden layer drawn as nn.Linear's. `to_empty` leaves whatever memory held."""
+        self.threshold.zero_()
+        if self.hidden is not None:
+            self.hidden.reset_parameters()
 
     def scores(self, call: RouterCall) -> Tensor:
         x = call.tokens

@@ -154,10 +154,15 @@ class Router:
 class StatefulRouter(Router, nn.Module):
     """A router with averages, which stay in float32 or wider in a half-precision layer: there they would stand still.
 
-    A copy shares the process group; a pickled one has none.
+    A copy shares the process group; a pickled one has none. `MoELayer.reset_parameters` calls `reset_parameters`, which
+    gives parameters and averages their first values: `to_empty` leaves whatever memory held.
     """
 
     process_group: distributed.ProcessGroup | None = None
+
+    def reset_parameters(self) -> None:
+        """Give parameters and averages their first values."""
+        raise NotImplementedError(f"{type(self).__name__}: a router with averages defines reset_parameters")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = dict(self._buffers)

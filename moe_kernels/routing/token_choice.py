@@ -100,6 +100,10 @@ class GroupLimitedChoice(StatefulRouter):
         self.renormalise, self.route_scale = renormalise, route_scale
         self.register_buffer("e_score_correction_bias", torch.zeros(E))
 
+    def reset_parameters(self) -> None:
+        """Set the bias to 0. `to_empty` leaves whatever memory held."""
+        self.e_score_correction_bias.zero_()
+
     def plan(self, call: RouterCall) -> tuple[RoutingPlan, Tensor | None]:
         scores = self.scores(call)
         _checks.shape("gate_weight", scores.shape[1:], self.e_score_correction_bias.shape, "E")

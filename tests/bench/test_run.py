@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -111,13 +113,46 @@ def test_a_stage_without_all_its_rows_is_run_again(tmp_path):
     assert [r["n"] for r in rows_of(tmp_path)] == [3]
 
 
-@pytest.mark.parametrize("field", ["commit", "source", "identity", "size", "threads"])
-def test_rows_of_something_else_are_dropped(tmp_path, field, capsys):
-    key = {"commit": "a", "source": "b", "identity": "c", "size": "d", "threads": 1}
+SETTINGS, CODE = {"identity": "c", "size": "d", "threads": 1}, {"commit": "a", "source": "b"}
+
+
+@pytest.mark.parametrize("field", CODE)
+def test_rows_of_other_code_are_dropped(tmp_path, field, capsys):
     path = tmp_path / "rows.jsonl"
-    row = {**store.row("run"), **key, field: "other", "stage": "start", "stage_rows": 1}
-    store.append(path, row)
-    assert not ledger.Ledger(path, key).rows and "dropped" in capsys.readouterr().out
+    store.append(path, {**store.row("run"), **SETTINGS, **CODE, field: "other", "stage": "start", "stage_rows": 1})
+    assert not ledger.Ledger(path, SETTINGS, CODE).rows and "dropped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("field", SETTINGS)
+def test_rows_of_other_settings_are_kept_and_the_run_refused(tmp_path, field):
+    path = tmp_path / "rows.jsonl"
+    ledger.Ledger(path, SETTINGS, CODE).stage("one", lambda: [store.row("time")])
+    before = path.read_text()
+    with pytest.raises(ValueError, match=rf"rows.jsonl: 1 rows there have {field} .*, expected 'other'.*--out"):
+        ledger.Ledger(path, {**SETTINGS, field: "other"}, {**CODE, "source": "later"})
+    assert path.read_text() == before
+
+
+OTHER_PROCESS = """
+import sys
+from pathlib import Path
+from bench.instrument.ledger import Ledger
+
+rows = Ledger(Path(sys.argv[1]), {})
+print("mine", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_on_the_same_rows_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = [sys.executable, "-c", OTHER_PROCESS, str(path)]
+    with subprocess.Popen(words, cwd=store.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(ValueError, match=r"rows\.jsonl: another process is writing it"):
+            ledger.Ledger(path, {})
+    ledger.Ledger(path, {}).stage("one", lambda: [store.row("time")])
+    assert len(store.read(path)) == 1, "the lock went with the process"
 
 
 def test_unreadable_rows_are_no_end(tmp_path, capsys):

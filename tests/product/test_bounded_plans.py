@@ -114,6 +114,20 @@ def test_room_by_room(backend, dtype, seed):
     assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@each_backend
+def test_anomaly_mode_finds_nothing_behind(backend, seed):
+    """Outputs are poisoned here: the gradient of a weight behind the rows is NaN, and reaches nobody."""
+    p, (weights, picks) = make_problem(PLAIN, seed, torch.float32), draw(seed)
+    x, weights = p.x.clone().requires_grad_(), weights.requires_grad_()
+    with torch.autograd.detect_anomaly():
+        plan = dispatch_mask(weights, picks)
+        y = moe_mlp(x, plan, p.gate_up_proj, p.down_proj, backend=backend)
+        rows = experts(x, plan, p.gate_up_proj, p.down_proj, backend=backend)
+        (y + combine(rows, plan, backend=backend)).sum().backward()
+    assert weights.grad.isfinite().all() and x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import (
     DiffMoE,
@@ -127,6 +129,36 @@ def test_thresholds_are_averages_over_training(seed):
     layer.eval()(x, **call)
     assert torch.equal(layer.router.expert_threshold, kept)
     assert {"router.expert_threshold", "router.ema_decay"} < set(layer.state_dict())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["race", "DiffMoE"])
+def test_a_recomputed_step_counts_once(name, reentrant, seed):
+    found = []
+    for way in ("plain", "checkpoint"):
+        layer, x, call = draw(CASES[name], "eager", seed)
+        x = x.detach().requires_grad_()
+        if way == "plain":
+            y = layer(x, **call)
+        else:
+            y = checkpoint(functools.partial(layer, **call), x, use_reentrant=reentrant)
+        y.square().sum().backward()
+        found.append([x.grad, layer.gate_weight.grad, *layer.router.buffers()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["race of an image", "DiffMoE", "DSMoE"])
+def test_behind_to_empty_a_router_begins_anew(name):
+    layer = MoELayer(H, 24, E, 2, router=CASES[name].make())
+    first = {key: buffer.clone() for key, buffer in layer.named_buffers()}
+    for tensor in layer.to_empty(device="cpu").state_dict().values():
+        tensor.fill_(torch.nan)
+    layer.reset_parameters()
+    assert all(torch.equal(buffer, first[key]) for key, buffer in layer.named_buffers()) and first
+    assert all(p.isfinite().all() and p.any() for p in layer.parameters())
+    loaded = ExpertRace(2)
+    loaded.threshold.fill_(3.0)
+    assert MoELayer(H, 24, E, 2, router=loaded).router.threshold == 3.0, "a layer around a router keeps what it has"
 
 
 def _call(layer, x):

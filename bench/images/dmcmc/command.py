@@ -52,14 +52,17 @@ SIZES = {
     "tiny": Size(
         Amount(20, 3, 3, 1), (6,), 1, ("dpmpp_2m", "heun"), ("dpmpp_2m", "heun"), ("released", "drawn level"), 100, 1
     ),
-    "small": Size(Amount(60, 10, 5, 4), (5, 10, 20), 1),
+    "small": Size(Amount(60, 10, 5, 4), (5, 10, 20), 3),
     "default": Size(Amount(100, 20, 9, 10), (5, 10, 20, 40), 3),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--size", choices=list(SIZES), default="default", help="tiny: seconds; small: minutes; default: an hour"
+        "--size",
+        choices=list(SIZES),
+        default="default",
+        help="tiny: seconds; small: half an hour; default: hours",
     )
     parser.add_argument("--tier", choices=("oracle", "trained", "both"), default="both", help="default: both")
     parser.add_argument(
@@ -77,8 +80,8 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     size, data = SIZES[args.size], digits.load_digits()
     args.out.mkdir(parents=True, exist_ok=True)
-    key = {"source": source_digest(), "size": args.size, "threads": args.threads, "guidance": args.guidance}
-    ledger = Ledger(store.check_rows_file(args.out / FILE), key)
+    settings = {"size": args.size, "threads": args.threads, "guidance": args.guidance}
+    ledger = Ledger(store.check_rows_file(args.out / FILE), settings, {"source": source_digest()})
     makers: dict[str, Callable[[], Oracle | Trained]] = {
         "oracle": lambda: Oracle(data),
         "trained": lambda: Trained(data, args.out, size.epochs, size.level_steps, args.guidance),

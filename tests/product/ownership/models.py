@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,9 +130,11 @@ def ten_losses(model: nn.Module, seed: int, step: Callable[[], None] | None = No
 
 @contextmanager
 def one_warning(path: str) -> Iterator[None]:
-    """Check that the block says once that the original computes, and names the module at `path`."""
+    """Check that the block says once that the original computes, naming the module at `path` and a line of these tests,
+    not one of torch or moe_kernels."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    said = [str(w.message) for w in caught if "original forward computes" in str(w.message)]
-    assert len(said) == 1 and path in said[0], said
+    said = [w for w in caught if "original forward computes" in str(w.message)]
+    assert len(said) == 1 and path in str(said[0].message), said
+    assert Path(said[0].filename).is_relative_to(Path(__file__).parent), said[0].filename
