@@ -1,9 +1,14 @@
-"""bfloat16 in Triton's interpreter: it keeps the bits as uint16, multiplies them as integers and truncates; made right.
+"""Triton's interpreter made right, and faster. Patches for tests alone.
 
-A patch for tests alone. Kernels compute in float32 after `.to(tl.float32)`, so casts and products are all there is.
+bfloat16: it keeps the bits as uint16, multiplies them as integers and truncates. Kernels compute in float32 after
+`.to(tl.float32)`, so casts and products are all there is.
 """
 
 from __future__ import annotations
+
+import functools
+import operator
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -17,6 +22,36 @@ def from_float32(values: np.ndarray) -> np.ndarray:
     """Round to the nearest bfloat16, ties to even, as torch does."""
     wide = torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: broadcast views have stride 0
     return wide.bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+def patch_each_function_once() -> None:
+    """Keep the interpreter from looking through all of triton.language at every launch and at every call of a device
+    function, such as tl.sum, for what it has to replace there: once for each function is enough."""
+    from triton.runtime import interpreter
+
+    patch, kept = interpreter._patch_lang, SimpleNamespace(restore=lambda: None)
+
+    @functools.cache
+    def patch_once(function):
+        patch(function)
+        return kept
+
+    interpreter._patch_lang = patch_once
+
+
+def check_overflow_in_numpy() -> None:
+    """Make integers that overflow an error: Triton spends a third of all time on that, and drops what it has found."""
+    from triton.runtime import interpreter
+
+    def check(lhs, rhs, operation):
+        dtype = lhs.type.scalar
+        if dtype.int_bitwidth < 64:
+            a, b = (operand.handle.data.astype(np.int64) for operand in (lhs, rhs))
+            exact = getattr(operator, operation.__name__)(a, b)
+            within = (exact >= dtype.get_int_min_value()) & (exact <= dtype.get_int_max_value())
+            assert within.all(), f"{dtype} overflow detected for operation {operation.__name__}"
+
+    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = check
 
 
 def enable_bfloat16() -> None:
