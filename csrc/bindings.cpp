@@ -265,7 +265,15 @@ void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of moe_kernels; call them through moe_kernels.backends.native.";
-  bind_tensor(m);
+  py::register_local_exception<Error>(m, "Error", PyExc_ValueError);
+  py::class_<Tensor>(m, "Tensor", py::module_local(),
+                     "A view of caller-owned memory: address, dtype tag, sizes, strides, readable bytes.")
+      .def(py::init(
+          [](uintptr_t data, int dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides, int64_t nbytes) {
+            MOE_CHECK(dtype >= 0 && dtype <= 3, "dtype tag: ", dtype,
+                      ", expected 0 (fp32), 1 (bf16), 2 (fp16) or 3 (int32)");
+            return Tensor{reinterpret_cast<void*>(data), Dtype(dtype), std::move(sizes), std::move(strides), nbytes};
+          }));
   py::class_<Block>(m, "Block", py::buffer_protocol(), "Memory out of the pool that survives between calls.")
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def_buffer([](const Block& block) {

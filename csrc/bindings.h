@@ -71,17 +71,4 @@ inline DProbs dprobs_of(const std::optional<Tensor>& t, const GatingSizes& s) {
 
 inline Tensor optional(const std::optional<Tensor>& t) { return t ? *t : Tensor{}; }
 
-inline void bind_tensor(pybind11::module_& m) {
-  namespace py = pybind11;
-  py::register_local_exception<Error>(m, "Error", PyExc_ValueError);
-  py::class_<Tensor>(m, "Tensor", py::module_local(), py::dynamic_attr(),
-                     "A view of caller-owned memory: address, dtype tag, sizes, strides, readable bytes.")
-      .def(py::init(
-          [](uintptr_t data, int dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides, int64_t nbytes) {
-            MOE_CHECK(dtype >= 0 && dtype <= 3, "dtype tag: ", dtype,
-                      ", expected 0 (fp32), 1 (bf16), 2 (fp16) or 3 (int32)");
-            return Tensor{reinterpret_cast<void*>(data), Dtype(dtype), std::move(sizes), std::move(strides), nbytes};
-          }));
-}
-
 }  // namespace moe

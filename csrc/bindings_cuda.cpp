@@ -303,7 +303,7 @@ void py_gated_residual_bwd(const Tensor& dout, const Tensor& y, const Tensor& ga
 
 PYBIND11_MODULE(MOE_MODULE, m) {
   m.doc() = "CUDA kernels of moe_kernels; call them through moe_kernels.backends.cuda.";
-  bind_tensor(m);
+  py::register_local_exception<Error>(m, "Error", PyExc_ValueError);
 #ifdef MOE_FIBERS
   m.attr("on_fibers") = true;  // the same sources on CPU memory, for tests
   m.def("launches", [] { return fibers::launches(); });

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "bindings_torch.h"
 
 namespace moe {
 namespace {

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,6 @@ from ..plan import RoutingPlan
 from ..weights import MoEWeights
 from ._device import tf32_allowed, unfit_devices
 from ._views import TAGS, empty_plan
-from ._views import view as view_of
 from .base import Backend, Request
 
 FIBERS = "MOE_KERNELS_FIBERS"  # path of the module that runs the same sources on CPU tensors, for tests
@@ -41,33 +41,18 @@ def _load() -> ModuleType | None:
 _c = _load()
 
 
-def view(t: Tensor | None):
-    """Return a view that keeps the tensor alive: its memory must not be another's before the launch is enqueued."""
-    seen = view_of(_c, t)
-    if seen is not None:
-        seen.owner = t
-    return seen
-
-
-def views(plan: RoutingPlan) -> list:
-    return [view(t) for t in plan.tensors()]
-
-
-def weights(w: MoEWeights) -> list:
-    return [view(t) for t in w]
-
-
 def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
     """Launch on the device of the tensors and on its current stream; operands start at multiples of 16 bytes."""
 
     @wraps(method)
     def run(self: CudaBackend, *args: Any) -> Any:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        args = map(_aligned, args)
         if device.type != "cuda":
-            return method(self, *(_aligned(arg) for arg in args))
-        with torch.cuda.device(device):
+            return method(self, *args)
+        with nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
             _c.use_device(device.index)  # torch leaves a thread without a context where its device is the default one
-            return method(self, *(_aligned(arg) for arg in args))
+            return method(self, *args)
 
     return run
 
@@ -81,7 +66,7 @@ def _aligned(value: Any) -> Any:
 
 
 def _stream(t: Tensor) -> int:
-    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+    return torch._C._cuda_getCurrentRawStream(t.device.index) if t.is_cuda else 0  # without a Python object around it
 
 
 def _workspace(nbytes: int, like: Tensor) -> Tensor:
@@ -121,7 +106,7 @@ class CudaBackend(Backend):
     @_on_device
     def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         topk_weights, topk_ids, probs = _scores(x, x.shape[0], gate_weight, top_k)
-        _c.gating_fwd(view(x), view(_wide(gate_weight)), view(probs), view(topk_weights), view(topk_ids), _stream(x))
+        _c.gating_fwd(x, _wide(gate_weight), probs, topk_weights, topk_ids, _stream(x))
         _checks.finite(probs)
         return topk_weights, topk_ids, probs
 
@@ -140,8 +125,8 @@ class CudaBackend(Backend):
         sizes = *x.shape, weight.shape[0], topk_ids.shape[1]
         workspace = _workspace(_c.gating_bwd_workspace_bytes(*sizes), x)
         _c.gating_bwd(
-            view(dtopk_weights), view(dprobs), view(x), view(weight), view(topk_ids), view(probs), view(dx),
-            view(dweight), view(workspace), _stream(x),
+            dtopk_weights, dprobs, x, weight, topk_ids, probs, dx,
+            dweight, workspace, _stream(x),
         )  # fmt: skip
         return dx, dweight.to(gate_weight.dtype)
 
@@ -153,8 +138,8 @@ class CudaBackend(Backend):
         tokens, moments = x.new_empty((T, H), dtype=dtype), x.new_empty((2, T), dtype=torch.float32)
         topk_weights, topk_ids, probs = _scores(x, T, gate_weight, top_k)
         _c.modulated_gating_fwd(
-            view(x), view(shift), view(scale), view(_wide(gate_weight)), eps, view(tokens), view(probs),
-            view(topk_weights), view(topk_ids), view(moments), _stream(x),
+            x, shift, scale, _wide(gate_weight), eps, tokens, probs,
+            topk_weights, topk_ids, moments, _stream(x),
         )  # fmt: skip
         _checks.finite(probs)
         return tokens, topk_weights, topk_ids, probs, moments
@@ -179,9 +164,9 @@ class CudaBackend(Backend):
         sizes = B, B * L, H, weight.shape[0], topk_ids.shape[1]
         workspace = _workspace(_c.modulated_gating_bwd_workspace_bytes(*sizes), x)
         _c.modulated_gating_bwd(
-            view(dtokens), view(dtopk_weights), view(dprobs), view(x), view(shift), view(scale), view(weight),
-            view(topk_ids), view(probs), view(moments), TAGS[dtype], view(dx), view(dshift), view(dscale),
-            view(dweight), view(workspace), _stream(x),
+            dtokens, dtopk_weights, dprobs, x, shift, scale, weight,
+            topk_ids, probs, moments, TAGS[dtype], dx, dshift, dscale,
+            dweight, workspace, _stream(x),
         )  # fmt: skip
         return dx, dshift, dscale, dweight.to(gate_weight.dtype)
 
@@ -190,13 +175,13 @@ class CudaBackend(Backend):
         T, K = topk_ids.shape
         plan = empty_plan(topk_ids.device, T, num_experts, T * K)
         workspace = _workspace(_c.dispatch_workspace_bytes(T, K, num_experts), topk_weights)
-        _c.dispatch(view(topk_ids), view(topk_weights), num_experts, views(plan), view(workspace), _stream(topk_ids))
+        _c.dispatch(topk_ids, topk_weights, num_experts, plan.tensors(), workspace, _stream(topk_ids))
         return plan
 
     @_on_device
     def dispatch_bwd(self, drow_weight: Tensor, row_pick: Tensor, count: int) -> Tensor:
         out = drow_weight.new_empty(count)
-        _c.dispatch_bwd(view(drow_weight), view(row_pick), view(out), _stream(out))
+        _c.dispatch_bwd(drow_weight, row_pick, out, _stream(out))
         return out
 
     @_on_device
@@ -205,7 +190,7 @@ class CudaBackend(Backend):
         plan = empty_plan(affinities.device, T, E, E * (T // tokens_per_group) * capacity)
         workspace = _workspace(_c.dispatch_expert_choice_workspace_bytes(T, E), affinities)
         _c.dispatch_expert_choice(
-            view(affinities), capacity, tokens_per_group, views(plan), view(workspace), _stream(affinities)
+            affinities, capacity, tokens_per_group, plan.tensors(), workspace, _stream(affinities)
         )
         return plan
 
@@ -217,8 +202,8 @@ class CudaBackend(Backend):
         y_rows, gate_up = x.new_empty((R, x.shape[1])), x.new_empty((R, width) if save else 0)
         workspace = _workspace(R * I * x.element_size(), x)
         _c.experts_fwd(
-            view(x), views(plan), weights(w), activation, _tf32(x), view(y_rows), view(gate_up) if save else None,
-            view(workspace), _stream(x),
+            x, plan.tensors(), w, activation, _tf32(x), y_rows, gate_up if save else None,
+            workspace, _stream(x),
         )  # fmt: skip
         return y_rows, gate_up
 
@@ -234,24 +219,24 @@ class CudaBackend(Backend):
         needed: Sequence[bool] = (True, True),
     ) -> tuple[Tensor, Tensor, Tensor]:
         dx, dgate_up_proj, ddown_proj = map(x.new_empty, (x.shape, *w.stacked_shapes(plan.num_experts)))
-        inputs, seen, how = (view(x), views(plan)), weights(w), (activation, _tf32(x))
+        inputs, seen, how = (x, plan.tensors()), w, (activation, _tf32(x))
         workspace = _workspace(_c.moe_mlp_bwd_workspace_bytes(*inputs, seen, *how, False), x)
         _c.experts_bwd(
-            view(dy_rows), *inputs, view(gate_up), seen, *how, view(dx), view(dgate_up_proj), view(ddown_proj),
-            view(workspace), _stream(x),
+            dy_rows, *inputs, gate_up, seen, *how, dx, dgate_up_proj, ddown_proj,
+            workspace, _stream(x),
         )  # fmt: skip
         return dx, dgate_up_proj, ddown_proj
 
     @_on_device
     def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
         out = y_rows.new_empty((plan.num_tokens, y_rows.shape[1]))
-        _c.combine(view(y_rows), views(plan), view(shared), view(out), _stream(out))
+        _c.combine(y_rows, plan.tensors(), shared, out, _stream(out))
         return out
 
     @_on_device
     def combine_bwd(self, dout: Tensor, y_rows: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
         dy_rows, drow_weight = torch.empty_like(y_rows), torch.empty_like(plan.row_weight)
-        _c.combine_bwd(view(dout), view(y_rows), views(plan), view(dy_rows), view(drow_weight), _stream(dout))
+        _c.combine_bwd(dout, y_rows, plan.tensors(), dy_rows, drow_weight, _stream(dout))
         return dy_rows, drow_weight
 
     @_on_device
@@ -273,11 +258,11 @@ class CudaBackend(Backend):
         y = None if residual is None else torch.empty_like(x)
         gate_up = x.new_empty((plan.num_rows, shapes[0][1]) if save else 0)
         shared_gate_up = x.new_empty((x.shape[0], shapes[2][0]) if kept else 0)
-        call = view(x), views(plan), weights(w), activation, _tf32(x)
+        call = x, plan.tensors(), w, activation, _tf32(x)
         workspace = _workspace(_c.moe_mlp_fwd_workspace_bytes(*call), x)
         _c.moe_mlp_fwd(
-            *call, view(out), view(gate_up) if save else None, view(shared_gate_up) if kept else None, view(residual),
-            view(gate), view(y), view(workspace), _stream(x),
+            *call, out, gate_up if save else None, shared_gate_up if kept else None, residual,
+            gate, y, workspace, _stream(x),
         )  # fmt: skip
         return out, gate_up, shared_gate_up, y
 
@@ -296,12 +281,14 @@ class CudaBackend(Backend):
         dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
         shapes = w.stacked_shapes(plan.num_experts)
         grads = [*map(x.new_empty, shapes), *[None] * (4 - len(shapes))]
-        saved = [view(t) if t.numel() else None for t in (gate_up, shared_gate_up)]
-        inputs, how = (view(x), views(plan), weights(w)), (activation, _tf32(x))
-        workspace = _workspace(_c.moe_mlp_bwd_workspace_bytes(*inputs, *how, saved == [None, None]), x)
+        saved = [t if t.numel() else None for t in (gate_up, shared_gate_up)]
+        inputs, how = (x, plan.tensors(), w), (activation, _tf32(x))
+        workspace = _workspace(
+            _c.moe_mlp_bwd_workspace_bytes(*inputs, *how, not any(t.numel() for t in (gate_up, shared_gate_up))), x
+        )
         _c.moe_mlp_bwd(
-            view(dout), *inputs, *saved, *how, view(dx), view(drow_weight),
-            *map(view, grads), view(workspace), _stream(x),
+            dout, *inputs, *saved, *how, dx, drow_weight,
+            *grads, workspace, _stream(x),
         )  # fmt: skip
         return dx, drow_weight, *grads
 
@@ -309,9 +296,7 @@ class CudaBackend(Backend):
     def gated_residual_bwd(self, dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         dy, dgate = torch.empty_like(y), torch.empty_like(gate)
         nbytes = _c.gated_residual_bwd_workspace_bytes(gate.shape[0], *y.shape)
-        _c.gated_residual_bwd(
-            view(dout), view(y), view(gate), view(dy), view(dgate), view(_workspace(nbytes, y)), _stream(y)
-        )
+        _c.gated_residual_bwd(dout, y, gate, dy, dgate, _workspace(nbytes, y), _stream(y))
         return dy, dgate
 
 

@@ -105,18 +105,22 @@ def test_bindings_check_what_they_get():
     picks = torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int32)
 
     def call(*tensors):
-        cuda._c.gating_fwd(*(cuda.view(t) for t in tensors), 0)
+        cuda._c.gating_fwd(*tensors, 0)
 
     with pytest.raises(ValueError, match="gate_weight: size 16 in dimension 1, expected 8"):
         call(x, torch.zeros(3, 16), probs, *picks)
     with pytest.raises(ValueError, match=r"x: address .* expected a multiple of 16"):
         call(torch.zeros(33)[1:].view(4, 8), weight, probs, *picks)
+    with pytest.raises(TypeError, match="tensor: got torch.float64, expected one of"):
+        call(x.double(), weight, probs, *picks)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        call(x.numpy(), weight, probs, *picks)
     with pytest.raises(ValueError, match="x: 12, expected a multiple of 8"):
         call(torch.zeros(4, 12), torch.zeros(3, 12), probs, *picks)
     with pytest.raises(ValueError, match="workspace: 4 bytes, expected at least"):
         plan = cuda.empty_plan(torch.device("cpu"), 4, 3, 8)
         ids, weights = picks[1], picks[0]
-        cuda._c.dispatch(cuda.view(ids), cuda.view(weights), 3, cuda.views(plan), cuda.view(torch.zeros(1)), 0)
+        cuda._c.dispatch(ids, weights, 3, plan.tensors(), torch.zeros(1), 0)
 
 
 @on_fibers
@@ -155,8 +159,7 @@ def cut(t: Tensor, nbytes: int) -> Tensor:
 def bytes_for(w: MoEWeights) -> int:
     """Ask for the workspace of a forward, which checks all arguments and computes nothing."""
     plan = cuda.empty_plan(torch.device("cpu"), 4, 2, 8)
-    views = cuda.view(torch.zeros(4, 8)), cuda.views(plan), cuda.weights(w)
-    return cuda._c.moe_mlp_fwd_workspace_bytes(*views, "swiglu", False)
+    return cuda._c.moe_mlp_fwd_workspace_bytes(torch.zeros(4, 8), plan.tensors(), w, "swiglu", False)
 
 
 @on_fibers
@@ -207,9 +210,8 @@ def test_an_index_needs_whole_steps():
 )
 def test_bindings_check_expert_choice(capacity, group, words, match):
     plan = cuda.empty_plan(torch.device("cpu"), 4, 3, 12)
-    views = cuda.view(torch.zeros(4, 3)), capacity, group, cuda.views(plan), cuda.view(torch.zeros(words)), 0
     with pytest.raises(ValueError, match=match):
-        cuda._c.dispatch_expert_choice(*views)
+        cuda._c.dispatch_expert_choice(torch.zeros(4, 3), capacity, group, plan.tensors(), torch.zeros(words), 0)
 
 
 @on_fibers
