@@ -1,4 +1,4 @@
-"""`python -m bench train`, `torchrun -m bench train`: DiT-MoE on your own images or latents, on any number of processes.
+"""`python -m bench train`, `torchrun -m bench train`: DiT-MoE on your own images or latents, on many processes or one.
 
 A run is a folder: settings.json, log.jsonl, checkpoints/, and in the end model.safetensors, the EMA weights as
 `bench sample` and DiT-MoE read them. Samples, noise and the order of an epoch do not depend on the number of processes,

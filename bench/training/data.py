@@ -39,7 +39,7 @@ class Source(Protocol):
 
 
 def open_source(path: Path | None) -> Source:
-    """Open the digits (None), a folder of shards, or an npz as `bench run` takes it, of which the training part is used.
+    """Open the digits (None), a folder of shards, or an npz as `bench run` takes it, and of that the training part.
 
     Raises: ValueError naming file and key, what came and what was expected.
     """
@@ -137,7 +137,8 @@ class Draws:
     """A run's samples: one epoch after the other, each in an order of its own, cut into batches without a remainder.
 
     The sample at place p of the run is number p mod N of epoch p // N; step s has the places sB to (s+1)B, of which
-    rank r of W takes those from sB + rB/W to sB + (r+1)B/W, rounded down: parts differ by one where W does not divide B.
+    rank r of W takes those from sB + rB/W to sB + (r+1)B/W, rounded down: parts differ by one where W does not
+    divide B.
     """
 
     source: Source
@@ -163,13 +164,10 @@ class Draws:
     def _draw(self, place: int) -> tuple[np.ndarray, np.ndarray, np.bool_]:
         """Draw t (0..1, logit-normal, or 0..999), the noise, and whether the label is dropped."""
         rng = np.random.default_rng([self.seed, SAMPLE, place])
-        dropped, normal, t = (
-            np.bool_(rng.random() < self.label_dropout),
-            rng.standard_normal(),
-            rng.integers(DDPM_STEPS),
-        )
-        t = np.float64(1 / (1 + np.exp(-normal))) if self.predicts == VELOCITY else t
-        return t, rng.standard_normal(self.source.shape), dropped
+        dropped = np.bool_(rng.random() < self.label_dropout)
+        normal, index = rng.standard_normal(), rng.integers(DDPM_STEPS)
+        t = 1 / (1 + np.exp(-normal)) if self.predicts == VELOCITY else index
+        return np.asarray(t), rng.standard_normal(self.source.shape), dropped
 
 
 @lru_cache(2)

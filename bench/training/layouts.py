@@ -1,4 +1,4 @@
-"""How a model lies on the ranks: whole on each (DDP), in parts (FSDP2), or experts by expert parallelism beside FSDP2."""
+"""How a model lies on the ranks: whole on each (DDP), in parts (FSDP2), or with its experts divided beside FSDP2."""
 
 from __future__ import annotations
 
