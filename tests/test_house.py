@@ -27,7 +27,7 @@ REFERENCE_MAY = {"reference", "torch", "safetensors", *sys.stdlib_module_names}
 BENCH = (
     ("instrument",),
     ("images", "machine_code", "clusters"),
-    ("peers",),
+    ("peers", "training"),
     ("gpu", "page"),
     ("compare",),
     ("",),

@@ -59,6 +59,17 @@ class Recipe:
         names = {f.name for f in dataclasses.fields(DiTMoEConfig)} & {f.name for f in dataclasses.fields(self)}
         return DiTMoEConfig(learn_sigma=False, **{name: getattr(self, name) for name in names})
 
+    def rate_at(self, done: int) -> float:
+        """Return the learning rate of the step behind `done` steps: a linear warm-up, then a cosine down to 5 %."""
+        if done < self.warmup:
+            return self.learning_rate * ((done + 1) / self.warmup)
+        share = (done - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (0.05 + 0.95 * (1 + math.cos(math.pi * share)) / 2)
+
+    def kept_at(self, done: int) -> float:
+        """Return the share of the EMA that stays in its update behind `done` steps: less in the beginning."""
+        return min(self.ema, done / (done + 10))
+
     @property
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
@@ -190,8 +201,9 @@ def _recipe_of(path: Path) -> dict:
 
 
 def predicts(path: Path) -> str | None:
-    """Return what a checkpoint's metadata says its model predicts: "velocity" where a recipe of ours made it."""
-    return "velocity" if _recipe_of(path) else None
+    """Return what a checkpoint's metadata says its model predicts: "velocity" where a recipe says nothing else."""
+    recipe = _recipe_of(path)
+    return recipe.get("predicts", "velocity") if recipe else None
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from pathlib import Path
@@ -57,22 +56,16 @@ class Trainer:
             self.optimizer.zero_grad()
             loss.backward()
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * self._schedule()
+            group["lr"] = recipe.rate_at(self.step)
         self.optimizer.step()
         self.step += 1
-        keep = min(recipe.ema, self.step / (self.step + 10))
+        keep = recipe.kept_at(self.step)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 self.ema[name].lerp_(parameter, 1 - keep)
         self.losses.append(float(loss.detach()))
         self.seconds += time.perf_counter() - start
         return self.losses[-1]
-
-    def _schedule(self) -> float:
-        warm, done = self.recipe.warmup, self.step
-        if done < warm:
-            return (done + 1) / warm
-        return 0.05 + 0.95 * (1 + math.cos(math.pi * (done - warm) / max(1, self.recipe.steps - warm))) / 2
 
     def save(self, path: Path) -> None:
         """Write the state in one piece: an interruption leaves the old file or the new one."""

@@ -1,6 +1,7 @@
 """Several processes: expert parallelism, beside FSDP2 and DDP, on torch.distributed."""
 
 from . import checkpoints
+from .balance import TokenChoiceOverRanks, balance_over_ranks
 from .dispatchers import Arrived, BoundedDispatcher, Dispatcher, ExactDispatcher
 from .expert_parallel import ExpertParallelLayer, expert_parallel
 from .in_sync import check_in_sync
@@ -13,6 +14,8 @@ __all__ = [
     "Dispatcher",
     "ExactDispatcher",
     "ExpertParallelLayer",
+    "TokenChoiceOverRanks",
+    "balance_over_ranks",
     "check_in_sync",
     "checkpoints",
     "clip_grad_norm",

@@ -14,6 +14,7 @@ import numpy as np
 
 from bench.images import pictures
 from bench.instrument.readers import Npz
+from bench.instrument.run_settings import FILE, agree
 
 GRID = 64  # images of the sheet, at most
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the date of every member, so that equal samples are equal files
@@ -116,30 +117,9 @@ class Ranges:
         return min(self.size, self.count - first)
 
     def _agree(self) -> None:
-        path = self.folder / "settings.json"
-        if not path.exists():
-            if self.result.exists():
-                raise ValueError(f"--out {self.folder}: samples.npz is there without settings.json, expected neither")
-            spare = path.with_suffix(".tmp")
-            spare.write_text(json.dumps(self.settings, indent=1) + "\n")
-            os.replace(spare, path)
-            return
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(
-                f"--out {self.folder}: settings.json is damaged ({error}), expected none, or a run's"
-            ) from None
-        unlike = [
-            f"{name} {found.get(name)!r} there, {self.settings.get(name)!r} now"
-            for name in {**found, **self.settings}
-            if found.get(name) != self.settings.get(name)
-        ]
-        if unlike:
-            raise ValueError(
-                f"--out {self.folder}: holds files of another run ({'; '.join(unlike)}), expected a folder of this one "
-                f"or none"
-            )
+        if self.result.exists() and not (self.folder / FILE).exists():
+            raise ValueError(f"--out {self.folder}: samples.npz is there without {FILE}, expected neither")
+        agree(self.folder, self.settings)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

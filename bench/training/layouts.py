@@ -1,0 +1,51 @@
+"""How a model lies on the ranks: whole on each (DDP), in parts (FSDP2), or with its experts divided beside FSDP2."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from bench.training.processes import Ranks
+from moe_kernels.distributed import expert_parallel, fully_shard
+
+LAYOUTS = ("ddp", "fsdp", "ep")
+
+
+def check(parallel: str | None, ep: int | None, num_experts: int, batch: int, ranks: Ranks) -> int:
+    """Return how many ranks share a layer's experts: 1, or for "ep" --ep, by default all.
+
+    Raises: ValueError naming the argument, what came and what was expected.
+    """
+    if batch < ranks.world:
+        raise ValueError(f"--batch: got {batch}, expected at least one image for each of the {ranks.world} processes")
+    if parallel != "ep":
+        if ep:
+            raise ValueError(f"--ep: got {ep} with --parallel {parallel}, expected --parallel ep")
+        return 1
+    sharing = ep or ranks.world
+    if ranks.world % sharing:
+        raise ValueError(f"--ep: got {sharing}, expected a divisor of the {ranks.world} processes")
+    if num_experts % sharing:
+        raise ValueError(f"--ep: got {sharing}, expected a divisor of the model's {num_experts} experts")
+    return sharing
+
+
+def distribute(model: nn.Module, parallel: str | None, sharing: int, ranks: Ranks) -> nn.Module:
+    """Distribute a DiTMoE with stacked experts; None with one process leaves it as it is. Collective."""
+    kind = ranks.device.type
+    if parallel is None:
+        return model
+    if parallel == "ddp":
+        return DistributedDataParallel(model)
+    if parallel == "fsdp":
+        mesh = init_device_mesh(kind, (ranks.world,), mesh_dim_names=("dp",))
+        for unit in (*model.blocks, model):
+            fsdp.fully_shard(unit, mesh=mesh)
+        return model
+    mesh = init_device_mesh(kind, (ranks.world // sharing, sharing), mesh_dim_names=("dp", "ep"))
+    expert_parallel(model, mesh)
+    for unit in (*model.blocks, model):
+        fully_shard(unit, mesh)
+    return model
