@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -302,7 +303,15 @@ def test_torchruns_environment_is_missing(monkeypatch):
 
 
 def test_the_log_forgets_what_is_done_again_and_lines_cut_off(tmp_path, monkeypatch):
+    """TensorBoard's writer is told the same."""
+    board = mock.Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr("bench.training.log.find_spec", lambda name: name == "tensorboard")
     rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("\n".join([*rows, '{"step": 4, "lo']))
-    Log(tmp_path, 2).add({"step": 3, "loss": 2.0})
+    log = Log(tmp_path, 2)
+    log.add({"step": 3, "loss": 2.0, "grad_norm": None})
+    log.close()
     assert [(row["step"], row["loss"]) for row in rows_of(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    board.SummaryWriter.assert_called_once_with(str(tmp_path / "tensorboard"), purge_step=3)
+    assert board.SummaryWriter().add_scalar.mock_calls == [mock.call("loss", 2.0, 3)]
