@@ -23,7 +23,7 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 OBJECT = re.compile(r"^::: (\S+)$", re.M)
 RANK = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}  # as torchrun sets
-MAY_LACK = ("peft", "transformers")  # of the extra `ecosystem`
+MAY_LACK = ("accelerate", "peft", "transformers")  # of the extra `ecosystem`
 CHECKPOINTS = ("save", "load", "latest", "gather_dit_moe", "scatter_dit_moe")
 PUBLIC = {*moe_kernels.__all__, *distributed.__all__, *CHECKPOINTS} - {"checkpoints"}  # a module, named by its content
 

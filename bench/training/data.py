@@ -53,15 +53,15 @@ class InMemory:
 
     def __init__(self, data: Dataset):
         self.name, self.shape, self.num_classes = data.name, data.shape, data.num_classes
-        self.digest, self._data = data.digest(), data
+        self.digest, self.data = data.digest(), data
 
     def __len__(self) -> int:
-        return len(self._data.train)
+        return len(self.data.train)
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See Source."""
         chosen = torch.as_tensor(indices)
-        return self._data.train[chosen], self._data.train_labels[chosen]
+        return self.data.train[chosen], self.data.train_labels[chosen]
 
 
 class Shards:

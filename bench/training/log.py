@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 CURVES = ("loss", "aux", "grad_norm", "learning_rate", "images_per_s")
@@ -20,7 +20,7 @@ class Log:
         spare.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(spare, self.path)
         self._board = None
-        if importlib.util.find_spec("tensorboard"):
+        if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -30,7 +30,7 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name in CURVES if self._board else ():
-            if row[name] is not None:
+            if row.get(name) is not None:
                 self._board.add_scalar(name, row[name], row["step"])
 
     def close(self) -> None:

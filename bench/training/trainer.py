@@ -66,7 +66,7 @@ class Trainer:
     ):
         self.job, self.ranks, recipe = job, ranks, job.recipe
         self.draws = Draws(source, recipe.seed, recipe.batch, job.predicts, recipe.label_dropout)
-        model = _build(job, backend, ranks)
+        model = ranks.together(lambda: _build(job, backend, ranks))
         self.model = layouts.distribute(model, parallel, sharing, ranks)
         self.named = {name.removeprefix("module."): p for name, p in self.model.named_parameters()}
         self.ema = {name: p.detach().clone() for name, p in self.named.items()}

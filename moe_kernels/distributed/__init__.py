@@ -4,6 +4,7 @@ from . import checkpoints
 from .balance import TokenChoiceOverRanks, balance_over_ranks
 from .dispatchers import Arrived, BoundedDispatcher, Dispatcher, ExactDispatcher
 from .expert_parallel import ExpertParallelLayer, expert_parallel
+from .grouped import experts_on_rows
 from .in_sync import check_in_sync
 from .parallel import clip_grad_norm, data_parallel, fully_shard
 from .stacking import stack_experts
@@ -21,6 +22,7 @@ __all__ = [
     "clip_grad_norm",
     "data_parallel",
     "expert_parallel",
+    "experts_on_rows",
     "fully_shard",
     "stack_experts",
 ]

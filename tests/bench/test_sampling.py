@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,28 @@ def test_two_processes_write_the_bytes_of_one(checkpoints, tmp_path):
     for name in ("samples.npz", "grid.png", "settings.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert not list((tmp_path / "two" / "ranges").iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from bench.__main__ import main
+from bench.images.sampling import ranges
+ranges.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)  # its range is written, not yet named
+main(sys.argv[1:])
+"""
+
+
+def test_a_lost_processs_ranges_are_drawn_by_the_next_run(checkpoints, tmp_path):
+    """The second of two is killed while it writes its only range; one process alone then finishes."""
+    assert sample(checkpoints["pixels"], tmp_path / "whole") == 0
+    words = f"sample --ckpt {checkpoints['pixels']} --out {tmp_path / 'lost'} --predicts velocity --steps 2 --batch 4"
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, *words.split(), "--count", "10"]
+    assert subprocess.run(command, cwd=ROOT, env=environment, timeout=600).returncode == -signal.SIGKILL
+    left = [path.suffix for path in (tmp_path / "lost/ranges").iterdir()]
+    assert left == [".tmp"]
+    assert sample(checkpoints["pixels"], tmp_path / "lost") == 0
+    assert (tmp_path / "lost/samples.npz").read_bytes() == (tmp_path / "whole/samples.npz").read_bytes()
 
 
 def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +20,6 @@ EXPECTED = {  # what the decorator writes on every experts module
     "has_bias": False,
     "is_concatenated": True,
     "has_post_expert_norm": False,
-    "_is_expert_parallel": False,
 }
 
 
@@ -52,7 +52,13 @@ class TransformersExperts(Family):
     def route(
         self, block: nn.Module, backend: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Routed:
-        return Routed(hidden_states, ops.dispatch(top_k_index, top_k_weights, block.num_experts, backend))
+        E = block.num_experts
+        if not getattr(block, "_is_expert_parallel", False):
+            return Routed(hidden_states, ops.dispatch(top_k_index, top_k_weights, E, backend))
+        T, K = top_k_index.shape
+        tokens = torch.arange(T, device=top_k_index.device).repeat_interleave(K)
+        here = top_k_index.flatten().clamp(max=E)  # E and above: on another rank
+        return Routed(hidden_states, ops.dispatch_rows(top_k_weights.flatten(), tokens, here, T, E))
 
     def trial(self, block: nn.Module, x: Tensor) -> tuple[Any, ...]:
         x = x.flatten(0, 1)
@@ -84,10 +90,11 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     Args:
         experts: a module that `use_experts_implementation` decorated.
         hidden_states: (T, H) tokens.
-        top_k_index, top_k_weights: (T, K), as the model's router gives them.
+        top_k_index, top_k_weights: (T, K), as the model's router gives them; where the library's expert parallelism has
+            divided the experts, ids of this rank's own, and those from its number on are elsewhere and no rows.
     Returns: (T, H) in the dtype of hidden_states.
     Raises: ValueError naming the attribute for biases, interleaved halves, norms behind experts, gates other than
-        SiLU(gate) * up, activations other than GELU without a gate, expert parallel modules.
+        SiLU(gate) * up, activations other than GELU without a gate.
     Cost: as `moe_mlp`, backend "auto".
     Source: transformers.integrations.moe.
     """

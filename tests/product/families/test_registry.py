@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 
 from moe_kernels import replace_moe
 from moe_kernels.adapters import Family, experts_forward, known_families, register_family
+from moe_kernels.adapters.families.transformers import TransformersExperts
 from tests.product.families.cases import BLOCKS, MODELS, build, hidream_block, nucleus_block
 from tests.product.families.standins import (
     DSMoE,
@@ -204,7 +207,7 @@ def test_the_registry_of_transformers(seed):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("has_bias", True), ("is_concatenated", False), ("_is_expert_parallel", True), ("act_fn", nn.GELU())],
+    [("has_bias", True), ("is_concatenated", False), ("act_fn", nn.GELU())],
 )
 def test_the_registry_refuses_by_name(name, value):
     experts = TransposedExperts(True)
@@ -227,3 +230,26 @@ def test_a_gate_of_its_own_is_refused():
 
 def test_every_case_is_of_the_family_that_it_says():
     assert {case.name.split()[0] for case in BLOCKS} >= {"HiDream", "Nucleus", "LingBot", "DSMoE", "EC-DiT", "Hunyuan"}
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_picks_that_live_on_other_ranks_are_no_rows(has_gate, seed):
+    """As the library's all-reduce does it: local ids, its number of experts and weight 0 for picks elsewhere."""
+    torch.manual_seed(seed)
+    whole = TransposedExperts(has_gate).double()
+    E, T = whole.num_experts, 9
+    x = torch.randn(T, H, dtype=torch.float64)
+    weights, ids = torch.randn(T, E, dtype=torch.float64).softmax(-1).topk(2)
+    expected = experts_forward(whole, x, ids, weights)
+    total, rows = torch.zeros_like(x), 0
+    for rank in range(2):
+        half = copy.deepcopy(whole)
+        half.num_experts, half._is_expert_parallel = E // 2, True
+        for name, p in whole.named_parameters():
+            setattr(half, name, nn.Parameter(p.detach().chunk(2)[rank].clone()))
+        away = ids // (E // 2) != rank
+        local = torch.where(away, E // 2, ids % (E // 2))
+        total += experts_forward(half, x, local, weights.masked_fill(away, 0.0))
+        rows += int(TransformersExperts().route(half, "auto", x, local, weights).plan.expert_counts.sum())
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-14)
+    assert rows == ids.numel(), "each pick is computed once, by the rank of its expert"
