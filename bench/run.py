@@ -26,10 +26,12 @@ from bench import stages
 from bench.images import checkpoints, digits, expert_load, fid, parity, pictures, training
 from bench.images.analysis.counts import Counter
 from bench.images.analysis.watch import watch
+from bench.images.sampling.contest import compete
 from bench.instrument import arguments, cases, ledger, outputs, progress, shapes, store
 from bench.machine_code import inner_loops
-from bench.page import experts, report
+from bench.page import experts, report, samplers
 
+SAMPLED = 200  # images of each sampler
 THRESHOLDS = {"classifier": 0.97, "guided": 0.95, "plain": 0.85}
 
 
@@ -147,7 +149,7 @@ class Job:
         code = {"commit": store.commit()["commit"], "source": ledger.source_digest()}
         self.ledger = ledger.Ledger(self.folder / "rows.jsonl", settings, code, args.fresh)
         if args.fresh:  # behind the lock: nothing of a run that still goes on is forgotten
-            for name in ("pictures.npz", experts.TABLES, "training.pt", "model.safetensors"):
+            for name in ("pictures.npz", experts.TABLES, samplers.STRIPS, "training.pt", "model.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
         if not self.ledger.rows:
             (self.folder / "pictures.npz").unlink(missing_ok=True)
@@ -191,6 +193,7 @@ class Job:
         self.ledger.stage("inner loops", lambda: [inner_loops.row()])
         self.ledger.stage("training", self._training)
         self.ledger.stage("figures", self._figures)
+        self.ledger.stage("samplers", self._samplers)
         (roof,) = self.ledger.stage(
             "ceilings", lambda: [store.row("ceilings", **stages.ceilings(self.args.size, self.threads))]
         )
@@ -273,6 +276,26 @@ class Job:
         shown = dict(guidance=case.guidance, steps=case.steps, copies=vars(copies), no_copies=copies.none)
         load = store.row("load", layers=experts.load(found))
         return [store.row("figures", thresholds=thresholds, **shown, **fd), load, found]
+
+    def _samplers(self) -> list[dict]:
+        """Let every sampler draw from the same noise, and judge by the classifier what `bench sample` would write."""
+        model, moments = self.classifier[0], self.ladder.moments
+
+        def distance(images: Tensor) -> float:
+            return fid.frechet_distance(fid.moments(digits.features(model, images)), moments)
+
+        count = min(self.case.samples, SAMPLED)
+        held = self.data.held[:count]
+        floor = {"held": len(held), "fd_held": distance(held)}
+        found = list(
+            compete(
+                self.trained, count,
+                lambda x, y: {"fd": distance(x), "recognised": digits.recognised(model, x, y), **floor},
+            )
+        )  # fmt: skip
+        np.savez_compressed(self.folder / samplers.STRIPS, **{samplers.key(row): strip for row, strip in found})
+        progress.say(f"  nearest to the data: {samplers.sentence([row for row, _ in found])}")
+        return [row for row, _ in found]
 
     def _parity(self, dtype: str, slow: bool) -> None:
         """Climb the ladder with every backend, and with the sabotaged models, which must fall.

@@ -15,7 +15,7 @@ from bench.instrument.cases import ROOMS
 from bench.instrument.races import failures
 from bench.instrument.readers import Npz
 from bench.machine_code import inner_loops, static_gate
-from bench.page import chains, drawings, experts, ladder, markdown, overview, races, roofline
+from bench.page import chains, drawings, experts, ladder, markdown, overview, races, roofline, samplers
 from bench.page.overview import headline
 from bench.page.render import render
 from bench.page.words import BASELINES, NAMES, STEPS, figure, rank, signed
@@ -52,6 +52,8 @@ def write(folder: Path) -> Path:
     view = view_of(rows, load_pictures(folder / "pictures.npz"))
     if view["experts"] and (folder / experts.TABLES).exists():
         experts.write(folder, view["experts"])
+    if view["samplers"] and (folder / samplers.STRIPS).exists():
+        samplers.write(folder, view["samplers"])
     (folder / "index.html").write_text(render("report.html.j2", **view), encoding="utf-8")
     (folder / "report.md").write_text(markdown.text(view), encoding="utf-8")
     return folder / "index.html"
@@ -73,6 +75,7 @@ def view_of(rows: Sequence[dict], images: dict[str, np.ndarray]) -> dict:
         "rungs": ladder.rungs(parity), **speeds(rows, of["time"], of["ceilings"]),
         "unmeasured": [*(row["what"] for row in of["left_out"]), *failures(refused)],
         **pictures_of(images, training, of["load"]), "experts": of["experts"][-1] if of["experts"] else None,
+        "samplers": of["sampler"], "nearest": samplers.sentence(of["sampler"]),
         "contest": tables.view(of["contest"]) if of["contest"] else None, "inner_loops": inner,
         "loops": [loop_cells(loop) for loop in inner_loops.widest(inner["loops"])] if inner else [],
         "loop_names": LOOP_FIGURES, **gates(),

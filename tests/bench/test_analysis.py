@@ -14,7 +14,7 @@ from bench.images.analysis import findings, statistics
 from bench.images.analysis.counts import GROUPS, Counter
 from bench.images.analysis.watch import routed_layers, try_bfloat16, watch
 from bench.images.sampling.draw import Drawing
-from moe_kernels import ExpertChoice, MoELayer
+from moe_kernels import ExpertChoice, ExpertRace, MoELayer
 from reference.moe import ExpertChoiceMoE
 from tests.bench.test_sampling import SETTINGS, random_model
 
@@ -147,6 +147,20 @@ def test_expert_choice_is_counted_alike_in_oracle_and_layer(group):
     degrees = tables[0]["degrees"].sum((0, 1))
     assert (degrees * np.arange(5)).sum() == 3 * 6 * 16 * 2 and (degrees > 0).sum() > 2
     assert tables[0]["survived"][..., 0].sum() == 3 * 6 * 16 * 2
+
+
+def test_thresholds_count_what_is_picked_and_nothing_behind():
+    """Of a plan of T E rows those that there are; under autocast too, where products are bfloat16."""
+    torch.manual_seed(0)
+    layer, counter, x = MoELayer(16, 8, 4, 2, router=ExpertRace(2)).eval(), Counter(1, 1, 70), torch.randn(70, 16, 16)
+    picked = (x.flatten(0, 1) @ layer.gate_weight.T >= layer.router.threshold).view(70, 16, 4)
+    with torch.no_grad(), watch(layer, counter), torch.autocast("cpu", torch.bfloat16):
+        counter.begin(0, torch.zeros(70, dtype=torch.int64), False)
+        layer(x)
+    tables = counter.result()
+    assert torch.equal(tables.load[0, 0, 0], picked.sum(0)) and torch.equal(tables.images[:, 0], picked.sum(1))
+    rows = picked.flatten(0, 1).long()
+    assert torch.equal(tables.pairs[0], rows.T @ rows) and 256 < tables.pairs.max() and rows.sum(1).unique().numel() > 3
 
 
 def test_a_model_that_routes_nothing_is_named():

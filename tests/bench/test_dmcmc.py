@@ -13,11 +13,11 @@ from bench.__main__ import main
 from bench.images.digits import Dataset
 from bench.images.dmcmc import command, verdicts
 from bench.images.dmcmc.arms import Amount, Arm, Problem, run, split
-from bench.images.dmcmc.integrators import INTEGRATORS, rk45
 from bench.images.dmcmc.judge import Reference, effective, figures, precision_recall
 from bench.images.dmcmc.levels import level_error, train_levels
 from bench.images.dmcmc.tiers import Oracle
 from bench.images.fid import Moments
+from bench.images.sampling.integrators import INTEGRATORS, rk45
 from bench.instrument import store
 from bench.page import chains
 from reference.dmcmc import level_grid

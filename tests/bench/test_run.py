@@ -15,6 +15,7 @@ import torch
 from bench import record, run, stages
 from bench.__main__ import main
 from bench.images import fid, parity
+from bench.images.sampling import contest
 from bench.instrument import ledger, progress, store
 
 RACES = 2
@@ -61,6 +62,11 @@ def test_end_to_end(done):
     assert [r["control"] for r in rows if r["kind"] == "control"] == list(parity.SABOTAGES)
     assert kinds.count("inner_loops") == kinds.count("training") == kinds.count("figures") == kinds.count("load") == 1
     assert kinds.count("experts") == 1 and "Position × expert" in (folder / "experts.html").read_text()
+    assert (
+        kinds.count("sampler") == len(contest.entries())
+        and 'href="samplers.html"' in (folder / "index.html").read_text()
+    )
+    assert "Nearest to the data with 5 evaluations" in (folder / "samplers.html").read_text()
     assert 'href="experts.html"' in (folder / "index.html").read_text()
     assert kinds.count("ceilings") == 1 and kinds.index("ceilings") < kinds.index("time")
     assert len({r["race"] for r in rows if r["kind"] == "time"}) == RACES

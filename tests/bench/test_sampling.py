@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.__main__ import main
 from bench.images import digits
@@ -21,6 +22,7 @@ from bench.images.sampling.samplers import NOISE, SAMPLERS
 from bench.instrument.verify import BOUND, whole_error
 from reference import samplers
 from reference.checkpoint import save_safetensors
+from reference.denoiser import Denoiser
 from reference.dit import DiTMoE, DiTMoEConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,19 +74,37 @@ def drawn(model: DiTMoE, monkeypatch, **changes) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+def in_its_own_time(name, fn, noise, generators, steps):
+    more = {"generators": generators} if name == "ddpm" else {}
+    return getattr(samplers, name)(fn, noise, steps, **more)
+
+
+def by_level(name, fn, noise, generators, steps):
+    """As docs/samplers.md has it, of a flow."""
+    schedule = samplers.geometric_sigmas if name == "reverse_diffusion" else samplers.karras_sigmas
+    more = {"generators": generators} if name in ("heun_churn", "reverse_diffusion") else {}
+    more |= {"churn": samplers.Churn()} if name == "heun_churn" else {}
+    denoise = Denoiser(lambda x, t, _: fn(x, t), "flow")
+    return getattr(samplers, name.removesuffix("_churn"))(denoise, 20 * noise, schedule(steps, 20.0, 0.05), **more)
+
+
+WAYS = dict.fromkeys(("rf_euler", "rf_heun", "ddpm", "ddim"), in_its_own_time)
+WAYS |= dict.fromkeys(("dpmpp_2m", "unipc", "heun", "heun_churn", "reverse_diffusion"), by_level)
+
+
+@pytest.mark.parametrize("name", WAYS)
 def test_an_image_is_what_its_sampler_makes_of_seed_and_number(name, monkeypatch):
     """One by one, from the generator of (seed, i) alone, by reference.samplers: no neighbour, no batch, no place."""
-    model, run, steps = random_model(dtype=torch.float64), getattr(samplers, name), 4
-    random = {"ddpm", "ddim"} & {name}
-    guided = dict(scale=1.5, channels="first3" if random else "all")
+    model, steps = random_model(dtype=torch.float64), 4
+    guided = dict(scale=1.5, channels="first3" if name in ("ddpm", "ddim") else "all")
     found = drawn(model, monkeypatch, sampler=name, steps=steps, channels=guided["channels"], batch=5, labels="random")
     for i in (0, 4, 5, 11):
         source = generator(7, i)
         noise = torch.randn(1, 8, 8, generator=source, dtype=torch.float64)[None]
         y = torch.tensor([label("random", 7, i, 10)])
-        more = {"generators": [source]} if random else {}
-        alone = run(lambda x, t, y=y: model.forward_with_guidance(x, t, y, **guided), noise, steps, **more)
+        alone = WAYS[name](
+            name, lambda x, t, y=y: model.forward_with_guidance(x, t, y, **guided), noise, [source], steps
+        )
         torch.testing.assert_close(found[i], alone[0], rtol=1e-9, atol=1e-9)  # float64: another order of sums
     assert (found[0] - found[1]).abs().max() > 0.1
 
@@ -165,6 +185,42 @@ def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch, capsys):
     assert sample(checkpoints["pixels"], tmp_path / "cut") == 0 and len(calls) == 4, "nothing is drawn twice"
 
 
+class Waits(TorchDispatchMode):
+    """Counts how often somebody asks a tensor of device "meta" for its value; any other way of asking raises there."""
+
+    asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            self.asked += 1
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_step_waits_for_the_host(name):
+    """Twice the steps ask no more often; evaluations are those that were planned."""
+    sampler, asked = SAMPLERS[name], []
+    for steps in (3, 6):
+        calls, noise = [], torch.empty(2, 1, 4, 4, device="meta")
+        generators = [torch.Generator() for _ in range(2)]
+        with Waits() as waits:
+            out = sampler.run(
+                lambda x, t, calls=calls: calls.append(1) or x * t.view(-1, 1, 1, 1), noise, steps, generators,
+                sampler.predicts[-1],
+            )  # fmt: skip
+        assert out.is_meta and len(calls) == sampler.evaluations(steps)
+        asked.append(waits.asked)
+    assert asked[0] == asked[1] <= 4, "a schedule is looked at, once"
+
+
+def test_a_guided_score_is_called_a_heuristic(checkpoints, tmp_path, capsys):
+    for name, expected in (("dpmpp_2m", False), ("reverse_diffusion", True)):
+        assert sample(checkpoints["pixels"], tmp_path / name, "--guidance", "2", "--sampler", name) == 0
+        assert ("a guided field is no score" in capsys.readouterr().out) == expected
+        assert json.loads((tmp_path / name / "settings.json").read_text())["heuristic"] == expected
+
+
 def test_files_of_another_run_are_named_by_what_differs(checkpoints, tmp_path, capsys):
     assert sample(checkpoints["pixels"], tmp_path) == 0
     before = (tmp_path / "samples.npz").read_bytes()
@@ -187,8 +243,8 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_rest(checkpoints, tmp_pa
 @pytest.mark.parametrize(
     "words, what",
     [
-        (["--sampler", "ddpm"], "predicts velocity, expected one of rf_euler, rf_heun"),
-        (["--predicts", "noise", "--sampler", "rf_euler"], "predicts noise, expected one of ddpm"),
+        (["--sampler", "ddpm"], "predicts velocity, expected one of rf_euler, rf_heun, euler"),
+        (["--predicts", "noise", "--sampler", "rf_euler"], "predicts noise, expected one of ddpm, ddim, euler"),
         (["--predicts", "noise", "--steps", "1"], "expected at least 2 for ddpm"),
         (["--labels", "4,11"], "--labels: got 11, expected 0..9, or 10 for no label"),
         (["--labels", "cats"], "--labels: got 'cats'"),

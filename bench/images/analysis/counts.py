@@ -79,7 +79,7 @@ class Counter:
         self.tables: Tables | None = None
         self.guided, self.step, self.seen = False, 0, set()
         self.first, self.labels = 0, torch.zeros(0)
-        self.cells = self.weights = self.before = self._survived = None
+        self.cells = self.weights = self.before = self._survived = self._groups = None
 
     def begin(self, first: int, labels: Tensor, guided: bool) -> None:
         """Start a batch: images first, first + 1, ... of these labels (B,); guided: B unconditional ones follow them.
@@ -98,22 +98,24 @@ class Counter:
     def take(self, layer: int, T: int, E: int, cells: Tensor, weights: Tensor) -> None:
         """Take a layer's picks: cells (R,) = token * E + expert, each once, and their weights (R,).
 
+        A cell T * E is nobody's, and may come any number of times: rows behind those that a plan has.
         Raises: RuntimeError for a layer that picks twice before all have, or evaluations beyond those expected.
         """
         if layer in self.seen or self.step >= self.S:
             raise RuntimeError(f"layer {layer}: picked more often than {self.S} evaluations of {self.L} layers explain")
         if self.cells is None:
-            self.cells = torch.zeros(self.L, T * E, device=cells.device)
-            self.weights = torch.zeros(self.L, T * E, device=cells.device)
+            self.cells = torch.zeros(self.L, T + 1, E, device=cells.device)  # the last token is nobody
+            self.weights = torch.zeros_like(self.cells)
         elif not self.seen:
             self.cells.zero_()
             self.weights.zero_()
         cells = cells.reshape(-1).long()
-        self.cells[layer].index_fill_(0, cells, 1.0)
-        self.weights[layer].index_copy_(0, cells, weights.detach().reshape(-1).float())
+        self.cells[layer].view(-1).index_fill_(0, cells, 1.0)
+        self.weights[layer].view(-1).index_copy_(0, cells, weights.detach().reshape(-1).float())
         self.seen.add(layer)
         if len(self.seen) == self.L:
-            self._count(E)
+            with torch.autocast(cells.device.type, enabled=False):  # bfloat16 does not count beyond 256
+                self._count(E)
 
     def survive(self, layer: int, tried: Tensor, survived: Tensor) -> None:
         """Count conditional picks of this evaluation that were tried otherwise, and those that came out again."""
@@ -130,45 +132,52 @@ class Counter:
         return self.tables
 
     def _count(self, E: int) -> None:
-        """Add one evaluation of all layers to the tables."""
-        halves, B = 1 + self.guided, len(self.labels)
-        picks, weights = (v.view(self.L, halves, B, -1, E)[:, :, : self.counted] for v in (self.cells, self.weights))
-        P, s = picks.shape[3], self.step
+        """Add one evaluation of all layers to the tables. Sums over experts are products with ones: 8 numbers are too
+        few for torch's reductions."""
+        halves, B, s = 1 + self.guided, len(self.labels), self.step
+
+        def split(values: Tensor) -> Tensor:  # (L, T + 1, ...) -> (L, halves, images, P, ...)
+            return values[:, :-1].unflatten(1, (halves, B, -1))[:, :, : self.counted]
+
+        ones = self.cells.new_ones(E)
+        picks, degree, mass = split(self.cells), split(self.cells @ ones), split(self.weights.sum(-1))
+        P = picks.shape[3]
         if self.tables is None:
             self.tables = Tables.zeros(self.L, self.S, P, E, self.N, self.shown, picks.device)
         t = self.tables
         t.load[:, s, :halves] += picks.sum(2).int()
-        t.mass[:, s, :halves] += weights.sum((2, 4))
-        rows = picks.reshape(self.L, -1, E)
+        t.mass[:, s, :halves] += mass.sum(2)
+        rows = picks.flatten(1, 3)
         t.pairs += torch.bmm(rows.mT, rows).long()
-        cond = picks[:, 0]
+        cond, own = picks[:, 0], degree[:, 0]
         self._count_images(cond, s)
-        degree = cond.sum(-1)  # (L, B, P)
-        t.degrees[:, s] += (degree.flatten(1)[..., None] == torch.arange(E + 1, device=degree.device)).sum(1)
-        t.tokens[s] += degree[0].numel()
+        t.degrees[:, s].scatter_add_(1, (of := own.flatten(1).long()), t.tokens.new_ones(1).expand_as(of))
+        t.tokens[s] += own[0].numel()
         if self.before is not None:
-            t.kept[:, s] += jaccard(cond, self.before).sum((1, 2))
+            before, had = self.before
+            t.kept[:, s] += jaccard((cond * before) @ ones, own, had).sum((1, 2))
         if self.guided:
-            t.overlap[:, s] += jaccard(cond, picks[:, 1]).sum((1, 2))
+            t.overlap[:, s] += jaccard((cond * picks[:, 1]) @ ones, own, degree[:, 1]).sum((1, 2))
         shown = min(len(t.maps) - self.first, self.counted)
         if shown > 0:
-            t.maps[self.first : self.first + shown, s] += degree[:, :shown].sum(0).int()
-        self.before = cond.clone()
+            t.maps[self.first : self.first + shown, s] += own[:, :shown].sum(0).int()
+        self.before = cond.clone(), own
         self.step, self.seen = s + 1, set()
 
     def _count_images(self, cond: Tensor, s: int) -> None:
         t, B = self.tables, cond.shape[1]
-        numbers = torch.arange(self.first, self.first + B, device=cond.device)
-        t.labels[numbers] = self.labels[:B].to(t.labels)
-        images = cond.sum(2)  # (L, B, E)
-        t.images[numbers] += images.transpose(0, 1).int()
-        group = numbers % GROUPS
-        t.group_positions.index_add_(0, group, cond.transpose(0, 1).int())
-        t.group_steps[:, :, s].index_add_(0, group, images.transpose(0, 1).int())
+        here = slice(self.first, self.first + B)
+        if s == 0:
+            numbers = torch.arange(here.start, here.stop, device=cond.device)
+            self._groups = (numbers % GROUPS == torch.arange(GROUPS, device=cond.device)[:, None]).to(cond.dtype)
+            t.labels[here] = self.labels[:B].to(t.labels)
+        t.images[here] += cond.sum(2).transpose(0, 1).int()
+        by_group = (self._groups @ cond.flatten(2)).unflatten(2, cond.shape[2:]).transpose(0, 1).int()
+        t.group_positions += by_group
+        t.group_steps[:, :, s] += by_group.sum(2, dtype=torch.int32)
 
 
-def jaccard(a: Tensor, b: Tensor) -> Tensor:
-    """Return |a and b| / |a or b| over the last axis of two tensors of 0 and 1; 1 where both are empty."""
-    both = (a * b).sum(-1)
-    either = a.sum(-1) + b.sum(-1) - both
+def jaccard(both: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return |both| / |a or b| of sets of so many elements; 1 where both are empty."""
+    either = a + b - both
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)

@@ -19,7 +19,7 @@ def analyse(drawing: Drawing, count: int, bf16_batches: int = 1) -> tuple[Tables
     Returns: the tables, and the first images (at most 16) as Drawing.range gives them.
     """
     model, sampler = drawing.model, SAMPLERS[drawing.sampler]
-    counter = Counter(len(routed_layers(model)), drawing.steps * sampler.evaluations, count)
+    counter = Counter(len(routed_layers(model)), sampler.evaluations(drawing.steps), count)
     pace, seen = Pace("images", count), []
     with watch(model, counter):
         for number, first in enumerate(range(0, count, drawing.batch)):

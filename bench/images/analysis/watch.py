@@ -101,7 +101,8 @@ def _hand_over(counter: Counter, layer: int, plan: RoutingPlan) -> None:
     T, E = plan.num_tokens, plan.num_experts
     rows = torch.arange(plan.num_rows, device=plan.row_token.device, dtype=torch.int32)
     expert = torch.searchsorted(plan.expert_offsets[1:].contiguous(), rows, right=True, out_int32=True)
-    counter.take(layer, T, E, plan.row_token.long() * E + expert, plan.row_weight)
+    cells = (plan.row_token.long() * E + expert).masked_fill_(expert == E, T * E)  # behind the rows: nobody's
+    counter.take(layer, T, E, cells, plan.row_weight)
 
 
 def _hand_dense(counter: Counter, layer: int, T: int, E: int, cells: Tensor, weights: Tensor) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.images.dmcmc.integrators import INTEGRATORS, rk45
+from bench.images.sampling.integrators import INTEGRATORS, rk45
 from reference.denoiser import Counted
 from reference.diffusion import draw_noise, sample_generators
 from reference.dmcmc import Langevin, LangevinGibbs, State, VariancePreserving

@@ -15,8 +15,8 @@ import torch
 from bench.images import digits
 from bench.images.dmcmc import verdicts
 from bench.images.dmcmc.arms import CHOICES, Amount, Arm, Samples, run
-from bench.images.dmcmc.integrators import INTEGRATORS
 from bench.images.dmcmc.tiers import Oracle, Trained, watch_loads
+from bench.images.sampling.integrators import INTEGRATORS
 from bench.instrument import arguments, store
 from bench.instrument.ledger import Ledger, source_digest
 from bench.instrument.progress import say, track

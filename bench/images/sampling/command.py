@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=arguments.count, default=64, help="images per forward (default: 64)")
     add("--predicts", choices=(VELOCITY, NOISE), help="what the model was trained on, where its file does not say so")
     add("--sampler", choices=list(SAMPLERS), help="default: rf_euler for velocity, ddpm for noise")
-    add("--steps", type=arguments.count, help="default: the sampler's own, as DiT-MoE's authors sample")
+    add("--steps", type=arguments.count, help="default: the sampler's own, as DiT-MoE's authors sample; else 20")
     add("--labels", default="random", help="random, cycle, or numbers with commas, taken in turns (default: random)")
     add("--guidance", type=float, default=1.0, help="classifier-free; 1: without (default), with half the work")
     add(
@@ -101,16 +101,20 @@ def prepare(args: argparse.Namespace) -> tuple[Drawing, dict]:
         moe_kernels.replace_moe(model, backend=args.backend)
     drawing = Drawing(
         model, trained.time_scale, sampler, steps, args.guidance, args.guided_channels or CHANNELS[predicts],
-        parse_labels(args.labels, config.num_classes), args.seed, min(args.batch, args.count), device,
+        parse_labels(args.labels, config.num_classes), args.seed, min(args.batch, args.count), predicts,
+        device,
         Decoder(args.vae, config.in_channels, device) if args.vae else None,
     )  # fmt: skip
+    heuristic = args.guidance != 1.0 and SAMPLERS[sampler].scores
+    if heuristic:
+        say(f"--guidance {args.guidance:g}: a guided field is no score, and {sampler} needs one: a heuristic")
     settings = {
         "source": source_digest(), "torch": torch.__version__, "config": asdict(config),
         "checkpoint": trained.identity, "predicts": predicts, "time_scale": trained.time_scale,
         **{name: getattr(drawing, name) for name in ("sampler", "steps", "guidance", "channels", "labels", "seed")},
         "count": args.count, "batch": drawing.batch, "backend": args.backend, "dtype": args.dtype,
         "device": args.device, "threads": torch.get_num_threads() if args.device == "cpu" else None,
-        "vae": drawing.decode.identity if drawing.decode else None,
+        "vae": drawing.decode.identity if drawing.decode else None, "heuristic": heuristic,
     }  # fmt: skip
     return drawing, settings
 

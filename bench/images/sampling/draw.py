@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moe_kernels
-from bench.images.sampling.samplers import SAMPLERS, ModelFn
+from bench.images.sampling.samplers import SAMPLERS, VELOCITY, ModelFn
 from reference.diffusion import draw_noise
 
 STRIDE = 1_000_003  # images between the generators of two seeds
@@ -46,6 +46,7 @@ class Drawing:
     labels: str | list[int]
     seed: int
     batch: int
+    predicts: str = VELOCITY
     device: str = "cpu"
     decode: Callable[[Tensor], np.ndarray] | None = None
 
@@ -70,7 +71,7 @@ class Drawing:
         fn = ModelFn(self.model, y, self.guidance, self.channels, self.time_scale)
         moe_kernels.set_nonfinite("propagate")  # NaN is to come out at its image, whose number `check` tells
         try:
-            x = SAMPLERS[self.sampler].run(fn, noise, self.steps, generators)[:count]
+            x = SAMPLERS[self.sampler].run(fn, noise, self.steps, generators, self.predicts)[:count]
         finally:
             moe_kernels.set_nonfinite("raise")
         fn.check(first, count)

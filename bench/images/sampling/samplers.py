@@ -4,35 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from bench.images.sampling.integrators import INTEGRATORS, Integrator
 from reference import samplers as reference
+from reference.denoiser import Denoiser
 
 VELOCITY, NOISE = "velocity", "noise"
+KINDS = {VELOCITY: "flow", NOISE: "ddpm"}  # as denoisers
+SIGMAS = {  # where samplers by noise level end, and begin
+    VELOCITY: (0.05, 20.0),  # logit-normal times have log sigma = logit t of standard deviation 1: three of them
+    NOISE: (0.02, 80.0),
+}
+Generators = Sequence[torch.Generator]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """run(model_fn, noise (B, C, height, width), steps, generators, one per image) -> samples like noise.
+    """run(model_fn, noise (B, C, height, width), steps, generators, one per image, predicts) -> samples like noise.
 
-    predicts: what model_fn must return. least: of steps; steps: by default, as the authors of DiT-MoE sample.
-    evaluations: of the model, in each step.
+    predicts: what model_fn may return. least: of steps; steps: by default, as the authors of DiT-MoE sample.
+    evaluations: of the model in so many steps. scores: draws noise by the score of a density, which a guided field is
+    of none.
     """
 
-    predicts: str
+    predicts: tuple[str, ...]
     least: int
     steps: int
-    run: Callable[[reference.ModelFn, Tensor, int, Sequence[torch.Generator]], Tensor]
-    evaluations: int = 1
+    run: Callable[[reference.ModelFn, Tensor, int, Generators, str], Tensor]
+    evaluations: Callable[[int], int] = int
+    scores: bool = False
 
 
-SAMPLERS = {  # the first of a kind is its default
-    "rf_euler": Sampler(VELOCITY, 1, 50, lambda fn, noise, steps, _: reference.rf_euler(fn, noise, steps)),
-    "rf_heun": Sampler(VELOCITY, 1, 25, lambda fn, noise, steps, _: reference.rf_heun(fn, noise, steps), 2),
-    "ddpm": Sampler(NOISE, 2, 250, reference.ddpm),
-    "ddim": Sampler(NOISE, 2, 50, lambda fn, noise, steps, _: reference.ddim(fn, noise, steps)),
+def _by_level(
+    integrator: Integrator, fn: reference.ModelFn, noise: Tensor, steps: int, generators: Generators, predicts: str
+) -> Tensor:
+    """Bring noise down the levels of SIGMAS, whatever the model predicts: as a denoiser."""
+    low, high = SIGMAS[predicts]
+    sigma = torch.full((len(noise),), high, dtype=torch.float64, device=noise.device)
+    denoise = Denoiser(lambda x, t, _: fn(x, t), KINDS[predicts])
+    return integrator(denoise, high * noise, sigma, low, _evaluations(integrator, steps), generators)
+
+
+def _evaluations(integrator: Integrator, steps: int) -> int:
+    return 2 * steps - 1 if integrator.twice else steps
+
+
+SAMPLERS = {  # the first that fits what a model predicts is its default
+    "rf_euler": Sampler((VELOCITY,), 1, 50, lambda fn, noise, steps, *_: reference.rf_euler(fn, noise, steps)),
+    "rf_heun": Sampler(
+        (VELOCITY,), 1, 25, lambda fn, noise, steps, *_: reference.rf_heun(fn, noise, steps), lambda steps: 2 * steps
+    ),
+    "ddpm": Sampler(
+        (NOISE,), 2, 250, lambda fn, noise, steps, generators, _: reference.ddpm(fn, noise, steps, generators)
+    ),
+    "ddim": Sampler((NOISE,), 2, 50, lambda fn, noise, steps, *_: reference.ddim(fn, noise, steps)),
+    **{
+        name: Sampler((VELOCITY, NOISE), 1, 20, partial(_by_level, way), partial(_evaluations, way), scores=way.random)
+        for name, way in INTEGRATORS.items()
+    },
 }
 
 
@@ -41,13 +74,13 @@ def choose(name: str | None, predicts: str, steps: int | None) -> tuple[str, int
 
     Raises: ValueError for a sampler of models that predict something else, or too few steps.
     """
-    name = name or next(key for key, sampler in SAMPLERS.items() if sampler.predicts == predicts)
+    fitting = [key for key, sampler in SAMPLERS.items() if predicts in sampler.predicts]
+    name = name or fitting[0]
     sampler = SAMPLERS[name]
-    if sampler.predicts != predicts:
-        fitting = ", ".join(key for key, other in SAMPLERS.items() if other.predicts == predicts)
+    if name not in fitting:
         raise ValueError(
-            f"--sampler {name}: integrates models that predict {sampler.predicts}, but this checkpoint predicts "
-            f"{predicts}, expected one of {fitting}"
+            f"--sampler {name}: integrates models that predict {sampler.predicts[0]}, but this checkpoint predicts "
+            f"{predicts}, expected one of {', '.join(fitting)}"
         )
     if steps is not None and steps < sampler.least:
         raise ValueError(f"--steps: got {steps}, expected at least {sampler.least} for {name}")
