@@ -230,7 +230,7 @@ def test_weights_in_separate_memory_give_the_same_bits(transposed):
     x, plan, w, activation, _ = fused_arguments(layer, x)
     out, gate_up, shared_gate_up = native.moe_mlp(x, plan, w, activation, True)
     dx, drow_weight, (dgate_up,), (ddown,), (dshared_gate_up,), (dshared_down,) = native.moe_mlp_bwd(
-        x, x, plan, w, gate_up, shared_gate_up, activation, (True,) * 4
+        x, x, plan, w, gate_up, shared_gate_up, activation, (True,) * 8
     )
     w = w.stacked()
 
@@ -256,10 +256,10 @@ def test_weights_in_separate_memory_give_the_same_bits(transposed):
         return _C.Tensor(t.data_ptr(), 3 if t.dtype == torch.int32 else 0, t.shape, t.stride(), t.nbytes)
 
     views = [view(t) for t in plan.tensors()]
-    _C.moe_mlp_fwd(view(x), views, table, activation, None, view(again[0]), None, None, 2)
+    _C.moe_mlp_fwd(view(x), views, table, activation, [], None, view(again[0]), None, None, 2)
     _C.moe_mlp_bwd(
-        view(x), view(x), views, table, view(gate_up), view(shared_gate_up), activation, view(again[1]), view(again[2]),
-        to, 2,
+        view(x), view(x), views, table, view(gate_up), view(shared_gate_up), activation, [], view(again[1]),
+        view(again[2]), to, [], 2,
     )  # fmt: skip
     assert all(torch.equal(*pair) for pair in zip(again, (out, dx, drow_weight), strict=True))
     for i, (got, want) in enumerate(zip(grads, expected, strict=True)):
