@@ -274,8 +274,8 @@ std::unique_ptr<PackedWeights> py_pack(const Kinds& weights, const std::string& 
 }
 
 void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Kinds& weights, const std::string& activation,
-                    const BiasViews& biases, const PackedWeights* packed, const Tensor& out, const std::optional<Tensor>& gate_up,
-                    const std::optional<Tensor>& shared_gate_up, int threads) {
+                    const BiasViews& biases, const PackedWeights* packed, const Tensor& out,
+                    const std::optional<Tensor>& gate_up, const std::optional<Tensor>& shared_gate_up, int threads) {
   ExpertTable w = table_of("weights", weights, 6);
   const MoeSizes s = sizes_of(x, plan, w, activation, biases, threads);
   const PlanView view = view_of(plan, s.T, s.E);

@@ -249,7 +249,8 @@ inline void accumulate_y(const Group& g, const uint32_t* a, int64_t lda_items, c
       streams.rows(y, g.H * 4, NR * 4);
       ahead.share(streams);
       const bool biased = first && bias;
-      if (biased) fill(whole ? y : tile, whole ? g.H : NR, rows, load(bias + column, n), load(bias + column + W, n - W));
+      if (biased)
+        fill(whole ? y : tile, whole ? g.H : NR, rows, load(bias + column, n), load(bias + column + W, n - W));
       kernel(a + row * lda_items, lda_items, packed + p * panel_items * NR, items, whole ? y : tile, whole ? g.H : NR,
              biased || (whole && !first), streams);
       for (int r = 0; !whole && r < rows; ++r)

@@ -19,15 +19,19 @@ import torch, moe_kernels
 from moe_kernels import _C
 torch.manual_seed(0)
 for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)):
-    for activation in ("swiglu", "gelu"):
-        layer = moe_kernels.MoELayer(40, 56, 5, 2, 24, activation=activation, backend="native").to(dtype)
-        exact = moe_kernels.MoELayer(40, 56, 5, 2, 24, activation=activation, backend="eager").double()
+    for activation in ("swiglu", "gelu", "gelu_tanh", moe_kernels.ClampedSwiGLU()):
+        how = {"activation": activation, "bias": activation != "gelu"}
+        layer = moe_kernels.MoELayer(40, 56, 5, 2, 24, **how, backend="native").to(dtype)
+        for bias in (p for name, p in layer.named_parameters() if name.endswith("bias")):
+            torch.nn.init.normal_(bias)
+        exact = moe_kernels.MoELayer(40, 56, 5, 2, 24, **how, backend="eager").double()
         exact.load_state_dict(layer.state_dict())
         x = torch.randn(53, 40).to(dtype).requires_grad_()
         wide = x.detach().double().requires_grad_()
         layer(x).square().sum().backward()
         exact(wide).square().sum().backward()
-        for ours, oracle in ((x.grad, wide.grad), (layer.gate_up_proj.grad, exact.gate_up_proj.grad)):
+        oracles = [p.grad for p in exact.parameters()]
+        for ours, oracle in zip((x.grad, *(p.grad for p in layer.parameters())), (wide.grad, *oracles)):
             assert (ours.double() - oracle).norm() < bound * oracle.norm(), (dtype, activation)
 print(_C.isa_level())
 """
