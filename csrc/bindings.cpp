@@ -3,7 +3,10 @@
 // is released around the work.
 #include "bindings.h"
 
+#include <cstring>
+#include <locale>
 #include <memory>
+#include <sstream>
 
 #include "core/workspace.h"
 #include "cpu/blocking.h"
@@ -68,6 +71,43 @@ ExpertTable table_of(const char* name, const Kinds& kinds, size_t count) {
   return {kind(0), kind(1), kind(2), kind(3), kind(4), kind(5)};
 }
 
+// Biases as Python lists them: gate_up, down and, of six kinds of matrices, the shared expert's. None: absent; the list
+// is empty where nothing has one.
+using BiasViews = std::vector<std::optional<Tensor>>;
+
+Biases biases_of(const char* name, const BiasViews& views, const MoeSizes& s) {
+  MOE_CHECK(views.empty() || views.size() == (s.Is > 0 ? 4 : 2), name, ": ", views.size(), " entries, expected ",
+            s.Is > 0 ? 4 : 2, ", or none");
+  const std::vector<int64_t> shapes[] = {{s.E, s.halves() * s.I}, {s.E, s.H}, {s.halves() * s.Is}, {s.H}};
+  float* found[4] = {};
+  for (size_t i = 0; i < views.size(); ++i) {
+    if (!views[i]) continue;
+    views[i]->expect(name, F32, shapes[i]);
+    found[i] = views[i]->as<float>();
+  }
+  return {found[0], found[1], found[2], found[3]};
+}
+
+// An activation as moe_kernels/activation.py spells it: with numbers, "clamped_swiglu(limit=7.0, alpha=1.7, shift=1.0)".
+void set_function(const std::string& spelled, MoeSizes& s, ExpertTable& w) {
+  const std::string clamped = "clamped_swiglu(";
+  if (spelled == "gelu_tanh") {
+    s.activation = Activation::kGELU, w.variant.plain = false;
+  } else if (spelled.compare(0, clamped.size(), clamped) == 0) {
+    s.activation = Activation::kSwiGLU, w.variant.plain = false;
+    const std::pair<const char*, float*> numbers[] = {
+        {"limit=", &w.variant.limit}, {"alpha=", &w.variant.alpha}, {"shift=", &w.variant.shift}};
+    for (const auto& [key, number] : numbers) {
+      const size_t at = spelled.find(key);
+      std::istringstream in(at == std::string::npos ? "" : spelled.substr(at + std::strlen(key)));
+      in.imbue(std::locale::classic());
+      MOE_CHECK(in >> *number, "activation: '", spelled, "', expected a number behind ", key);
+    }
+  } else {
+    s.activation = activation_of(spelled);
+  }
+}
+
 // The six kinds of a table against the sizes; what may not be there at all has no matrices.
 void expect_table(const std::string& name, const ExpertTable& table, const MoeSizes& s, bool all) {
   const auto expect = [&](const char* kind, const Matrices& m, int64_t count, int64_t rows, int64_t columns) {
@@ -88,22 +128,24 @@ void expect_table(const std::string& name, const ExpertTable& table, const MoeSi
   expect("shared_down", table.shared_down, shared, s.H, s.Is);
 }
 
-// Sizes read off the weights (no tokens, no rows), all weights checked against them.
-MoeSizes sizes_of(const ExpertTable& weights, const std::string& activation, int threads) {
+// Sizes read off the weights (no tokens, no rows), all weights checked against them; the table gets its variant.
+MoeSizes sizes_of(ExpertTable& weights, const std::string& activation, int threads) {
   MOE_CHECK(threads > 0, "threads: ", threads, ", expected at least 1");
   MOE_CHECK(weights.down.present(), "weights.down: None, expected a matrix for each expert");
   MoeSizes s{};
   s.E = int64_t(weights.down.data.size()), s.H = weights.down.rows, s.I = weights.down.columns;
   s.Is = weights.shared_down.columns;
-  s.dtype = weights.down.dtype, s.activation = activation_of(activation), s.threads = threads;
+  s.dtype = weights.down.dtype, s.threads = threads;
+  set_function(activation, s, weights);
   expect_table("weights", weights, s, true);
   return s;
 }
 
-// The same with x and the plan.
-MoeSizes sizes_of(const Tensor& x, const Plan& plan, const ExpertTable& weights, const std::string& activation,
-                  int threads) {
+// The same with x, the plan and the biases.
+MoeSizes sizes_of(const Tensor& x, const Plan& plan, ExpertTable& weights, const std::string& activation,
+                  const BiasViews& biases, int threads) {
   MoeSizes s = sizes_of(weights, activation, threads);
+  weights.biases = biases_of("biases", biases, s);
   MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
   expect_fields(plan);
   s.T = x.sizes[0], s.R = plan[kRowToken].sizes.at(0);
@@ -168,9 +210,9 @@ void py_dispatch_expert_choice(const Tensor& affinities, int64_t capacity, int64
 }
 
 void py_experts_fwd(const Tensor& x, const Plan& plan, const Kinds& weights, const std::string& activation,
-                    const Tensor& y_rows, const std::optional<Tensor>& gate_up, int threads) {
-  const ExpertTable w = table_of("weights", weights, 3);
-  const MoeSizes s = sizes_of(x, plan, w, activation, threads);
+                    const BiasViews& biases, const Tensor& y_rows, const std::optional<Tensor>& gate_up, int threads) {
+  ExpertTable w = table_of("weights", weights, 3);
+  const MoeSizes s = sizes_of(x, plan, w, activation, biases, threads);
   const PlanView view = view_of(plan, s.T, s.E);
   y_rows.expect("y_rows", s.dtype, {s.R, s.H});
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
@@ -179,15 +221,16 @@ void py_experts_fwd(const Tensor& x, const Plan& plan, const Kinds& weights, con
 }
 
 void py_experts_bwd(const Tensor& dy_rows, const Tensor& x, const Plan& plan, const Kinds& weights,
-                    const Tensor& gate_up, const std::string& activation, const Tensor& dx, const Kinds& grads,
-                    int threads) {
-  const ExpertTable w = table_of("weights", weights, 3), dw = table_of("grads", grads, 3);
-  const MoeSizes s = sizes_of(x, plan, w, activation, threads);
+                    const Tensor& gate_up, const std::string& activation, const BiasViews& biases, const Tensor& dx,
+                    const Kinds& grads, const BiasViews& dbiases, int threads) {
+  ExpertTable w = table_of("weights", weights, 3), dw = table_of("grads", grads, 3);
+  const MoeSizes s = sizes_of(x, plan, w, activation, biases, threads);
   const PlanView view = view_of(plan, s.T, s.E);
   dy_rows.expect("dy_rows", s.dtype, {s.R, s.H});
   gate_up.expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   dx.expect("dx", s.dtype, x.sizes);
   expect_table("grads", dw, s, false);
+  dw.biases = biases_of("dbiases", dbiases, s);
   py::gil_scoped_release release;
   experts_bwd(s, view, w, x.data, dy_rows.data, gate_up.data, dx.data, dw);
 }
@@ -224,17 +267,17 @@ void py_combine_bwd(const Tensor& dout, const Tensor& y_rows, const Plan& plan, 
 }
 
 std::unique_ptr<PackedWeights> py_pack(const Kinds& weights, const std::string& activation, int threads) {
-  const ExpertTable w = table_of("weights", weights, 6);
+  ExpertTable w = table_of("weights", weights, 6);
   const MoeSizes s = sizes_of(w, activation, threads);
   py::gil_scoped_release release;
   return std::make_unique<PackedWeights>(s, w);
 }
 
 void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Kinds& weights, const std::string& activation,
-                    const PackedWeights* packed, const Tensor& out, const std::optional<Tensor>& gate_up,
-                    const std::optional<Tensor>& shared_gate_up, int threads) {
-  const ExpertTable w = table_of("weights", weights, 6);
-  const MoeSizes s = sizes_of(x, plan, w, activation, threads);
+                    const BiasViews& biases, const PackedWeights* packed, const Tensor& out,
+                    const std::optional<Tensor>& gate_up, const std::optional<Tensor>& shared_gate_up, int threads) {
+  ExpertTable w = table_of("weights", weights, 6);
+  const MoeSizes s = sizes_of(x, plan, w, activation, biases, threads);
   const PlanView view = view_of(plan, s.T, s.E);
   out.expect("out", s.dtype, x.sizes);
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
@@ -245,10 +288,10 @@ void py_moe_mlp_fwd(const Tensor& x, const Plan& plan, const Kinds& weights, con
 
 void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const Kinds& weights,
                     const std::optional<Tensor>& gate_up, const std::optional<Tensor>& shared_gate_up,
-                    const std::string& activation, const Tensor& dx, const Tensor& drow_weight, const Kinds& grads,
-                    int threads) {
-  const ExpertTable w = table_of("weights", weights, 6), dw = table_of("grads", grads, 6);
-  const MoeSizes s = sizes_of(x, plan, w, activation, threads);
+                    const std::string& activation, const BiasViews& biases, const Tensor& dx, const Tensor& drow_weight,
+                    const Kinds& grads, const BiasViews& dbiases, int threads) {
+  ExpertTable w = table_of("weights", weights, 6), dw = table_of("grads", grads, 6);
+  const MoeSizes s = sizes_of(x, plan, w, activation, biases, threads);
   const PlanView view = view_of(plan, s.T, s.E);
   dout.expect("dout", s.dtype, x.sizes);
   dx.expect("dx", s.dtype, x.sizes);
@@ -256,6 +299,7 @@ void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   if (shared_gate_up) shared_gate_up->expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
   expect_table("grads", dw, s, false);
+  dw.biases = biases_of("dbiases", dbiases, s);
   py::gil_scoped_release release;
   moe_mlp_bwd(s, view, w, x.data, dout.data, optional(gate_up).data, optional(shared_gate_up).data, dx.data,
               drow_weight.as<float>(), dw);

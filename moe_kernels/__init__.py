@@ -2,6 +2,7 @@
 
 from . import _installation  # first: says what to do where torch is missing
 from ._checks import set_nonfinite
+from .activation import ClampedSwiGLU
 from .adapters import replace_moe, restore_moe
 from .backends import BackendInfo, backends
 from .layer import MoELayer
@@ -30,12 +31,15 @@ from .routing import (
     Scores,
     TokenChoice,
 )
+from .weights import Biases
 
 _installation.warn_of_namesake()
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendInfo",
+    "Biases",
+    "ClampedSwiGLU",
     "DiffMoE",
     "ExpertChoice",
     "ExpertRace",

@@ -17,7 +17,6 @@ AUTOCAST_DEVICES = tuple(  # asked once: Dynamo of torch 2.11 cannot trace the q
     name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name)
 )
 INTEGERS = (torch.int32, torch.int64)
-ACTIVATIONS = {"swiglu": 2, "gelu": 1}  # rows of gate_up_proj per unit of the intermediate size
 
 
 def tensor(
@@ -74,13 +73,6 @@ def router(gate_weight: object, like: Tensor, hidden_size: int, top_k: object) -
         raise TypeError(f"top_k: got {type(top_k).__name__}, expected an int")
     if not 0 <= top_k <= E:
         raise ValueError(f"top_k: got {top_k}, expected 0 to num_experts = {E}")
-
-
-def activation(name: str) -> int:
-    """Return how many rows of gate_up_proj make one unit of the intermediate size."""
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ValueError(f"activation: got {name!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
-    return ACTIVATIONS[name]
 
 
 def plan(plan: object, num_tokens: int | None, like: Tensor) -> RoutingPlan:

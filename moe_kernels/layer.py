@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, ops
+from .activation import Activation, halves, spelled
 from .backends import registry
 from .backends.base import Request
 from .routing import Router, RouterCall, TokenChoice
-from .weights import LAYOUTS
+from .weights import LAYOUTS, Biases
 
 
 class MoELayer(nn.Module):
     """Mixture-of-experts layer with stacked parameters.
 
-    y = shared(x) + sum over the picks (e, p) of x of p expert_e(x); experts are bias-free SwiGLU or GELU MLPs.
+    y = shared(x) + sum over the picks (e, p) of x of p expert_e(x); experts are MLPs of two products, with or without
+    biases, SwiGLU or GELU between them.
 
     Args:
         hidden_size: H.
@@ -26,7 +28,7 @@ class MoELayer(nn.Module):
         num_experts: E.
         top_k: K, picks per token; a router that is given and has its own top_k must agree. Not used by ExpertChoice.
         shared_intermediate_size: Is of the always-on expert, 0 for none.
-        activation: "swiglu" or "gelu" (two matrices per expert).
+        activation: "swiglu"; "gelu" or "gelu_tanh", exact or not (two matrices per expert); or a ClampedSwiGLU.
         router: TokenChoice(top_k) by default.
         backend: "auto" or a name out of `backends()`.
         recompute: keep no activations for backward, compute them there again: see `moe_mlp`.
@@ -35,6 +37,8 @@ class MoELayer(nn.Module):
             [up; gate], "gate_up_in_out" gate_up_proj (E, H, 2I) and down_proj (E, I, H). Native reads all of them as
             they are; triton and cuda read (out, in) in place where the widths are multiples of 64; else other
             backends copy what is not "gate_up" in every call.
+        bias: all experts add a gate_up_bias (E, 2I), halves as in gate_up_proj, and a down_bias (E, H). These,
+            gelu_tanh and ClampedSwiGLU are what native, grouped and eager compute; triton and cuda refuse them.
     Raises: TypeError, ValueError naming the argument; RuntimeError with the reason for a backend that cannot run here.
     """
 
@@ -45,13 +49,14 @@ class MoELayer(nn.Module):
         num_experts: int,
         top_k: int,
         shared_intermediate_size: int = 0,
-        activation: str = "swiglu",
+        activation: Activation = "swiglu",
         router: Router | None = None,
         backend: str = "auto",
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         layout: str = "gate_up",
+        bias: bool = False,
     ) -> None:
         super().__init__()
         sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts}
@@ -66,8 +71,8 @@ class MoELayer(nn.Module):
             raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, _checks.FLOATS))}")
         if layout not in LAYOUTS:
             raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
-        self.activation, self.backend, self.recompute, self.layout = activation, backend, recompute, layout
-        halves = _checks.activation(activation)
+        self.activation, self.backend, self.recompute, self.layout = spelled(activation), backend, recompute, layout
+        n = halves(self.activation)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -77,13 +82,17 @@ class MoELayer(nn.Module):
             return parameter(*lead, columns, rows) if LAYOUTS[layout].in_out else parameter(*shape)
 
         self.gate_weight = parameter(*self.router.gate_shape(E, H))
-        self.gate_up_proj, self.down_proj = projection(E, halves * I, H), projection(E, H, I)
-        self.shared_gate_up_proj = projection(halves * Is, H) if Is else None
+        self.gate_up_proj, self.down_proj = projection(E, n * I, H), projection(E, H, I)
+        self.shared_gate_up_proj = projection(n * Is, H) if Is else None
         self.shared_down_proj = projection(H, Is) if Is else None
+        self.gate_up_bias, self.down_bias = (parameter(E, n * I), parameter(E, H)) if bias else (None, None)
+        self.shared_gate_up_bias = parameter(n * Is) if bias and Is else None
+        self.shared_down_bias = parameter(H) if bias and Is else None
         self._draw_weights()
 
     def reset_parameters(self) -> None:
-        """Draw weights as DiT-MoE does: Xavier-uniform for each expert matrix, U(+-1/sqrt(H)) for the router.
+        """Draw weights as DiT-MoE does: Xavier-uniform for each expert matrix, U(+-1/sqrt(H)) for the router,
+        zeros for biases.
 
         A router that is a module with a `reset_parameters` of its own begins anew, too: what `to_empty` left in its
         averages is whatever memory held.
@@ -103,6 +112,11 @@ class MoELayer(nn.Module):
                 bound = (6 / (H + down.shape[inner])) ** 0.5
                 nn.init.uniform_(gate_up, -bound, bound)
                 nn.init.uniform_(down, -bound, bound)
+        for bias in filter(lambda b: b is not None, self._biases()):
+            nn.init.zeros_(bias)
+
+    def _biases(self) -> Biases:
+        return Biases(self.gate_up_bias, self.down_bias, self.shared_gate_up_bias, self.shared_down_bias)
 
     def _hidden_size(self) -> int:
         return self.down_proj.shape[-1 if LAYOUTS[self.layout].in_out else -2]
@@ -174,20 +188,23 @@ class MoELayer(nn.Module):
 
     _mlp = staticmethod(ops.moe_mlp)  # ExpertParallelLayer has its own
 
-    def expert_weights(self) -> tuple[Sequence[Any], str, str, str]:
-        """Return the four weights of `moe_mlp`, the activation, the layout and the backend."""
+    def expert_weights(self) -> tuple[Sequence[Any], str, str, str, Biases | None]:
+        """Return the four weights of `moe_mlp`, the activation, the layout, the backend and the biases."""
         weights = self.gate_up_proj, self.down_proj, self.shared_gate_up_proj, self.shared_down_proj
-        return weights, self.activation, self.layout, self.backend
+        biases = None if self.down_bias is None else self._biases()
+        return weights, self.activation, self.layout, self.backend, biases
 
     def extra_repr(self) -> str:
         inner = -2 if LAYOUTS[self.layout].in_out else -1
         E, H = self.down_proj.shape[0], self._hidden_size()
         I = self.down_proj.shape[inner]
         Is = 0 if self.shared_down_proj is None else self.shared_down_proj.shape[inner]
-        chosen = describe_backend(self.backend, self.down_proj, E, H, I, Is, self.activation)
+        has_bias = self.down_bias is not None
+        chosen = describe_backend(self.backend, self.down_proj, E, H, I, Is, self.activation, has_bias)
         return (
             f"hidden_size={H}, intermediate_size={I}, num_experts={E}, shared_intermediate_size={Is}, "
-            f"activation={self.activation!r}, layout={self.layout!r}, router={self.router}, backend={chosen}"
+            f"activation={self.activation!r}, bias={has_bias}, layout={self.layout!r}, router={self.router}, "
+            f"backend={chosen}"
         )
 
 
@@ -198,6 +215,7 @@ def moe_forward(
     activation: str,
     layout: str,
     backend: str,
+    biases: Biases | None,
     router: Router,
     training: bool,
     return_aux_loss: bool,
@@ -236,7 +254,7 @@ def moe_forward(
         _checks.tensor("gate", gate, "B,H", like=x)
         _checks.shape("gate", gate.shape, (x.shape[0], H), "B,H")  # moe_mlp knows tokens, not images: any divisor does
         around = {"residual": tokens, "gate": gate}
-    how = {"activation": activation, "layout": layout, "backend": backend, "recompute": recompute}
+    how = {"activation": activation, "layout": layout, "backend": backend, "recompute": recompute, "biases": biases}
     y = mlp(call.tokens, plan, *weights, **how, **around).reshape(x.shape)
     if not return_aux_loss:
         return y
@@ -245,9 +263,11 @@ def moe_forward(
     return y, aux
 
 
-def describe_backend(backend: str, weight: Tensor, E: int, H: int, I: int, Is: int, activation: str) -> str:
+def describe_backend(
+    backend: str, weight: Tensor, E: int, H: int, I: int, Is: int, activation: str, biases: bool
+) -> str:
     """Say which backend computes a layer with these weights, and that "auto" chose it."""
-    request = Request("moe_mlp", weight.dtype, weight.device.type, E, H, I, Is, activation)
+    request = Request("moe_mlp", weight.dtype, weight.device.type, E, H, I, Is, activation, biases)
     try:
         chosen = registry.choose(backend, request).name
     except (RuntimeError, ValueError) as error:

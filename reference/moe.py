@@ -13,32 +13,60 @@ from torch import Tensor, nn
 from reference.routing import aux_loss, check_ids, expert_choice, token_choice
 
 
-def expert_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str) -> Tensor:
-    """Apply one bias-free expert.
+def swiglu(gate_up: Tensor) -> Tensor:
+    """(..., 2I), [gate; up] -> silu(gate) up, (..., I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
-    swiglu: down_proj (silu(g) * u) with [g; u] = gate_up_proj x.  gelu: down_proj gelu(gate_up_proj x), exact erf.
+
+def clamped_swiglu(gate_up: Tensor, limit: float = 7.0, alpha: float = 1.702, shift: float = 1.0) -> Tensor:
+    """(..., 2I), [gate; up] -> g sigmoid(alpha g) (u + shift), g = min(gate, limit), u = clamp(up, -limit, limit).
+
+    Source: the defaults are those of gpt-oss and of MAGI-2 (SwiGLU7); alpha 1 and shift 0 clamp plain SwiGLU.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + shift)
+
+
+Activation = str | Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": swiglu,
+    "clamped_swiglu": clamped_swiglu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def expert_mlp(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: Activation,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Apply one expert: down_proj f(gate_up_proj x + gate_up_bias) + down_bias.
 
     Args:
         x: (T, H), any float dtype; all weights in the dtype of x.
-        gate_up_proj: (2I, H) with rows [gate; up] for swiglu, (I, H) for gelu.
+        gate_up_proj: (2I, H) with rows [gate; up] for functions with a gate, (I, H) for gelu's forms.
         down_proj: (H, I).
-        activation: "swiglu" | "gelu".
+        activation: f, a name out of ACTIVATIONS ("gelu": the exact one) or a function (T, 2I) or (T, I) -> (T, I).
+        gate_up_bias: (2I,) or (I,), or None. down_bias: (H,), or None.
     Returns:
         (T, H).
     Raises:
         ValueError: unknown activation; gate_up_proj and down_proj that do not fit each other.
     Cost: 6 T H I FLOPs (swiglu), 4 T H I (gelu).
     """
-    if activation not in ("swiglu", "gelu"):
-        raise ValueError(f"activation: got {activation!r}, expected 'swiglu' or 'gelu'")
-    rows = down_proj.shape[1] * (2 if activation == "swiglu" else 1)
+    function = ACTIVATIONS.get(activation) if isinstance(activation, str) else activation
+    if function is None:
+        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    rows = down_proj.shape[1] * 2 // function(x.new_zeros(2)).shape[0]
     if gate_up_proj.shape[0] != rows:
         raise ValueError(f"gate_up_proj: got {gate_up_proj.shape[0]} rows, expected {rows} as down_proj asks")
-    up = F.linear(x, gate_up_proj)
-    if activation == "gelu":
-        return F.linear(F.gelu(up), down_proj)
-    gate, up = up.chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down_proj)
+    return F.linear(function(F.linear(x, gate_up_proj, gate_up_bias)), down_proj, down_bias)
 
 
 def routed_sum(x: Tensor, weights: Tensor, picks: Tensor, experts: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
@@ -84,7 +112,11 @@ def moe(
     down_proj: Tensor,
     shared_gate_up_proj: Tensor | None = None,
     shared_down_proj: Tensor | None = None,
-    activation: str = "swiglu",
+    activation: Activation = "swiglu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    shared_gate_up_bias: Tensor | None = None,
+    shared_down_bias: Tensor | None = None,
 ) -> Tensor:
     """Run the token-choice MoE layer on given picks.
 
@@ -92,7 +124,8 @@ def moe(
 
     Args:
         x: (T, H). topk_weights, topk_ids: (T, K). gate_up_proj: (E, 2I, H), (E, I, H) for gelu. down_proj: (E, H, I).
-        shared_gate_up_proj, shared_down_proj: (2Is, H) and (H, Is), or None.
+        shared_gate_up_proj, shared_down_proj: (2Is, H) and (H, Is), or None. activation: as expert_mlp, of all experts.
+        gate_up_bias: (E, 2I), (E, I) for gelu. down_bias: (E, H). shared_gate_up_bias: (2Is,). shared_down_bias: (H,).
     Returns:
         (T, H) in the dtype of x.
     Raises:
@@ -100,14 +133,22 @@ def moe(
     Cost: T (6 K H I + 6 H Is) FLOPs with swiglu.
     """
     weights, picks = spread_picks(topk_weights, topk_ids, down_proj.shape[0])
-    out = moe_expert_choice(x, weights, picks, gate_up_proj, down_proj, activation)
+    out = moe_expert_choice(x, weights, picks, gate_up_proj, down_proj, activation, gate_up_bias, down_bias)
     if shared_gate_up_proj is not None:
-        out = out + expert_mlp(x, shared_gate_up_proj, shared_down_proj, activation)
+        shared = shared_gate_up_proj, shared_down_proj, activation, shared_gate_up_bias, shared_down_bias
+        out = out + expert_mlp(x, *shared)
     return out
 
 
 def moe_expert_choice(
-    x: Tensor, affinities: Tensor, picks: Tensor, gate_up_proj: Tensor, down_proj: Tensor, activation: str = "gelu"
+    x: Tensor,
+    affinities: Tensor,
+    picks: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: Activation = "gelu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """Run the expert-choice MoE layer on given picks; a token nobody picked gives exact zeros.
 
@@ -115,7 +156,7 @@ def moe_expert_choice(
 
     Args:
         x: (T, H). affinities: (T, E). picks: (T, E) bool. gate_up_proj: (E, I, H), (E, 2I, H) for swiglu.
-        down_proj: (E, H, I).
+        down_proj: (E, H, I). activation: as expert_mlp. gate_up_bias: (E, I), (E, 2I) for swiglu. down_bias: (E, H).
     Returns:
         (T, H) in the dtype of x.
     Raises:
@@ -125,9 +166,20 @@ def moe_expert_choice(
     E = {affinities.shape[1], picks.shape[1], gate_up_proj.shape[0], down_proj.shape[0]}
     if len(E) != 1:
         raise ValueError(f"affinities, picks, gate_up_proj, down_proj: got {sorted(E)} experts, expected one number")
-    projections = zip(gate_up_proj, down_proj, strict=True)
-    experts = (partial(expert_mlp, gate_up_proj=g, down_proj=d, activation=activation) for g, d in projections)
+    experts = (
+        partial(expert_mlp, gate_up_proj=g, down_proj=d, activation=activation, gate_up_bias=gb, down_bias=db)
+        for g, d, gb, db in of_each_expert(gate_up_proj, down_proj, gate_up_bias, down_bias)
+    )
     return routed_sum(x, affinities, picks, experts)
+
+
+def of_each_expert(
+    gate_up_proj: Tensor, down_proj: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None
+) -> Iterable[tuple[Tensor | None, ...]]:
+    """Return for each expert its two matrices and its two biases, None where there are none."""
+    none = [None] * len(down_proj)
+    biases = (none if bias is None else bias for bias in (gate_up_bias, down_bias))
+    return zip(gate_up_proj, down_proj, *biases, strict=True)
 
 
 class _InjectAux(torch.autograd.Function):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference.moe import expert_mlp
+from reference.moe import Activation, expert_mlp, of_each_expert
 from reference.routing import check_ids, take_tokens, token_choice
 
 
@@ -95,12 +95,21 @@ def dispatch_mask(weights: Tensor, picks: Tensor) -> Plan:
     return _plan(row_expert, row_token, row_token * E + row_expert, weights, E)
 
 
-def experts(x: Tensor, plan: Plan, gate_up_proj: Tensor, down_proj: Tensor, activation: str = "swiglu") -> Tensor:
+def experts(
+    x: Tensor,
+    plan: Plan,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: Activation = "swiglu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
     """Run every row's token through the row's expert: y[r] = expert_e(x[row_token[r]]), unweighted.
 
     Args:
         x: (T, H), any float dtype; all weights in the dtype of x. plan: a Plan, or anything with its fields.
-        gate_up_proj: (E, 2I, H), (E, I, H) for gelu. down_proj: (E, H, I). activation: "swiglu" | "gelu".
+        gate_up_proj: (E, 2I, H), (E, I, H) for gelu. down_proj: (E, H, I). activation: as moe.expert_mlp.
+        gate_up_bias: (E, 2I), (E, I) for gelu, or None. down_bias: (E, H), or None.
     Returns:
         (R, H) in the dtype of x.
     Raises:
@@ -108,8 +117,8 @@ def experts(x: Tensor, plan: Plan, gate_up_proj: Tensor, down_proj: Tensor, acti
     Cost: 6 R H I FLOPs (swiglu), 4 R H I (gelu); one host sync.
     """
     groups = x[plan.row_token].split(plan.expert_counts.tolist())
-    parts = zip(groups, gate_up_proj, down_proj, strict=True)
-    return torch.cat([expert_mlp(rows, gate_up, down, activation) for rows, gate_up, down in parts])
+    parts = zip(groups, of_each_expert(gate_up_proj, down_proj, gate_up_bias, down_bias), strict=True)
+    return torch.cat([expert_mlp(rows, g, d, activation, gb, db) for rows, (g, d, gb, db) in parts])
 
 
 def combine(y_rows: Tensor, plan: Plan, shared: Tensor | None = None) -> Tensor:

@@ -11,12 +11,85 @@ inline const uint32_t* items_at(const void* base, int64_t elements) {
   return reinterpret_cast<const uint32_t*>(static_cast<const typename C::Elem*>(base) + elements);
 }
 
+// What an expert computes between its two products: its value, and that with the factors of dact in dgate and dup.
+// Functions without a gate take one argument; dup is not theirs.
+struct ActGrad {
+  vf act, dgate, dup;
+};
+
+struct SwiGLU {
+  static constexpr bool kGated = true;
+  vf operator()(vf gate, vf up) const { return gate * sigmoid(gate) * up; }
+  ActGrad grad(vf gate, vf up) const {
+    const vf s = sigmoid(gate), silu = gate * s;
+    return {silu * up, up * (s + silu * (1.f - s)), silu};
+  }
+};
+
+struct ClampedSwiGLU {
+  static constexpr bool kGated = true;
+  float limit, alpha, shift;
+  vf operator()(vf gate, vf up) const {
+    const vf g = below(gate);
+    return g * sigmoid(alpha * g) * (inside(up) + shift);
+  }
+  ActGrad grad(vf gate, vf up) const {
+    const vf g = below(gate), u = inside(up) + shift, s = sigmoid(alpha * g), value = g * s;
+    const vf dgate = u * (s + alpha * value * (1.f - s));
+    return {value * u, gate > limit ? vf{} : dgate, (up > limit) | (up < -limit) ? vf{} : value};
+  }
+
+ private:
+  vf below(vf x) const { return x > limit ? vf{} + limit : x; }  // a NaN stays one
+  vf inside(vf x) const { return x < -limit ? vf{} - limit : below(x); }
+};
+
+struct GELU {
+  static constexpr bool kGated = false;
+  vf operator()(vf x) const {
+    vf density;
+    return x * normal_cdf(x, density);
+  }
+  ActGrad grad(vf x) const {
+    vf density;
+    const vf cdf = normal_cdf(x, density);
+    return {x * cdf, cdf + x * density, vf{}};
+  }
+};
+
+// x (1 + tanh(z)) / 2 = x sigmoid(2 z), z = sqrt(2/pi) (x + 0.044715 x^3).
+struct GELUTanh {
+  static constexpr bool kGated = false;
+  static constexpr float kLinear = 1.595769122f, kCubic = 0.071354816f;
+  vf operator()(vf x) const { return x * sigmoid(x * (kLinear + kCubic * x * x)); }
+  ActGrad grad(vf x) const {
+    const vf square = x * x, s = sigmoid(x * (kLinear + kCubic * square));
+    return {x * s, s + x * s * (1.f - s) * (kLinear + 3.f * kCubic * square), vf{}};
+  }
+};
+
+template <class Visit>
+inline void with_function(const Group& g, const Visit& visit) {
+  const Variant& v = g.variant;
+  if (g.activation == Activation::kGELU) return v.plain ? visit(GELU{}) : visit(GELUTanh{});
+  v.plain ? visit(SwiGLU{}) : visit(ClampedSwiGLU{v.limit, v.alpha, v.shift});
+}
+
+// Sums that products are added to: nothing, or, as every row of a tile, a bias.
+struct FromZero {
+  bool operator()(int64_t, int, float*) const { return false; }
+};
+inline void fill(float* to, int64_t ld, int rows, vf first, vf second) {
+  for (int r = 0; r < rows; ++r, to += ld) storeu(to, first), storeu(to + W, second);
+}
+
 // One chunk of K for all rows of a group: for each tile and panel, multiply, then finish(row, rows, panel, tile).
+// start(panel, rows, tile) says whether it has put something into the tile that products are added to.
 // prefetch(row, panel, streams) names what finish touches. Panel p is packed at packed + p * panel_items * NR.
-template <class C, class Prefetch, class Finish>
+template <class C, class Start, class Prefetch, class Finish>
 inline void rows_by_panels(const uint32_t* a, int64_t lda_items, int64_t rows, const uint32_t* packed,
-                           int64_t panel_items, int64_t items, int64_t panels, Ahead& ahead, const Prefetch& prefetch,
-                           const Finish& finish) {
+                           int64_t panel_items, int64_t items, int64_t panels, Ahead& ahead, const Start& start,
+                           const Prefetch& prefetch, const Finish& finish) {
   alignas(64) float tile[MR * NR];
   const Tiles tiles(rows);
   for (int64_t i = 0; i < tiles.count; ++i) {
@@ -27,7 +100,8 @@ inline void rows_by_panels(const uint32_t* a, int64_t lda_items, int64_t rows, c
       Streams streams;
       prefetch(row, p, streams);
       ahead.share(streams);
-      kernel(a + row * lda_items, lda_items, packed + p * panel_items * NR, items, tile, NR, false, streams);
+      const bool add = start(p, count, tile);
+      kernel(a + row * lda_items, lda_items, packed + p * panel_items * NR, items, tile, NR, add, streams);
       finish(row, count, p, tile);
     }
   }
@@ -97,10 +171,10 @@ inline void gate_up_ahead(Ahead& ahead, const Group& g, int64_t column, int64_t 
   }
 }
 
-template <class C>
-void up(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
+template <class C, class Function>
+inline void up_of(const Group& g, const Function& function, int64_t panel_begin, int64_t panel_end, void* scratch) {
   using Store = typename C::Store;
-  const bool glu = g.activation == Activation::kSwiGLU;
+  constexpr bool glu = Function::kGated;
   const int64_t items = items_of<C>(g.H), step = glu ? W : NR, width = block_panels<C>(g.H);
   for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
     const int64_t end = min64(panel_end, begin + width), more = min64(panel_end, end + width) - end;
@@ -114,6 +188,13 @@ void up(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
       packed = static_cast<const uint32_t*>(scratch);
       gate_up_ahead<C>(ahead, g, end * step, min64(more * step, g.I - end * step));
     }
+    const auto start = [&](int64_t p, int rows, float* tile) {
+      if (!g.gate_up_bias) return false;
+      const int64_t column = (begin + p) * step, n = g.I - column;
+      const float* bias = g.gate_up_bias + column;
+      fill(tile, NR, rows, load(bias, n), glu ? load(bias + g.I, n) : load(bias + W, n - W));
+      return true;
+    };
     const auto prefetch = [&](int64_t row, int64_t p, Streams& streams) {
       const int64_t column = (begin + p) * step, act_width = step * int64_t(sizeof(typename C::Elem));
       streams.rows(static_cast<typename C::Elem*>(g.act) + row * g.ld_i + column, g.ld_i * sizeof(typename C::Elem),
@@ -128,28 +209,32 @@ void up(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
       Store* kept = g.gate_up ? static_cast<Store*>(g.gate_up) + row * g.halves() * g.I + column : nullptr;
       for (int r = 0; r < rows; ++r, act += g.ld_i) {
         const vf first = loadu<vf>(tile + r * NR), second = loadu<vf>(tile + r * NR + W);
-        if (glu) {
-          store(act, first * sigmoid(first) * second, W);
+        if constexpr (glu) {
+          store(act, function(first, second), W);
         } else {
-          vf density;
-          store(act, first * normal_cdf(first, density), W);
-          store(act + W, second * normal_cdf(second, density), W);
+          store(act, function(first), W);
+          store(act + W, function(second), W);
         }
         if (!kept) continue;
         store(kept + r * g.halves() * g.I, first, n);
         store(kept + r * g.halves() * g.I + (glu ? g.I : W), second, glu ? n : n - W);
       }
     };
-    rows_by_panels<C>(items_at<C>(g.x, 0), g.ld_h / C::kPair, g.rows, packed, items, items, end - begin, ahead,
+    rows_by_panels<C>(items_at<C>(g.x, 0), g.ld_h / C::kPair, g.rows, packed, items, items, end - begin, ahead, start,
                       prefetch, finish);
   }
 }
 
-// g.y (+)= A[:, k] B[k, :] for one chunk of k; the first chunk stores.
+template <class C>
+void up(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
+  with_function(g, [&](const auto& function) { up_of<C>(g, function, panel_begin, panel_end, scratch); });
+}
+
+// g.y (+)= A[:, k] B[k, :] for one chunk of k; the first chunk stores, or adds to the bias.
 template <class C>
 inline void accumulate_y(const Group& g, const uint32_t* a, int64_t lda_items, const uint32_t* packed,
                          int64_t panel_items, int64_t items, int64_t panel_begin, int64_t panels, bool first,
-                         Ahead& ahead) {
+                         const float* bias, Ahead& ahead) {
   const Tiles tiles(g.rows);
   alignas(64) float tile[MR * NR];
   for (int64_t i = 0; i < tiles.count; ++i) {
@@ -163,8 +248,11 @@ inline void accumulate_y(const Group& g, const uint32_t* a, int64_t lda_items, c
       Streams streams;
       streams.rows(y, g.H * 4, NR * 4);
       ahead.share(streams);
+      const bool biased = first && bias;
+      if (biased)
+        fill(whole ? y : tile, whole ? g.H : NR, rows, load(bias + column, n), load(bias + column + W, n - W));
       kernel(a + row * lda_items, lda_items, packed + p * panel_items * NR, items, whole ? y : tile, whole ? g.H : NR,
-             whole && !first, streams);
+             biased || (whole && !first), streams);
       for (int r = 0; !whole && r < rows; ++r)
         for (int64_t c = 0; c < n; ++c) y[r * g.H + c] = tile[r * NR + c] + (first ? 0.f : y[r * g.H + c]);
     }
@@ -201,7 +289,7 @@ void down(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
       weight.at(next.k, next.begin * NR).ahead(ahead, next.count, min64(next.end * NR, g.H) - next.begin * NR);
     }
     accumulate_y<C>(g, items_at<C>(g.act, now.k), g.ld_i / C::kPair, packed, all_packed ? whole : items, items,
-                    now.begin, panels, now.k == 0, ahead);
+                    now.begin, panels, now.k == 0, g.down_bias, ahead);
     now = next;
   }
 }
@@ -222,29 +310,15 @@ void dx(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
       if (next < g.halves())
         over_outputs<C>(g.half_proj(next)).at(next_k, column).ahead(ahead, min64(kChunk, g.I - next_k), n);
       accumulate_y<C>(g, items_at<C>(g.dgate_up, half * g.ld_i + k), g.halves() * g.ld_i / C::kPair, packed, items,
-                      items, panel_begin, panels, half == 0 && k == 0, ahead);
+                      items, panel_begin, panels, half == 0 && k == 0, nullptr, ahead);
     }
 }
 
-// act = silu(gate) up: its value and the factors of dact in dgate and dup. Likewise gelu.
-struct ActGrad {
-  vf act, dgate, dup;
-};
-inline ActGrad swiglu_grad(vf gate, vf up) {
-  const vf s = sigmoid(gate), silu = gate * s;
-  return {silu * up, up * (s + silu * (1.f - s)), silu};
-}
-inline ActGrad gelu_grad(vf x) {
-  vf density;
-  const vf cdf = normal_cdf(x, density);
-  return {x * cdf, cdf + x * density, vf{}};
-}
-
-template <class C>
-void dact(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
+template <class C, class Function>
+inline void dact_of(const Group& g, const Function& function, int64_t panel_begin, int64_t panel_end, void* scratch) {
   using Store = typename C::Store;
   using Elem = typename C::Elem;
-  const bool glu = g.activation == Activation::kSwiGLU;
+  constexpr bool glu = Function::kGated;
   const int64_t items = (g.H + C::kPair - 1) / C::kPair, width = block_panels<C>(g.H), all = (g.I + NR - 1) / NR;
   uint32_t* packed = static_cast<uint32_t*>(scratch);
   const Factor<C> weight = over_outputs<C>(g.down_proj);
@@ -274,7 +348,11 @@ void dact(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
         for (int v = 0; v < NR; v += W) {
           const int64_t n = g.I - column - v;
           const vf gradient = loadu<vf>(tile + r * NR + v), gate = load(kept + v, n);
-          const ActGrad d = glu ? swiglu_grad(gate, load(kept + g.I + v, n)) : gelu_grad(gate);
+          ActGrad d;
+          if constexpr (glu)
+            d = function.grad(gate, load(kept + g.I + v, n));
+          else
+            d = function.grad(gate);
           product += gradient * d.act;
           store(weighted + v, weight * d.act, W);
           store(dgate_up + v, weight * gradient * d.dgate, W);
@@ -284,7 +362,20 @@ void dact(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch)
       }
     };
     rows_by_panels<C>(items_at<C>(g.dout, 0), g.ld_h / C::kPair, g.rows, packed, items, items, end - begin, ahead,
-                      prefetch, finish);
+                      FromZero{}, prefetch, finish);
+  }
+}
+
+template <class C>
+void dact(const Group& g, int64_t panel_begin, int64_t panel_end, void* scratch) {
+  with_function(g, [&](const auto& function) { dact_of<C>(g, function, panel_begin, panel_end, scratch); });
+  if (panel_begin > 0 || !g.down_bias || !g.drow_weight_parts) return;
+  const int64_t all = (g.I + NR - 1) / NR;
+  for (int64_t row = 0; row < g.rows; ++row) {  // the bias's share of drow_weight, beside the first panel's
+    const auto* dout = static_cast<const typename C::Elem*>(g.dout) + row * g.ld_h;
+    vf product{};
+    for (int64_t h = 0; h < g.H; h += W) product += load(dout + h, g.H - h) * load(g.down_bias + h, g.H - h);
+    g.drow_weight_parts[row * all] += sum(product);
   }
 }
 
@@ -376,6 +467,23 @@ template <class C>
 void dgate_up_proj(const Group& g, const GradBlock& block, void* scratch) {
   weight_gradient<C>({g.dgate_up, block.half * g.ld_i, g.halves() * g.ld_i, g.I}, {g.x, 0, g.ld_h, g.H}, g.rows,
                      g.dhalf_proj(block.half), block, scratch);
+}
+
+// In two steps, so that rounding errors grow with the square root of the rows' number.
+template <class C>
+void column_sums(const void* a, int64_t ld, int64_t rows, const float* weight, int64_t begin, int64_t end, float* out) {
+  constexpr int64_t kTogether = 64;
+  for (int64_t c = begin; c < end; c += W) {
+    const auto* column = static_cast<const typename C::Elem*>(a) + c;
+    vf total{};
+    for (int64_t k = 0; k < rows; k += kTogether) {
+      vf part{};
+      for (int64_t row = k; row < min64(rows, k + kTogether); ++row)
+        part += (weight ? weight[row] : 1.f) * load(column + row * ld, end - c);
+      total += part;
+    }
+    store(out + c, total, end - c);
+  }
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 namespace moe {
 
 constexpr int64_t kSlackBytes = 256;               // kernels read whole vectors past the last element
+constexpr int64_t kBiasColumns = 512;               // of a bias's gradient that one task sums
 constexpr int64_t kTasksPerThread = 16;             // the last one to finish costs at most 1/16
 
 inline Compute compute_of(Dtype dtype) {
@@ -25,6 +26,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline void* at(void* base, int64_t elements, Dtype dtype) {
   return base ? static_cast<char*>(base) + elements * dtype_bytes(dtype) : nullptr;
 }
+
+inline float* part(float* base, int64_t elements) { return base ? base + elements : nullptr; }
 
 // The engine: builds groups, gives them workspace wave by wave, and runs their column blocks on all threads.
 class Engine {
@@ -46,6 +49,10 @@ class Engine {
       g.row_weight = weighted ? plan.row_weight + plan.expert_offsets[e] : nullptr;
       g.gate_proj = w.gate[e], g.up_proj = w.up[e], g.down_proj = w.down[e];
       g.dgate_proj = grads.gate[e], g.dup_proj = grads.up[e], g.ddown_proj = grads.down[e];
+      const int64_t U = sizes_.halves() * sizes_.I, H = sizes_.H;
+      g.variant = w.variant;
+      g.gate_up_bias = part(w.biases.gate_up, e * U), g.down_bias = part(w.biases.down, e * H);
+      g.dgate_up_bias = part(grads.biases.gate_up, e * U), g.ddown_bias = part(grads.biases.down, e * H);
       if (packed) set_packed(g, packed->expert(e));
       g.gate_up = at(gate_up, plan.expert_offsets[e] * sizes_.halves() * sizes_.I, sizes_.dtype);
       all.push_back(g);
@@ -54,6 +61,9 @@ class Engine {
       Group g = make_group(sizes_.T, sizes_.Is);
       g.gate_proj = w.shared_gate[0], g.up_proj = w.shared_up[0], g.down_proj = w.shared_down[0];
       g.dgate_proj = grads.shared_gate[0], g.dup_proj = grads.shared_up[0], g.ddown_proj = grads.shared_down[0];
+      g.variant = w.variant;
+      g.gate_up_bias = w.biases.shared_gate_up, g.down_bias = w.biases.shared_down;
+      g.dgate_up_bias = grads.biases.shared_gate_up, g.ddown_bias = grads.biases.shared_down;
       if (packed) set_packed(g, packed->expert(sizes_.E));
       g.gate_up = shared_gate_up;
       all.push_back(g);
@@ -291,9 +301,10 @@ class Engine {
     }
   }
 
-  // The weight gradients that are wanted and y of every group: independent of each other, one task list.
+  // The gradients of weights and biases that are wanted and y of every group: independent of each other, one task list.
   void gradients(const std::vector<Group>& wave) const {
-    enum class Kind { kGateUp, kDx, kDown };  // dgate_proj or dup_proj; dx, whose block has panels alone; ddown_proj
+    // dgate_proj or dup_proj; dx, whose block has panels alone; ddown_proj; of a bias, whose block has features alone
+    enum class Kind { kGateUp, kDx, kDown, kGateUpBias, kDownBias };
     struct Task {
       const Group* group;
       Kind kind;
@@ -314,6 +325,10 @@ class Engine {
                            GradBlock{half, features * f / cuts_f, features * (f + 1) / cuts_f, panels * p / cuts_p,
                                      panels * (p + 1) / cuts_p}});
     };
+    const auto add_bias = [&](const Group& g, Kind kind, int64_t half, const float* to, int64_t width) {
+      for (int64_t c = 0; to && c < width; c += kBiasColumns)
+        tasks.push_back({&g, kind, GradBlock{half, c, std::min(width, c + kBiasColumns), 0, 0}});
+    };
     for (const Group& g : wave) {
       for (int64_t half = 0; half < g.halves(); ++half)
         add_blocks(g, Kind::kGateUp, half, g.dhalf_proj(half), g.I, g.H);
@@ -321,6 +336,8 @@ class Engine {
       for (int64_t p = 0; g.rows > 0 && p < panels; p += width)
         tasks.push_back({&g, Kind::kDx, GradBlock{0, 0, 0, p, std::min(panels, p + width)}});
       add_blocks(g, Kind::kDown, 0, g.ddown_proj, g.H, g.I);
+      for (int64_t half = 0; half < g.halves(); ++half) add_bias(g, Kind::kGateUpBias, half, g.dgate_up_bias, g.I);
+      add_bias(g, Kind::kDownBias, 0, g.ddown_bias, g.H);
     }
     parallel_tasks(sizes_.threads, int64_t(tasks.size()), [&](int64_t i, int thread) {
       const Task& task = tasks[i];
@@ -332,8 +349,19 @@ class Engine {
           return table_.dx[int(compute_)](*task.group, task.block.panel_begin, task.block.panel_end, own);
         case Kind::kDown:
           return table_.ddown_proj[int(compute_)](*task.group, task.block, own);
+        case Kind::kGateUpBias:
+        case Kind::kDownBias:
+          return bias_gradient(*task.group, task.kind == Kind::kDownBias, task.block);
       }
     });
+  }
+
+  void bias_gradient(const Group& g, bool down, const GradBlock& block) const {
+    const int64_t begin = block.feature_begin, end = block.feature_end;
+    const auto sums = table_.column_sums[int(compute_)];
+    if (down) return sums(g.dout, g.ld_h, g.rows, g.row_weight, begin, end, g.ddown_bias);
+    sums(at(g.dgate_up, block.half * g.ld_i, elem_), g.halves() * g.ld_i, g.rows, nullptr, begin, end,
+         g.dgate_up_bias + block.half * g.I);
   }
 
   const MoeSizes& sizes_;

@@ -11,6 +11,13 @@ namespace moe {
 enum class Compute : int { kFloat32 = 0, kBFloat16Widened = 1, kFloat16Widened = 2, kBFloat16Pairs = 3 };
 constexpr int kComputes = 4;
 
+// An Activation in its plain form, SiLU(gate) up or the exact GELU, or in its other one: with g = min(gate, limit) and
+// u = clamp(up, -limit, limit), g sigmoid(alpha g) (u + shift); GELU's tanh form.
+struct Variant {
+  bool plain = true;
+  float limit = 0, alpha = 0, shift = 0;
+};
+
 // One weight matrix, nn.Linear's (out, in), or its gradient, in its owner's memory: element (o, i) is
 // data[o * ld + i], where transposed data[i * ld + o].
 struct Matrix {
@@ -24,11 +31,14 @@ struct Matrix {
 struct Group {
   int64_t rows = 0, H = 0, I = 0;
   Activation activation = Activation::kSwiGLU;
+  Variant variant;
   const int32_t* row_token = nullptr;   // (rows,), null: row r is token token_begin + r
   int64_t token_begin = 0;
   const float* row_weight = nullptr;    // (rows,), null: 1
   Matrix gate_proj, up_proj;            // (I, H) storage; gelu: up_proj only
   Matrix down_proj;                     // (H, I) storage
+  const float* gate_up_bias = nullptr;  // (halves * I,) [gate | up]; null: none
+  const float* down_bias = nullptr;     // (H,)
   const void* packed_gate_up_proj = nullptr;  // panels as pack_gate_up_proj makes them, null: packed in every call
   const void* packed_down_proj = nullptr;
   void* gate_up = nullptr;              // (rows, halves * I) storage, null: not kept
@@ -39,6 +49,8 @@ struct Group {
   float* y = nullptr;                   // (rows, H); in backward the gradient of the gathered x
   float* drow_weight_parts = nullptr;   // (rows, panels of I)
   Matrix dgate_proj, dup_proj, ddown_proj;  // storage, absent: not wanted
+  float* dgate_up_bias = nullptr;       // (halves * I,), null: not wanted
+  float* ddown_bias = nullptr;          // (H,)
   int64_t ld_h = 0, ld_i = 0;
 
   int64_t halves() const { return activation == Activation::kSwiGLU ? 2 : 1; }
@@ -63,9 +75,9 @@ struct Kernels {
   // Panels [begin, end) of the weights as `up` and `down` read them; a panel is H (I) items of 2W, in 32-bit items.
   void (*pack_gate_up_proj[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* out);
   void (*pack_down_proj[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* out);
-  // gate_up = x [gate_proj; up_proj]^T; act = activation(gate_up). Panels of 2W columns (swiglu: W gate + W up).
+  // gate_up = x [gate_proj; up_proj]^T + gate_up_bias; act = activation(gate_up). Panels of 2W columns (swiglu: W gate + W up).
   void (*up[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
-  // y = act down_proj^T. Panels of H.
+  // y = act down_proj^T + down_bias. Panels of H.
   void (*down[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
   // dact' = dout down_proj; dgate_up, row_weight * act, and the parts of drow_weight. Panels of I.
   void (*dact[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
@@ -75,6 +87,10 @@ struct Kernels {
   // transposed: act^T dout, x^T dgate_up.
   void (*ddown_proj[kComputes])(const Group&, const GradBlock&, void* scratch);
   void (*dgate_up_proj[kComputes])(const Group&, const GradBlock&, void* scratch);
+
+  // out[c] = sum over the rows r of weight[r] a[r * ld + c], weight null: 1; a in compute form. A bias's gradient.
+  void (*column_sums[kComputes])(const void* a, int64_t ld, int64_t rows, const float* weight, int64_t begin,
+                                 int64_t end, float* out);
 
   // out[t] = sum over the token's rows, ascending, of row_weight * y, then + shared[t]; fp32; out in storage dtype.
   // [dtype of y and shared][dtype of out]; fp32, or one dtype for both.

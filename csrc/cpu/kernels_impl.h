@@ -17,7 +17,8 @@ Kernels make_table(const char* name) {
 #define MOE_FILL(C, i)                                                                                                \
   table.gather[i] = gather<C>, table.pack_gate_up_proj[i] = pack_gate_up_proj<C>,                                     \
   table.pack_down_proj[i] = pack_down_proj<C>, table.up[i] = up<C>, table.down[i] = down<C>, table.dact[i] = dact<C>, \
-  table.dx[i] = dx<C>, table.ddown_proj[i] = ddown_proj<C>, table.dgate_up_proj[i] = dgate_up_proj<C>
+  table.dx[i] = dx<C>, table.ddown_proj[i] = ddown_proj<C>, table.dgate_up_proj[i] = dgate_up_proj<C>,                \
+  table.column_sums[i] = column_sums<C>
   MOE_FILL(Float32, int(Compute::kFloat32));
   MOE_FILL(Widened<bf16>, int(Compute::kBFloat16Widened));
   MOE_FILL(Widened<fp16>, int(Compute::kFloat16Widened));

@@ -17,7 +17,7 @@ from .. import _checks
 from ..layer import describe_backend
 from ..ops import moe_mlp
 from ..routing import TokenChoice
-from ..weights import LayerWeights
+from ..weights import Biases, LayerWeights
 from .family import Family
 from .linear import NotUnderstoodError
 from .reading import Experts, Reader, unequal
@@ -67,10 +67,10 @@ class MoEBlock(nn.Module):
         except NotUnderstoodError as reason:
             return self.by_the_original(str(reason), x, *args, **kwargs)
         try:
-            how = {"activation": experts.activation, "layout": experts.layout, "recompute": config.recompute}
-            y = moe_mlp(tokens, plan, *experts.weights, backend=backend, **how)
+            how = {"activation": experts.activation, "layout": experts.layout, "biases": experts.biases}
+            y = moe_mlp(tokens, plan, *experts.weights, backend=backend, recompute=config.recompute, **how)
         except (TypeError, ValueError):
-            reason = unequal(config.path, experts.weights, _checks.compute_dtype(tokens), tokens.device)
+            reason = unequal(config.path, experts.tensors, _checks.compute_dtype(tokens), tokens.device)
             if not reason:
                 raise
         else:
@@ -101,26 +101,26 @@ class MoEBlock(nn.Module):
             )
         return result
 
-    def expert_weights(self) -> tuple[tuple[Any, ...], str, str, str]:
-        """Return the four weights of `moe_mlp`, the activation, the layout and the backend."""
+    def expert_weights(self) -> tuple[tuple[Any, ...], str, str, str, Biases | None]:
+        """Return the four weights of `moe_mlp`, the activation, the layout, the backend and the biases."""
         try:
             experts = self.moe_config.family.experts(self, self.moe_config.read)
         except NotUnderstoodError as reason:
             raise ValueError(f"replace_moe: {reason}") from None
-        return experts.weights, experts.activation, experts.layout, self.moe_config.backend
+        return experts.weights, experts.activation, experts.layout, self.moe_config.backend, experts.biases
 
     def extra_repr(self) -> str:
         config = self.moe_config
         try:
             experts = config.family.experts(self, config.read)
-            reason = unequal(config.path, experts.weights, experts.down[0].dtype, experts.down[0].device)
+            reason = unequal(config.path, experts.tensors, experts.down[0].dtype, experts.down[0].device)
         except NotUnderstoodError as error:
             reason = str(error)
         if reason:
             return f"backend=the original's forward ({reason})"
         w = layer_weights(experts)
         sizes = w.num_experts, w.hidden_size, w.intermediate_size, w.shared_intermediate_size
-        backend = describe_backend(config.backend, experts.down[0], *sizes, experts.activation)
+        backend = describe_backend(config.backend, experts.down[0], *sizes, experts.activation, bool(experts.biases))
         return f"family={config.family.name}, backend={backend}"
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:

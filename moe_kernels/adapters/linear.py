@@ -40,11 +40,12 @@ def plain_weights(modules: Iterable[nn.Module]) -> list[Tensor] | None:
     return weights
 
 
-def weight_of(module: nn.Module, path: str) -> Tensor:
-    """Return W with module(x) = x W^T, as it is at this moment.
+def weight_of(module: nn.Module, path: str, biased: bool = False) -> Tensor:
+    """Return W with module(x) = x W^T, as it is at this moment; with `biased` + b, which is for `bias_of` to return.
 
-    Understood: nn.Linear without bias, its weight computed by torch.nn.utils.parametrize too; LoRA layers of PEFT
-    around one, W + sum of scaling B A over the active adapters, merged or disabled ones as PEFT treats them.
+    Understood: nn.Linear, without bias unless `biased`, its weight computed by torch.nn.utils.parametrize too; LoRA
+    layers of PEFT around one, W + sum of scaling B A over the active adapters, merged or disabled ones as PEFT treats
+    them.
 
     Raises: NotUnderstoodError for everything else: hooks, a patched forward, a bias, quantised layers, active dropout.
     Cost: under a microsecond for an nn.Linear; a product of rank r for every active adapter.
@@ -53,12 +54,18 @@ def weight_of(module: nn.Module, path: str) -> Tensor:
         raise NotUnderstoodError(f"{path}: got None, expected an nn.Linear")
     refuse_watched(module, path)
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        if module.bias is not None:
+        if module.bias is not None and not biased:
             raise NotUnderstoodError(f"{path}: got a bias, expected none")
         return plain(module.weight, path)
     if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-        return _with_lora(module, path)
+        return _with_lora(module, path, biased)
     raise NotUnderstoodError(f"{path}: got {type(module).__module__}.{type(module).__name__}, expected an nn.Linear")
+
+
+def bias_of(module: nn.Module, path: str) -> Tensor | None:
+    """Return b of a module that `weight_of` has understood; None where it has none."""
+    bias = getattr(module, "base_layer", module).bias
+    return None if bias is None else plain(bias, path)
 
 
 def plain(weight: Tensor, path: str) -> Tensor:
@@ -102,11 +109,11 @@ def _is_fake(weight: Tensor) -> bool:
     return isinstance(weight, FakeTensor)
 
 
-def _with_lora(module: nn.Module, path: str) -> Tensor:
+def _with_lora(module: nn.Module, path: str, biased: bool) -> Tensor:
     """Do with the weight what peft.tuners.lora.Linear.forward does with the output."""
     if module.disable_adapters and module.merged:
         module.unmerge()
-    weight = weight_of(module.base_layer, f"{path}.base_layer")
+    weight = weight_of(module.base_layer, f"{path}.base_layer", biased)
     if module.disable_adapters or module.merged:
         return weight
     for name in module.active_adapters:

@@ -101,8 +101,8 @@ def _copy(block: nn.Module, path: str) -> nn.Module:
 
 
 def _draw(block: nn.Module, generator: torch.Generator) -> None:
-    for parameter in block.parameters():
-        if parameter.is_floating_point() and parameter.dim() > 1:
+    for name, parameter in block.named_parameters():
+        if parameter.is_floating_point() and (parameter.dim() > 1 or name.endswith("bias")):
             scale = parameter.shape[-1] ** -0.5
             draw = torch.randn(parameter.shape, generator=generator, device="cpu") * scale
             parameter.data = draw.to(parameter.device)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .linear import NotUnderstoodError, plain, plain_weights, refuse_watched, watched, weight_of
+from ..weights import Biases
+from .linear import NotUnderstoodError, bias_of, plain, plain_weights, refuse_watched, watched, weight_of
 
 Matrices = Sequence[Tensor] | None
 
@@ -24,10 +25,16 @@ class Experts(NamedTuple):
     shared_down: Matrices = None
     activation: str = "swiglu"
     layout: str = "gate_up"
+    biases: Biases | None = None  # as `Reader.biases` gives them
 
     @property
     def weights(self) -> tuple[Matrices, ...]:
         return self[:4]
+
+    @property
+    def tensors(self) -> tuple[Matrices, ...]:
+        """Weights, and biases."""
+        return *self.weights, *(self.biases or ())
 
 
 @dataclass(frozen=True)
@@ -42,17 +49,16 @@ class Reader:
     known: frozenset[Any]
 
     def mlps(
-        self, block: nn.Module, name: str, kinds: tuple[str, ...]
+        self, block: nn.Module, name: str, kinds: tuple[str, ...], biased: bool = False
     ) -> tuple[list[Tensor], list[Tensor]] | tuple[None, None]:
         """Return [gate_0, up_0, gate_1, ...] and [down_0, ...] of the MLPs in a ModuleList, or of a single one.
 
         kinds: the linear layers' names, (gate, up, down) or (up, down). None where the block has nothing of the name.
+        biased: layers may have biases, which the family asks `biases` for.
         """
-        module = self.find(block, name)
-        if module is None:
+        mlps, path = self._mlps(block, name)
+        if not mlps:
             return None, None
-        head, _, last = self.where(name).rpartition(".")
-        mlps, path = (module._modules, f"{head}.{last}") if type(module) is nn.ModuleList else ({last: module}, head)
         ups, downs = [], []
         for key, mlp in mlps.items():
             self.check(mlp, f"{path}.{key}")
@@ -62,10 +68,37 @@ class Reader:
         gate_up, down = plain_weights(ups), plain_weights(downs)
         if gate_up is None:
             names = [f"{path}.{key}.{kind}" for key in mlps for kind in kinds[:-1]]
-            gate_up = [weight_of(layer, where) for layer, where in zip(ups, names, strict=True)]
+            gate_up = [weight_of(layer, where, biased) for layer, where in zip(ups, names, strict=True)]
         if down is None:
-            down = [weight_of(layer, f"{path}.{key}.{kinds[-1]}") for layer, key in zip(downs, mlps, strict=True)]
+            names = [f"{path}.{key}.{kinds[-1]}" for key in mlps]
+            down = [weight_of(layer, where, biased) for layer, where in zip(downs, names, strict=True)]
         return gate_up, down
+
+    def _mlps(self, block: nn.Module, name: str) -> tuple[dict[str, nn.Module], str]:
+        """Return the MLPs in a ModuleList, or a single one, by their keys behind a path."""
+        module = self.find(block, name)
+        head, _, last = self.where(name).rpartition(".")
+        if type(module) is nn.ModuleList:
+            return module._modules, f"{head}.{last}"
+        return {} if module is None else {last: module}, head
+
+    def biases(self, block: nn.Module, names: tuple[str, ...], kinds: tuple[str, ...]) -> Biases | None:
+        """Return the biases of MLPs that `mlps` has understood: of the routed ones, and of a shared one.
+
+        Of a kind all layers have one, or none.
+        """
+        found: list[list[Tensor] | None] = []
+        for name in names:
+            mlps, path = self._mlps(block, name)
+            for layers in (kinds[:-1], kinds[-1:]) if mlps else ():
+                places = [(key, layer) for key in mlps for layer in layers]
+                vectors = [bias_of(mlps[key]._modules[layer], f"{path}.{key}.{layer}") for key, layer in places]
+                given = [vector is not None for vector in vectors]
+                if any(given) and not all(given):
+                    where = ".".join((path, *places[given.index(False)]))
+                    raise NotUnderstoodError(f"{where}: got no bias, expected one as in others, or in none")
+                found.append(vectors if all(given) else None)
+        return Biases(*found) if any(found) else None
 
     def linear(self, block: nn.Module, name: str) -> Tensor:
         """Return W of a linear layer, LoRA included."""

@@ -124,7 +124,7 @@ def _check_block(block: nn.Module, config: BlockConfig) -> Experts:
             experts = family.experts(block, config.read)
     except NotUnderstoodError as reason:
         raise ValueError(str(reason)) from None
-    reason = unequal(path, experts.weights, experts.down[0].dtype, experts.down[0].device)
+    reason = unequal(path, experts.tensors, experts.down[0].dtype, experts.down[0].device)
     if reason:
         raise ValueError(f"{reason}; expected experts of one shape, dtype and device")
     _check_extras(path, block, family)

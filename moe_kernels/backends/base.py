@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import accumulator
+from ..activation import PLAIN
 from ..plan import RoutingPlan
 from ..weights import LayerWeights, MoEWeights
 
@@ -28,7 +29,15 @@ class Request:
     hidden_size: int = 0
     intermediate_size: int = 0
     shared_intermediate_size: int = 0
-    activation: str = "swiglu"
+    activation: str = "swiglu"  # as moe_kernels.activation spells it
+    biases: bool = False
+
+    def unlike_plain_experts(self) -> str | None:
+        """Return why a backend whose kernels have bias-free SwiGLU and GELU experts cannot compute this, else None."""
+        others = "native, grouped and eager compute it"
+        if self.activation not in PLAIN:
+            return f"activation {self.activation!r}, expected {' or '.join(map(repr, PLAIN))}; {others}"
+        return f"experts with biases, expected none; {others}" if self.biases else None
 
 
 class Backend(ABC):
@@ -93,9 +102,9 @@ class Backend(ABC):
 
     @abstractmethod
     def experts(self, x: Tensor, plan: RoutingPlan, w: Weights, activation: str, save: bool) -> tuple[Tensor, Tensor]:
-        """Return y_rows (R,H), unweighted, and gate_up (R,2I) ((R,I) for gelu), which is (0,) unless `save`.
+        """Return y_rows (R,H), unweighted, and gate_up (R,2I) ((R,I) without a gate), which is (0,) unless `save`.
 
-        gate_up is always [gate | up], whatever the layout of the weights. w has no shared expert.
+        gate_up is always [gate | up], whatever the layout of the weights; its bias is in it. w has no shared expert.
         """
 
     @abstractmethod
@@ -108,8 +117,9 @@ class Backend(ABC):
         w: Weights,
         activation: str,
         needed: Sequence[bool],
-    ) -> tuple[Tensor, Gradient, Gradient]:
-        """Return dx (T,H) and the gradients of gate_up_proj and down_proj, as `moe_mlp_bwd` does."""
+    ) -> tuple[Tensor, *tuple[Gradient, ...]]:
+        """Return dx (T,H) and the gradients of gate_up_proj and down_proj, and of their biases, as `moe_mlp_bwd`
+        does; `needed` has four flags."""
 
     @abstractmethod
     def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
@@ -145,10 +155,11 @@ class Backend(ABC):
         shared_gate_up: Tensor,
         activation: str,
         needed: Sequence[bool],
-    ) -> tuple[Tensor, Tensor, Gradient, Gradient, Gradient, Gradient]:
+    ) -> tuple[Tensor, Tensor, *tuple[Gradient, ...]]:
         """Return dx, drow_weight and the gradients of the four weights: stacked, or lists where the backend reads
         addresses, in the form of the weights; exact zeros where an expert has no rows. None for a shared expert that is
-        not there, and, if the backend can save the work, where `needed` (four flags) says no.
+        not there, and, if the backend can save the work, where `needed` (eight flags, biases last) says no. Behind
+        them, if w has biases, their gradients, stacked as MoEWeights has the biases.
 
         gate_up and shared_gate_up are (0,) where the forward did not keep them: they are computed again.
         """

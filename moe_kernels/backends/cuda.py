@@ -101,7 +101,7 @@ class CudaBackend(Backend):
         for what in ("hidden_size", "intermediate_size", "shared_intermediate_size"):
             if getattr(request, what) % 8:
                 return f"{what} {getattr(request, what)}, expected a multiple of 8"
-        return None if _c.on_fibers else unfit_devices((7, 5))
+        return request.unlike_plain_experts() or (None if _c.on_fibers else unfit_devices((7, 5)))
 
     @_on_device
     def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

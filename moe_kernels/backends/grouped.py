@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..plan import RoutingPlan
 from .base import Request
-from .eager import EagerBackend
+from .eager import EagerBackend, of_rows
 
 
 class GroupedBackend(EagerBackend):
@@ -30,8 +30,9 @@ class GroupedBackend(EagerBackend):
                 return f"grouped_mm needs rows of a multiple of 16 bytes; {name} = {width} in {request.dtype} is not"
         return None
 
-    def rows_times(self, rows: Tensor, weight: Tensor, plan: RoutingPlan) -> Tensor:
-        return F.grouped_mm(rows, weight, offs=plan.expert_offsets[1:])
+    def rows_times(self, rows: Tensor, weight: Tensor, plan: RoutingPlan, bias: Tensor | None = None) -> Tensor:
+        out = F.grouped_mm(rows, weight, offs=plan.expert_offsets[1:])
+        return out if bias is None else (out + of_rows(bias, plan)).to(out.dtype)
 
     def outer_sums(self, left: Tensor, right: Tensor, plan: RoutingPlan) -> Tensor:
         return F.grouped_mm(left.T, right, offs=plan.expert_offsets[1:])

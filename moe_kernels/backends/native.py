@@ -165,10 +165,10 @@ class NativeBackend(Backend):
         R, plan = plan.num_rows, plan.owned()
         y_rows = x.new_empty((R, x.shape[1]))
         gate_up = _new((R, w.halves * w.intermediate_size) if save else (0,), x)
+        biases = _biases(w)[:2]
         self._c.experts_fwd(
-            _view(x), _views(plan), _matrices(w)[:3], activation, _view(_rows(y_rows, plan)),
-            _view(_rows(gate_up, plan)) if save else None,
-            torch.get_num_threads(),
+            _view(x), _views(plan), _matrices(w)[:3], activation, _all_views(biases),
+            _view(_rows(y_rows, plan)), _view(_rows(gate_up, plan)) if save else None, torch.get_num_threads(),
         )  # fmt: skip
         return y_rows, gate_up
 
@@ -176,11 +176,13 @@ class NativeBackend(Backend):
         plan, dx = plan.owned(), _new(x.shape, x)
         dy_rows, gate_up = _rows(dy_rows, plan), _rows(gate_up, plan)
         grads, tables = _gradients(w, needed)
+        biases = _biases(w)[:2]
+        dbiases = _bias_gradients(biases, needed[2:])
         self._c.experts_bwd(
-            _view(dy_rows), _view(x), _views(plan), _matrices(w)[:3], _view(gate_up), activation, _view(dx), tables[:3],
-            torch.get_num_threads(),
+            _view(dy_rows), _view(x), _views(plan), _matrices(w)[:3], _view(gate_up), activation, _all_views(biases),
+            _view(dx), tables[:3], _all_views(dbiases), torch.get_num_threads(),
         )  # fmt: skip
-        return dx, *grads
+        return dx, *grads[:2], *dbiases
 
     def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
         plan, out = plan.owned(), y_rows.new_empty((plan.num_tokens, y_rows.shape[1]))
@@ -199,9 +201,10 @@ class NativeBackend(Backend):
         gate_up = _new((plan.num_rows, w.halves * w.intermediate_size) if save else (0,), x)
         shared_gate_up = _new((x.shape[0], w.halves * w.shared_intermediate_size) if save and shared else (0,), x)
         plan = plan.owned()
-        packed = self._packed.get(_key(w))
+        packed, biases = self._packed.get(_key(w)), _biases(w)
         self._c.moe_mlp_fwd(
-            _view(x), _views(plan), _matrices(w), activation, packed and packed.weights(), _view(out),
+            _view(x), _views(plan), _matrices(w), activation, _all_views(biases), packed and packed.weights(),
+            _view(out),
             _view(_rows(gate_up, plan)) if save else None, _view(shared_gate_up) if save and shared else None,
             torch.get_num_threads(),
         )  # fmt: skip
@@ -219,16 +222,37 @@ class NativeBackend(Backend):
         dx, drow_weight, plan = torch.empty_like(x), torch.empty_like(plan.row_weight), plan.owned()
         gate_up = _rows(gate_up, plan) if gate_up.numel() else gate_up
         grads, tables = _gradients(w, needed)
+        biases = _biases(w)
+        dbiases = _bias_gradients(biases, needed[4:])
         self._c.moe_mlp_bwd(
             _view(dout), _view(x), _views(plan), _matrices(w),
-            *(_view(t) if t.numel() else None for t in (gate_up, shared_gate_up)), activation, _view(dx),
-            _view(_rows(drow_weight, plan)), tables, torch.get_num_threads(),
+            *(_view(t) if t.numel() else None for t in (gate_up, shared_gate_up)), activation, _all_views(biases),
+            _view(dx), _view(_rows(drow_weight, plan)), tables, _all_views(dbiases), torch.get_num_threads(),
         )  # fmt: skip
-        return dx, drow_weight, *grads
+        return dx, drow_weight, *grads, *dbiases
 
 
 def _key(w: LayerWeights) -> int:
     return w.kinds[1][0].data_ptr()
+
+
+def _biases(w: LayerWeights) -> tuple[Tensor | None, ...]:
+    """Return the biases as the extension takes them, fp32: of all kinds that w has, or none.
+
+    They may be copies, and have to outlive the call: views do not own them.
+    """
+    if not any(w.biases):
+        return ()
+    return w.stacked_biases()[: 4 if w.kinds[3] else 2]
+
+
+def _bias_gradients(biases: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+    pairs = zip(biases, needed, strict=False)
+    return [torch.empty_like(bias) if wanted and bias is not None else None for bias, wanted in pairs]
+
+
+def _all_views(tensors: Sequence[Tensor | None]) -> list:
+    return [_view(t) for t in tensors]
 
 
 _TABLES = (0, 1), (2,), (3, 4), (5,)  # where the matrices of a kind are among the tables

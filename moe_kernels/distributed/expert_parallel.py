@@ -46,6 +46,7 @@ class ExpertParallelLayer(MoELayer):
         layout: str,
         backend: str,
         recompute: bool,
+        biases: None,
         residual: Tensor | None = None,
         gate: Tensor | None = None,
     ) -> Tensor:
@@ -128,6 +129,8 @@ def expert_parallel(module: nn.Module, mesh: DeviceMesh, dispatcher: Dispatcher 
         E = layer.down_proj.shape[0]
         if isinstance(layer, ExpertParallelLayer) or isinstance(layer.down_proj, DTensor):
             raise ValueError(f"module: got {name} with distributed weights, expected one that holds all its experts")
+        if layer.down_bias is not None:
+            raise ValueError(f"module: got {name} with biases in its experts, expected none: they are not distributed")
         if E % ep.size():
             raise ValueError(
                 f"module: got num_experts = {E} in {name}, expected a multiple of the {ep.size()} ranks of mesh {EP!r}"

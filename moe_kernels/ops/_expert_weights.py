@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from .. import _checks
+from ..activation import halves as halves_of
 from ..backends.base import Backend
 from ..plan import RoutingPlan
-from ..weights import LAYOUTS, LayerWeights, MoEWeights
+from ..weights import LAYOUTS, Biases, LayerWeights, MoEWeights
 
 Weights = Tensor | Sequence[Tensor]
-Lists = Sequence[Sequence[Tensor]]  # gate_up, down, and those of the shared expert, as LayerWeights takes them
+Lists = Sequence[Sequence[Tensor]]  # gate_up, down, and those of the shared expert, as LayerWeights takes them; biases
 
 
 def _shape(name: str, tensors: Sequence[Tensor], lead: tuple[int, ...], halves: int, in_out: bool) -> tuple[int, ...]:
@@ -45,7 +46,7 @@ def check(
     shared: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Check the weights of the routed experts or of the shared one against x and the plan; return them as lists."""
-    halves = _checks.activation(activation)
+    halves = halves_of(activation)
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
     in_out, H = LAYOUTS[layout].in_out, x.shape[1]
@@ -66,6 +67,40 @@ def check(
     down_shape = _shape(prefix + "down_proj", down, lead, 1, in_out)
     expect("down_proj", down_shape, H, rows // halves, ("H", "I"))
     return gate_up, down
+
+
+def check_biases(
+    x: Tensor,
+    plan: RoutingPlan,
+    biases: Biases | None,
+    activation: str,
+    layout: str,
+    down: Sequence[Tensor],
+    shared_down: Sequence[Tensor],
+) -> list[list[Tensor]]:
+    """Check biases against the weights; return a list for each kind, empty for none."""
+    if biases is None:
+        return [[], [], [], []]
+    if not isinstance(biases, Biases):
+        raise TypeError(f"biases: got {type(biases).__name__}, expected moe_kernels.Biases")
+    inner, halves = -2 if LAYOUTS[layout].in_out else -1, halves_of(activation)
+    E, H, I = plan.num_experts, x.shape[1], down[0].shape[inner]
+    Is = shared_down[0].shape[inner] if shared_down else 0
+    expected = ((E,), halves, I), ((E,), 1, H), ((), halves, Is), ((), 1, H)
+    lists = []
+    for name, value, (lead, parts, size) in zip(biases._fields, biases, expected, strict=True):
+        if value is None:
+            lists.append([])
+            continue
+        if not lead and not shared_down:
+            raise ValueError(f"biases.{name}: got a bias, expected None: there is no shared expert")
+        tensors = _as_list(f"biases.{name}", value, x)
+        whole, shapes = (*lead, parts * size), [tuple(tensor.shape) for tensor in tensors]
+        count = parts * (lead[0] if lead else 1)
+        if shapes not in ([whole], [(size,)] * count):
+            raise ValueError(f"biases.{name}: got shapes {shapes[:4]}, expected {whole}, or {count} of {(size,)}")
+        lists.append(tensors)
+    return lists
 
 
 def _as_list(name: str, value: Weights, x: Tensor) -> list[Tensor]:
@@ -99,10 +134,12 @@ def for_backend(backend: Backend, w: LayerWeights) -> LayerWeights | MoEWeights:
 def gradients_of(
     backend: Backend, w: LayerWeights, gradients: Sequence[Any], lists: Lists, needed: Sequence[bool]
 ) -> list[Tensor]:
-    """Return what a backend's backward gave for its weights as the list that an op returns: in the form and the dtypes
-    of `lists`, kinds that nobody needs left out."""
-    forms = gradients if backend.reads == "addresses" else w.unstacked(gradients)
-    kinds = zip(forms, lists, needed, strict=False)  # an absent shared expert has no gradients
+    """Return what a backend's backward gave for weights, and behind them for biases, as the list that an op returns: in
+    the form and the dtypes of `lists`, kinds that nobody needs left out."""
+    count = len(lists) // 2
+    forms = gradients[:count] if backend.reads == "addresses" else w.unstacked(gradients[:count])
+    forms = [*forms, *(None for _ in range(count - len(forms))), *w.unstacked_biases(gradients[count:])]
+    kinds = zip(forms, lists, needed, strict=False)  # what is absent has no gradients
     return [g.to(t.dtype) for form, kind, wanted in kinds if wanted for g, t in zip(form, kind, strict=True)]
 
 

@@ -44,16 +44,16 @@ def moe_mlp(x: Shape, plan: Sequence[Shape], *arguments: Any, **_: Any) -> int:
 
 def experts_bwd(dy_rows: Shape, x: Shape, plan: Sequence[Shape], *arguments: Any, **_: Any) -> int:
     """Count the gradients of the rows, and of the weights that need some."""
-    kinds, needed = arguments[:2], arguments[5]
-    return _routed(plan, *kinds) + _routed(plan, *_those(kinds, needed))
+    kinds, needed = arguments[:2], arguments[7]
+    return _routed(plan, *kinds) + _routed(plan, *_those(kinds, needed[:2]))
 
 
 def moe_mlp_bwd(dout: Shape, x: Shape, plan: Sequence[Shape], *arguments: Any, **_: Any) -> int:
     """Count the gradients of the tokens and of the weights that need some; gate_up once more where it was not kept."""
-    routed, shared, kept, needed = arguments[:2], arguments[2:4], arguments[4], arguments[8]
+    routed, shared, kept, needed = arguments[:2], arguments[2:4], arguments[8], arguments[12]
     again = 0 if prod(kept) else _routed(plan, routed[0]) + _products(x[0], shared[0])
     rows = _routed(plan, *routed) + _routed(plan, *_those(routed, needed[:2]))
-    return again + rows + _products(x[0], *shared) + _products(x[0], *_those(shared, needed[2:]))
+    return again + rows + _products(x[0], *shared) + _products(x[0], *_those(shared, needed[2:4]))
 
 
 def _those(kinds: Sequence[Sequence[Shape]], needed: Sequence[bool]) -> list[Sequence[Shape]]:

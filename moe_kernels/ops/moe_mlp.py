@@ -9,22 +9,24 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ..activation import Activation, spelled
 from ..backends.base import Backend, Request
 from ..backends.registry import choose
 from ..plan import RoutingPlan
-from ..weights import LayerWeights
+from ..weights import Biases, LayerWeights
 from ._expert_weights import (
     Weights,
     any_needed,
     by_kind,
     check,
+    check_biases,
     empty_gradients,
     for_backend,
     gate_up_width,
     gradients_of,
 )
 from ._library import needs_input_grad, register
-from .experts import contiguous_plan, owned_rows, plan_gradient, require_saved, split_plan
+from .experts import contiguous_plan, in_lists, owned_rows, plan_gradient, require_saved, split_plan
 
 
 def moe_mlp(
@@ -34,12 +36,13 @@ def moe_mlp(
     down_proj: Weights,
     shared_gate_up_proj: Weights | None = None,
     shared_down_proj: Weights | None = None,
-    activation: str = "swiglu",
+    activation: Activation = "swiglu",
     backend: str = "auto",
     recompute: bool = False,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     layout: str = "gate_up",
+    biases: Biases | None = None,
 ) -> Tensor:
     """Run the experts over their tokens and sum what comes back.
 
@@ -51,16 +54,18 @@ def moe_mlp(
             have another one, and get their gradients in it.
         plan: made for T tokens and E experts; its row_weight is differentiable.
         gate_up_proj, down_proj: as in `experts`.
-        shared_gate_up_proj: (2Is, H) ((Is, H) for gelu), or [gate, up], or None.
+        shared_gate_up_proj: (2Is, H) ((Is, H) without a gate), or [gate, up], or None.
         shared_down_proj: (H, Is), or [down]; None exactly when shared_gate_up_proj is.
-        activation: "swiglu" or "gelu".
+        activation: as in `experts`, of the shared expert, too.
         backend: "auto" or a name out of `backends()`.
         recompute: do not keep gate_up and shared gate_up for backward, compute them there again: the same gradients.
         residual: (T, H), or None; the same dtypes, not necessarily that of x.
         gate: (B, H) for B images of T / B consecutive tokens; None exactly when residual is.
         layout: as in `experts`, of the shared expert's weights, too.
+        biases: of the routed experts and of the shared one, in the dtypes that weights may have; or None.
     Returns: (T, H) in the dtype of x, or of residual.
-    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative.
+    Raises: TypeError, ValueError naming the argument; RuntimeError for a second derivative, and for a backend that
+        has not got this function.
     Cost: 6 R H I + 6 T H Is FLOPs (swiglu), twice that backward (with recompute up to three times; on native less
         where all weights of a kind are frozen). Triton and cuda read (out, in) matrices in place wherever they lie, if
         I and Is are multiples of 64. Else backends other than native copy weights that are neither stacked as
@@ -71,6 +76,7 @@ def moe_mlp(
     _checks.tensor("x", x, "T,H")
     x = x.to(_checks.compute_dtype(x))
     plan = _checks.plan(plan, x.shape[0], x)
+    activation = spelled(activation)
     gate_up, down = check(x, plan, gate_up_proj, down_proj, activation, layout)
     if (shared_gate_up_proj is None) != (shared_down_proj is None):
         missing = "shared_down_proj" if shared_down_proj is None else "shared_gate_up_proj"
@@ -79,16 +85,18 @@ def moe_mlp(
     if shared_gate_up_proj is not None:
         shared = shared_gate_up_proj, shared_down_proj
         shared_gate_up, shared_down = check(x, plan, *shared, activation, layout, shared=True)
+    all_biases = check_biases(x, plan, biases, activation, layout, down, shared_down)
     _check_gate(x, residual, gate)
     if residual is not None and residual.dtype == torch.float64 != x.dtype:
         weights = gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj
         how = {"activation": activation, "backend": backend, "recompute": recompute, "layout": layout}
+        how["biases"] = biases
         y = moe_mlp(x, plan, *weights, **how)
         return _add_gated_in_float64(residual, gate, y)
     given = [] if gate is None else [residual, _checks.narrow(gate, x)]
-    differentiable = (x, plan.row_weight, *gate_up, *down, *shared_gate_up, *shared_down, *given)
+    lists = gate_up, down, shared_gate_up, shared_down, *all_biases
+    differentiable = (x, plan.row_weight, *(tensor for kind in lists for tensor in kind), *given)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    lists = gate_up, down, shared_gate_up, shared_down
     return _moe_mlp(x, plan.tensors(), *lists, given, activation, layout, save, recompute, backend)[0]
 
 
@@ -116,12 +124,15 @@ def _add_gated_in_float64(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 
 def pack_weights(
-    weights: Sequence[Weights | None], activation: str, layout: str, backend: str
+    weights: Sequence[Weights | None], activation: str, layout: str, backend: str, biases: Biases | None = None
 ) -> Callable[[], None] | None:
     """Pack the weights of one layer, as `moe_mlp` takes them, where its backend can; see Backend.pack."""
-    lists = [[] if w is None else [w] if isinstance(w, Tensor) else list(w) for w in weights]
+    lists, of_biases = (
+        [[] if w is None else [w] if isinstance(w, Tensor) else list(w) for w in kinds]
+        for kinds in (weights, biases or ())
+    )
     with torch.no_grad():
-        w = LayerWeights(*lists, layout=layout)
+        w = LayerWeights(*lists, layout, of_biases)
         chosen = _backend(w, lists[0][0], activation, backend)
         if w.readable() is not w:
             return None  # every call copies those, and a pack is found by their address
@@ -130,7 +141,7 @@ def pack_weights(
 
 def _backend(w: LayerWeights, x: Tensor, activation: str, backend: str) -> Backend:
     sizes = w.num_experts, w.hidden_size, w.intermediate_size, w.shared_intermediate_size
-    return choose(backend, Request("moe_mlp", x.dtype, x.device.type, *sizes, activation))
+    return choose(backend, Request("moe_mlp", x.dtype, x.device.type, *sizes, activation, any(w.biases)))
 
 
 def _kernel(
@@ -140,6 +151,10 @@ def _kernel(
     down,
     shared_gate_up,
     shared_down,
+    gate_up_bias,
+    down_bias,
+    shared_gate_up_bias,
+    shared_down_bias,
     gated,
     activation,
     layout,
@@ -148,7 +163,8 @@ def _kernel(
     backend,
 ):
     plan = contiguous_plan(plan)
-    weights = LayerWeights(gate_up, down, shared_gate_up, shared_down, layout).to(x.dtype)
+    biases = gate_up_bias, down_bias, shared_gate_up_bias, shared_down_bias
+    weights = LayerWeights(gate_up, down, shared_gate_up, shared_down, layout, biases).to(x.dtype)
     save = save_for_backward and not recompute
     chosen = _backend(weights, x, activation, backend)
     w = for_backend(chosen, weights)
@@ -166,6 +182,10 @@ def _fake(
     down,
     shared_gate_up,
     shared_down,
+    gate_up_bias,
+    down_bias,
+    shared_gate_up_bias,
+    shared_down_bias,
     gated,
     activation,
     layout,
@@ -197,10 +217,10 @@ def _backward(ctx: Any, dout: Tensor | None, dgate_up: None, dshared_gate_up: No
     x, gate_up, shared_gate_up, y, *rest = ctx.saved_tensors
     plan, rest = split_plan(rest)
     flat = iter(rest)
-    weights = [[next(flat) for _ in range(length)] for length in ctx.lengths[:4]]
+    weights = in_lists(flat, ctx.lengths[:8])
     gate = next(flat, None)
-    dgated = [None] * ctx.lengths[4]
-    needed = any_needed(needs_input_grad(ctx)[2:6])
+    dgated = [None] * ctx.lengths[8]
+    needed = any_needed(needs_input_grad(ctx)[2:10])
     dx, drow_weight, dweights = None, None, [[None] * len(kind) for kind in weights]
     if dout is not None:
         if gate is not None:
@@ -224,11 +244,13 @@ def _gated_fake(dout: Tensor, y: Tensor, gate: Tensor, backend: str):
 
 
 def _bwd_kernel(
-    dout, x, plan, gate_up_proj, down, shared_gate_up_proj, shared_down, gate_up, shared_gate_up, activation, layout,
-    needed, backend,
+    dout, x, plan, gate_up_proj, down, shared_gate_up_proj, shared_down, gate_up_bias, down_bias, shared_gate_up_bias,
+    shared_down_bias, gate_up, shared_gate_up, activation, layout, needed, backend,
 ):  # fmt: skip
-    plan, lists = contiguous_plan(plan), (gate_up_proj, down, shared_gate_up_proj, shared_down)
-    w = LayerWeights(*lists, layout).to(x.dtype)
+    plan = contiguous_plan(plan)
+    weights = gate_up_proj, down, shared_gate_up_proj, shared_down
+    lists = *weights, gate_up_bias, down_bias, shared_gate_up_bias, shared_down_bias
+    w = LayerWeights(*weights, layout, lists[4:]).to(x.dtype)
     chosen = _backend(w, x, activation, backend)
     dx, drow_weight, *gradients = chosen.moe_mlp_bwd(
         dout.contiguous(), x.contiguous(), plan, for_backend(chosen, w), gate_up, shared_gate_up, activation, needed
@@ -237,15 +259,19 @@ def _bwd_kernel(
 
 
 def _bwd_fake(
-    dout, x, plan, gate_up_proj, down, shared_gate_up_proj, shared_down, gate_up, shared_gate_up, activation, layout,
-    needed, backend,
+    dout, x, plan, gate_up_proj, down, shared_gate_up_proj, shared_down, gate_up_bias, down_bias, shared_gate_up_bias,
+    shared_down_bias, gate_up, shared_gate_up, activation, layout, needed, backend,
 ):  # fmt: skip
-    lists = gate_up_proj, down, shared_gate_up_proj, shared_down
+    weights = gate_up_proj, down, shared_gate_up_proj, shared_down
+    lists = *weights, gate_up_bias, down_bias, shared_gate_up_bias, shared_down_bias
     drow_weight = torch.empty_like(RoutingPlan(*plan).row_weight)
     return x.new_empty(x.shape), drow_weight, empty_gradients(lists, needed)
 
 
-_WEIGHTS = "Tensor[] gate_up_proj, Tensor[] down_proj, Tensor[] shared_gate_up_proj, Tensor[] shared_down_proj"
+_WEIGHTS = (
+    "Tensor[] gate_up_proj, Tensor[] down_proj, Tensor[] shared_gate_up_proj, Tensor[] shared_down_proj, "
+    "Tensor[] gate_up_bias, Tensor[] down_bias, Tensor[] shared_gate_up_bias, Tensor[] shared_down_bias"
+)
 _moe_mlp = register(
     f"moe_mlp(Tensor x, Tensor[] plan, {_WEIGHTS}, Tensor[] gated, str activation, str layout, bool save_for_backward, "
     "bool recompute, str backend) "

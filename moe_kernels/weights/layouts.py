@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import accumulator
+from . import biases as _biases
+from .biases import Biases
 from .indexed import ALIGNMENT, Slices, slices_of, tables
 
 WHOLE = 64  # elements: no step of a product over I begins in one matrix and ends in the next where I is a multiple
@@ -53,6 +56,7 @@ class MoEWeights(NamedTuple):
     shared_down_proj: Tensor | None = None  # (H, Is)
     gate_up_index: Tensor | None = None
     down_index: Tensor | None = None
+    biases: Biases = Biases()  # stacked, halves [gate | up], in the accumulation dtype
 
     def stacked_shapes(self, num_experts: int) -> list[tuple[int, ...]]:
         """Return the shapes of the weights as they are stacked, and so of their gradients: four, or two without a
@@ -91,6 +95,7 @@ class LayerWeights:
         down: [down_proj] or [down_0, down_1, ...].
         shared_gate_up, shared_down: [] without a shared expert; else [proj], or [gate, up] and [down].
         layout: a name out of LAYOUTS.
+        biases: a list for each field of Biases, empty for none: as they are, in any dtype.
     Shapes are the caller's to check (ops/_expert_weights.py does). Gradients have the form of what they belong to.
     """
 
@@ -101,7 +106,9 @@ class LayerWeights:
         shared_gate_up: Sequence[Tensor] = (),
         shared_down: Sequence[Tensor] = (),
         layout: str = "gate_up",
+        biases: Sequence[Sequence[Tensor]] = (),
     ) -> None:
+        self.biases = [list(kind) for kind in biases]
         self.kinds = list(gate_up), list(down), list(shared_gate_up), list(shared_down)
         self.name, self.layout = layout, LAYOUTS[layout]
         first = self.kinds[1][0]
@@ -119,7 +126,7 @@ class LayerWeights:
         """Return the weights in a dtype: themselves where they have it, copies of the others (autocast)."""
         if all(t.dtype == dtype for kind in self.kinds for t in kind):
             return self
-        return LayerWeights(*(_cast(kind, dtype) for kind in self.kinds), self.name)
+        return LayerWeights(*(_cast(kind, dtype) for kind in self.kinds), self.name, self.biases)
 
     def matrices(self) -> list[Matrices | None]:
         """Return what gate, up, down, shared gate, shared up and shared down are; gate is None for gelu."""
@@ -168,11 +175,26 @@ class LayerWeights:
         kinds = [kind if _alike(kind) else [t.contiguous() for t in kind] for kind in self.kinds]
         if all(a is b for a, b in zip(kinds, self.kinds, strict=True)):
             return self
-        return LayerWeights(*kinds, self.name)
+        return LayerWeights(*kinds, self.name, self.biases)
 
     def stacked(self) -> MoEWeights:
         """Return the weights stacked: views where they lie so already, else copies."""
-        return MoEWeights(*(self._stacked(i) for i in range(4) if self.kinds[i]))
+        return MoEWeights(*(self._stacked(i) for i in range(4) if self.kinds[i]), biases=self.stacked_biases())
+
+    def stacked_biases(self) -> Biases:
+        """Return the biases stacked, halves [gate | up], in the dtype of sums over values of the weights'."""
+        if not any(self.biases):
+            return Biases()
+        E, H, I, Is = self.num_experts, self.hidden_size, self.intermediate_size, self.shared_intermediate_size
+        shapes = (E, self.halves * I), (E, H), (self.halves * Is,), (H,)
+        return _biases.stack(self.biases, shapes, accumulator(self.dtype), self._bias_swapped())
+
+    def unstacked_biases(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
+        """Return the gradients of `stacked_biases` in the form and the dtypes of the biases."""
+        return _biases.unstack(gradients, self.biases, self._bias_swapped())
+
+    def _bias_swapped(self) -> bool:
+        return self.layout.up_first and self.halves == 2
 
     def indexed(self) -> MoEWeights:
         """Return the weights where they lie if their matrices are (out, in), I and Is multiples of 64: stacked if they

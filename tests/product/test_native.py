@@ -19,15 +19,19 @@ import torch, moe_kernels
 from moe_kernels import _C
 torch.manual_seed(0)
 for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)):
-    for activation in ("swiglu", "gelu"):
-        layer = moe_kernels.MoELayer(40, 56, 5, 2, 24, activation=activation, backend="native").to(dtype)
-        exact = moe_kernels.MoELayer(40, 56, 5, 2, 24, activation=activation, backend="eager").double()
+    for activation in ("swiglu", "gelu", "gelu_tanh", moe_kernels.ClampedSwiGLU()):
+        how = {"activation": activation, "bias": activation != "gelu"}
+        layer = moe_kernels.MoELayer(40, 56, 5, 2, 24, **how, backend="native").to(dtype)
+        for bias in (p for name, p in layer.named_parameters() if name.endswith("bias")):
+            torch.nn.init.normal_(bias)
+        exact = moe_kernels.MoELayer(40, 56, 5, 2, 24, **how, backend="eager").double()
         exact.load_state_dict(layer.state_dict())
         x = torch.randn(53, 40).to(dtype).requires_grad_()
         wide = x.detach().double().requires_grad_()
         layer(x).square().sum().backward()
         exact(wide).square().sum().backward()
-        for ours, oracle in ((x.grad, wide.grad), (layer.gate_up_proj.grad, exact.gate_up_proj.grad)):
+        oracles = [p.grad for p in exact.parameters()]
+        for ours, oracle in zip((x.grad, *(p.grad for p in layer.parameters())), (wide.grad, *oracles)):
             assert (ours.double() - oracle).norm() < bound * oracle.norm(), (dtype, activation)
 print(_C.isa_level())
 """
@@ -230,7 +234,7 @@ def test_weights_in_separate_memory_give_the_same_bits(transposed):
     x, plan, w, activation, _ = fused_arguments(layer, x)
     out, gate_up, shared_gate_up = native.moe_mlp(x, plan, w, activation, True)
     dx, drow_weight, (dgate_up,), (ddown,), (dshared_gate_up,), (dshared_down,) = native.moe_mlp_bwd(
-        x, x, plan, w, gate_up, shared_gate_up, activation, (True,) * 4
+        x, x, plan, w, gate_up, shared_gate_up, activation, (True,) * 8
     )
     w = w.stacked()
 
@@ -256,10 +260,10 @@ def test_weights_in_separate_memory_give_the_same_bits(transposed):
         return _C.Tensor(t.data_ptr(), 3 if t.dtype == torch.int32 else 0, t.shape, t.stride(), t.nbytes)
 
     views = [view(t) for t in plan.tensors()]
-    _C.moe_mlp_fwd(view(x), views, table, activation, None, view(again[0]), None, None, 2)
+    _C.moe_mlp_fwd(view(x), views, table, activation, [], None, view(again[0]), None, None, 2)
     _C.moe_mlp_bwd(
-        view(x), view(x), views, table, view(gate_up), view(shared_gate_up), activation, view(again[1]), view(again[2]),
-        to, 2,
+        view(x), view(x), views, table, view(gate_up), view(shared_gate_up), activation, [], view(again[1]),
+        view(again[2]), to, [], 2,
     )  # fmt: skip
     assert all(torch.equal(*pair) for pair in zip(again, (out, dx, drow_weight), strict=True))
     for i, (got, want) in enumerate(zip(grads, expected, strict=True)):

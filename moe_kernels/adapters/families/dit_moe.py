@@ -46,8 +46,8 @@ class DiTMoEBlock(MoEBlock):
             return self._around_the_original(str(reason), x, return_aux_loss, modulation)
         try:
             return moe_forward(
-                x, gate_weight, experts.weights, "swiglu", "gate_up", config.backend, router, self.training,
-                return_aux_loss, config.recompute, modulation,
+                x, gate_weight, experts.weights, "swiglu", "gate_up", config.backend, None, router,
+                self.training, return_aux_loss, config.recompute, modulation,
             )  # fmt: skip
         except (TypeError, ValueError):
             reason = unequal(config.path, experts.weights, gate_weight.dtype, gate_weight.device)

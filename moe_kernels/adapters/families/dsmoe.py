@@ -14,6 +14,8 @@ KINDS = ("gate_proj", "up_proj", "down_proj")
 
 
 class DSMoE(Family):
+    """Its experts may have biases in all layers of a kind, or in none."""
+
     name = "DSMoE"
     classes = ("DSMoE",)
     attributes = (
@@ -23,8 +25,9 @@ class DSMoE(Family):
     )
 
     def experts(self, block: nn.Module, read: Reader) -> Experts:
-        shared = read.mlps(block, "shared_experts", KINDS) if block.use_shared_expert else ()
-        return Experts(*read.mlps(block, "experts.blocks", KINDS), *shared)
+        names = ("experts.blocks", "shared_experts")[: 1 + block.use_shared_expert]
+        weights = [kind for name in names for kind in read.mlps(block, name, KINDS, biased=True)]
+        return Experts(*weights, biases=read.biases(block, names, KINDS))
 
     def route(self, block: nn.Module, backend: str, x: Tensor) -> Routed:
         ids, weights = block.route_tokens_to_experts(block.gate(x))

@@ -11,16 +11,18 @@ from torch.nn import functional as F
 
 from ...ops import dispatch_rows
 from ..family import Family, Routed
+from ..linear import NotUnderstoodError
 from ..reading import Experts, Reader
 
 KINDS = ("gate_proj", "up_proj", "down_proj")
+MLP = ("fc1", "fc2")  # timm's, with biases; `act` between them
 
 
 class ECDiT(Family):
-    """Its experts may also be MLPs with biases and GELU's tanh form: those are refused by their layers' names."""
+    """Its experts are MLPs with biases and GELU in either form, or SwiGLU."""
 
     name = "EC-DiT"
-    expected = "modules with gate_weight, capacity and experts of gate_proj, up_proj and down_proj"
+    expected = "modules with gate_weight, capacity and experts of gate_proj, up_proj and down_proj, or of fc1 and fc2"
     parts = ("gate_weight", "experts", "shared_experts")
     attributes = (
         ("capacity", (int, float)),
@@ -33,7 +35,12 @@ class ECDiT(Family):
         return has_weight and "experts" in own["_modules"] and not hasattr(module, "capacity_predictor")
 
     def experts(self, block: nn.Module, read: Reader) -> Experts:
-        return Experts(*read.mlps(block, "experts", KINDS), *read.mlps(block, "shared_experts", KINDS))
+        names = "experts", "shared_experts"
+        mlps = [mlp for name in names for mlp in _mlps_of(block, name)]
+        kinds = MLP if all("fc1" in mlp._modules for mlp in mlps) else KINDS
+        weights = [kind for name in names for kind in read.mlps(block, name, kinds, biased=True)]
+        activation = _gelu_of(mlps, read) if kinds == MLP else "swiglu"
+        return Experts(*weights, activation=activation, biases=read.biases(block, names, kinds))
 
     def route(self, block: nn.Module, backend: str, x: Tensor) -> Routed:
         B, S, H = x.shape
@@ -44,3 +51,16 @@ class ECDiT(Family):
         expert = torch.arange(E, device=x.device)[:, None].expand(B, E, token.shape[2])
         rows = weight.flatten(), token.flatten(), expert.flatten()
         return Routed(x.reshape(-1, H), dispatch_rows(*rows, B * S, E))
+
+
+def _mlps_of(block: nn.Module, name: str) -> list[nn.Module]:
+    module = block._modules.get(name)
+    return list(module) if isinstance(module, nn.ModuleList) else [] if module is None else [module]
+
+
+def _gelu_of(mlps: list[nn.Module], read: Reader) -> str:
+    """Return the form of GELU that all MLPs have. Raises: NotUnderstoodError for another activation, or two forms."""
+    forms = {act.approximate if type(act := mlp._modules.get("act")) is nn.GELU else f"{act}" for mlp in mlps}
+    if not forms <= {"none", "tanh"} or len(forms) > 1:
+        raise NotUnderstoodError(f"{read.where('experts')}: got act {sorted(forms)}, expected one form of nn.GELU")
+    return "gelu_tanh" if forms == {"tanh"} else "gelu"

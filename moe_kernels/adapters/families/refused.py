@@ -1,4 +1,4 @@
-"""Families that are recognised, and refused by name: what they compute, the kernels have not got."""
+"""Families that are recognised, and refused by name: what they do around their experts, no adapter does yet."""
 
 from __future__ import annotations
 
@@ -30,19 +30,28 @@ class Refused(Family):
 class ProMoE(Refused):
     name = "ProMoE"
     marks = ("cluster_centers", "experts")
-    reason = "its experts have biases and the tanh form of GELU, expected bias-free SwiGLU or GELU"
+    reason = (
+        "its forward also returns a loss of its own router; its parts are here: "
+        "MoELayer(..., activation='gelu_tanh', bias=True, router=moe_kernels.ProMoE(...))"
+    )
 
 
 class DiffMoE(Refused):
     name = "DiffMoE"
     marks = ("gate_weight", "capacity_predictor")
-    reason = "how many tokens an expert gets depends on the values, expected sizes that shapes tell; biases, tanh GELU"
+    reason = (
+        "in eval how many tokens an expert gets depends on the values, expected sizes that shapes tell; its parts are "
+        "here: MoELayer(..., activation='gelu_tanh', bias=True, router=moe_kernels.DiffMoE(...))"
+    )
 
 
 class MAGI2(Refused):
     name = "MAGI-2"
     marks = ("W_gate", "W_up", "W_down")
-    reason = "its experts clamp gate and up, expected plain SwiGLU or GELU"
+    reason = (
+        "its tokens are cut into heads, each with experts of its own, which no adapter does yet; its clamped experts "
+        "are here: MoELayer(..., activation=moe_kernels.ClampedSwiGLU())"
+    )
 
     def finds(self, module: nn.Module) -> bool:
         return all(isinstance(getattr(module, mark, None), nn.Parameter) for mark in self.marks)

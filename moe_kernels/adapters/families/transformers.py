@@ -5,6 +5,7 @@ Two ways in: `replace_moe(model)`, or `experts_forward` in the library's own reg
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import ops
+from ...weights import Biases
 from ..family import Family, Routed
 from ..linear import NotUnderstoodError
 from ..reading import Experts, Reader, computes, known_of
 
 EXPECTED = {  # what the decorator writes on every experts module
-    "has_bias": False,
     "is_concatenated": True,
     "has_post_expert_norm": False,
 }
@@ -31,23 +32,25 @@ class TransformersExperts(Family):
         ("down_proj", Tensor),
         ("act_fn", object),
     )
-    parts = ("gate_up_proj", "up_proj", "down_proj")
+    parts = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 
     def finds(self, module: nn.Module) -> bool:
         return all(isinstance(module.__dict__.get(name), bool) for name in ("has_gate", "has_bias", "is_transposed"))
 
     def check(self, block: nn.Module, read: Reader) -> None:
-        refuse_unlike(block, read.where(""))  # before attributes: with a bias there are others
+        refuse_unlike(block, read.where(""))
         super().check(block, read)
-        name, function = ("SiLU", F.silu) if block.has_gate else ("GELU", F.gelu)
-        if not computes(block.act_fn, function):
-            gated = "with" if block.has_gate else "without"
-            raise ValueError(f"{read.path}.act_fn: got {block.act_fn}, expected {name} in experts {gated} a gate")
+        if not computes(block.act_fn, FUNCTIONS[activation_of(block)]):
+            expected = "SiLU in experts with a gate" if block.has_gate else "GELU in experts without a gate"
+            raise ValueError(f"{read.path}.act_fn: got {block.act_fn}, expected {expected}")
 
     def experts(self, block: nn.Module, read: Reader) -> Experts:
         refuse_unlike(block, read.where(""))
         up = read.parameter(block, "gate_up_proj" if block.has_gate else "up_proj")
-        return stacked(up, read.parameter(block, "down_proj"), block.is_transposed, gated=block.has_gate)
+        found = stacked(up, read.parameter(block, "down_proj"), block.is_transposed, activation_of(block))
+        names = "gate_up_proj_bias" if block.has_gate else "up_proj_bias", "down_proj_bias"
+        biases = Biases(*([read.parameter(block, name)] for name in names)) if block.has_bias else None
+        return found._replace(biases=biases)
 
     def route(
         self, block: nn.Module, backend: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -66,12 +69,21 @@ class TransformersExperts(Family):
         return x, ids, weights
 
 
-def stacked(gate_up: Tensor, down: Tensor, in_out: bool, gated: bool = True) -> Experts:
+FUNCTIONS = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+def activation_of(experts: nn.Module) -> str:
+    """Return what an experts module computes between its products, if `act_fn` is what its class and attributes say."""
+    act = experts.act_fn
+    tanh = type(act).__name__ == "GELUTanh" or getattr(act, "approximate", "none") == "tanh"
+    return "swiglu" if experts.has_gate else "gelu_tanh" if tanh else "gelu"
+
+
+def stacked(gate_up: Tensor, down: Tensor, in_out: bool, activation: str = "swiglu") -> Experts:
     """Return stacked parameters as they lie: (in, out) ones whose memory is (out, in) as views of that."""
     if in_out and gate_up.transpose(1, 2).is_contiguous() and down.transpose(1, 2).is_contiguous():
         gate_up, down, in_out = gate_up.transpose(1, 2), down.transpose(1, 2), False
-    activation, layout = "swiglu" if gated else "gelu", "gate_up_in_out" if in_out else "gate_up"
-    return Experts([gate_up], [down], activation=activation, layout=layout)
+    return Experts([gate_up], [down], activation=activation, layout="gate_up_in_out" if in_out else "gate_up")
 
 
 def refuse_unlike(experts: nn.Module, path: str) -> None:
@@ -93,13 +105,13 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         top_k_index, top_k_weights: (T, K), as the model's router gives them; where the library's expert parallelism has
             divided the experts, ids of this rank's own, and those from its number on are elsewhere and no rows.
     Returns: (T, H) in the dtype of hidden_states.
-    Raises: ValueError naming the attribute for biases, interleaved halves, norms behind experts, gates other than
+    Raises: ValueError naming the attribute for interleaved halves, norms behind experts, gates other than
         SiLU(gate) * up, activations other than GELU without a gate.
     Cost: as `moe_mlp`, backend "auto".
     Source: transformers.integrations.moe.
     """
     path, name = type(experts).__name__, type(experts.act_fn).__name__
-    expected = ("SiLU", "SiLUActivation") if experts.has_gate else ("GELU", "GELUActivation")
+    expected = ("SiLU", "SiLUActivation") if experts.has_gate else ("GELU", "GELUActivation", "GELUTanh")
     if name not in expected:
         raise ValueError(f"{path}.act_fn: got {experts.act_fn}, expected {expected[0]}")
     try:
@@ -107,7 +119,8 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     except NotUnderstoodError as reason:
         raise ValueError(str(reason)) from None
     tokens, plan, _ = FAMILY.route(experts, "auto", hidden_states, top_k_index, top_k_weights)
-    return ops.moe_mlp(tokens, plan, *w.weights, activation=w.activation, layout=w.layout).to(hidden_states.dtype)
+    how = {"activation": w.activation, "layout": w.layout, "biases": w.biases}
+    return ops.moe_mlp(tokens, plan, *w.weights, **how).to(hidden_states.dtype)
 
 
 FAMILY = TransformersExperts()

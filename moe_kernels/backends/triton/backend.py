@@ -68,7 +68,7 @@ class TritonBackend(Backend):
             return f"device {request.device}, expected {expected}"
         if request.dtype not in _FLOATS:
             return f"dtype {request.dtype}, expected torch.float32, torch.bfloat16 or torch.float16"
-        return None if _INTERPRETED else unfit_devices((8, 0))
+        return request.unlike_plain_experts() or (None if _INTERPRETED else unfit_devices((8, 0)))
 
     @_on_device
     def gating(self, x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

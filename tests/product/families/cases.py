@@ -89,10 +89,14 @@ BLOCKS = [
     ),
     Case("DSMoE", standins.DSMoE, x_and(), call=by_position),
     Case("DSMoE alone", lambda: standins.DSMoE(False), x_and(), call=by_position),
+    Case("DSMoE biases", lambda: standins.DSMoE(bias=True), x_and(), call=by_position),
     Case("EC-DiT", standins.SparseMoEBlock, x_and()),
+    Case("EC-DiT MLP", lambda: standins.SparseMoEBlock(form="tanh"), x_and()),
     Case("Hunyuan", standins.HunyuanMoE, x_and(), call=by_position),
     Case("transposed", lambda: standins.TransposedExperts(True), picks),
     Case("transposed gelu", lambda: standins.TransposedExperts(False), picks),
+    Case("transposed biases", lambda: standins.TransposedExperts(True, True), picks),
+    Case("transposed gelu_tanh biases", lambda: standins.TransposedExperts(False, True, "tanh"), picks),
 ]
 
 

@@ -74,20 +74,27 @@ class DSGate(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def with_biases(mlp: nn.Module) -> nn.Module:
+    """Put a random bias into each linear layer."""
+    for layer in mlp.children():
+        layer.bias = nn.Parameter(torch.randn(layer.out_features))
+    return mlp
+
+
 class DSExperts(nn.Module):
-    def __init__(self):
+    def __init__(self, bias: bool):
         super().__init__()
-        self.blocks = nn.ModuleList(MoEMLP(H, I) for _ in range(E))
+        self.blocks = nn.ModuleList(with_biases(MoEMLP(H, I)) if bias else MoEMLP(H, I) for _ in range(E))
 
 
 class DSMoE(nn.Module):
     """Without a shared expert the input is added in its place."""
 
-    def __init__(self, use_shared_expert: bool = True):
+    def __init__(self, use_shared_expert: bool = True, bias: bool = False):
         super().__init__()
-        self.gate, self.experts, self.use_shared_expert = DSGate(), DSExperts(), use_shared_expert
+        self.gate, self.experts, self.use_shared_expert = DSGate(), DSExperts(bias), use_shared_expert
         if use_shared_expert:
-            self.shared_experts = MoEMLP(H, I)
+            self.shared_experts = with_biases(MoEMLP(H, I)) if bias else MoEMLP(H, I)
 
     def route_tokens_to_experts(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         scores = logits.sigmoid()
@@ -102,15 +109,28 @@ class DSMoE(nn.Module):
         return y + (self.shared_experts(hidden_states) if self.use_shared_expert else hidden_states)
 
 
-class SparseMoEBlock(nn.Module):
-    """EC-DiT: experts choose int(S / E * capacity) tokens of an image, with raw affinities."""
+class Mlp(nn.Module):
+    """timm's: two layers with biases."""
 
-    def __init__(self, capacity: float = 2.0):
+    def __init__(self, width: int, form: str):
+        super().__init__()
+        self.fc1, self.act, self.drop1 = nn.Linear(H, width), nn.GELU(form), nn.Dropout(0.0)
+        self.fc2, self.drop2 = nn.Linear(width, H), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+
+class SparseMoEBlock(nn.Module):
+    """EC-DiT: experts choose int(S / E * capacity) tokens of an image, with raw affinities; SwiGLU, or MLPs."""
+
+    def __init__(self, capacity: float = 2.0, form: str | None = None):
         super().__init__()
         self.gate_weight = nn.Parameter(torch.randn(E, H) / H**0.5)
-        self.experts = nn.ModuleList(MoEMLP(H, I) for _ in range(E))
+        self.experts, self.shared_experts = nn.ModuleList(), Mlp(Is, form) if form else MoEMLP(H, Is)
+        for _ in range(E):
+            self.experts.append(Mlp(I, form) if form else MoEMLP(H, I))
         self.capacity, self.num_experts, self.n_shared_experts = capacity, E, 1
-        self.shared_experts = MoEMLP(H, Is)
 
     def forward(self, x: Tensor) -> Tensor:
         affinity = F.linear(x, self.gate_weight).softmax(-1).mT
@@ -162,15 +182,18 @@ class HunyuanMoE(nn.Module):
 
 
 class TransposedExperts(nn.Module):
-    """An experts module of transformers: (in, out) matrices, and no gate but GELU, or SwiGLU."""
+    """An experts module of transformers: (in, out) matrices, SwiGLU, or no gate but GELU; with biases or without."""
 
-    def __init__(self, has_gate: bool):
+    def __init__(self, has_gate: bool, has_bias: bool = False, form: str = "none"):
         super().__init__()
-        self.num_experts, self.has_gate, self.has_bias, self.is_transposed = E, has_gate, False, True
+        self.num_experts, self.has_gate, self.has_bias, self.is_transposed = E, has_gate, has_bias, True
         self.is_concatenated, self.has_post_expert_norm, self._is_expert_parallel = True, False, False
-        self.act_fn = nn.SiLU() if has_gate else nn.GELU()
+        self.act_fn = nn.SiLU() if has_gate else nn.GELU(form)
         up = nn.Parameter(torch.randn(E, H, (1 + has_gate) * I) / H**0.5)
-        self.register_parameter("gate_up_proj" if has_gate else "up_proj", up)
+        name = "gate_up_proj" if has_gate else "up_proj"
+        self.register_parameter(name, up)
+        self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(E, up.shape[2])) if has_bias else None)
+        self.down_proj_bias = nn.Parameter(torch.randn(E, H)) if has_bias else None
         self.down_proj = nn.Parameter(torch.randn(E, I, H) / I**0.5)
         self.config = SimpleNamespace()
 
@@ -183,5 +206,9 @@ class TransposedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         up = self.gate_up_proj if self.has_gate else self.up_proj
         act = self._apply_gate if self.has_gate else self.act_fn
-        experts = [lambda t, e=e: act(t @ up[e]) @ self.down_proj[e] for e in range(E)]
+        bias, down_bias = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias
+        if self.has_bias:
+            experts = [lambda t, e=e: act(t @ up[e] + bias[e]) @ self.down_proj[e] + down_bias[e] for e in range(E)]
+        else:
+            experts = [lambda t, e=e: act(t @ up[e]) @ self.down_proj[e] for e in range(E)]
         return routed(hidden_states, top_k_weights, top_k_index, experts)

@@ -17,6 +17,7 @@ from tests.product.families.standins import (
     DSMoE,
     H,
     HunyuanMoE,
+    I,
     LingBotVideoSparseMoeBlock,
     SparseMoEBlock,
     TransposedExperts,
@@ -106,13 +107,18 @@ SPOILED = {
     "other groups": (OtherGroups, r"0: its own forward differs .* EC-DiT"),
     "GELU's tanh form": (TanhForm, r"0: its own forward differs .* by \d\.\de-0[34] .* transformers"),
     "another activation": (changed(lambda: TransposedExperts(True), "act_fn", nn.GELU()), r"0\.act_fn: got GELU"),
-    "has_bias": (changed(lambda: TransposedExperts(True), "has_bias", True), r"0\.has_bias: got True, expected False"),
+    "has_bias": (changed(lambda: TransposedExperts(True), "has_bias", True), r"0\.gate_up_proj_bias: got NoneType"),
+    "some biases": (
+        changed(DSMoE, "experts.blocks.2.up_proj", nn.Linear(H, I)),
+        r"0\.experts\.blocks\.0\.gate_proj: got no bias",
+    ),
+    "two forms": (changed(lambda: SparseMoEBlock(form="tanh"), "experts.1.act", nn.GELU()), r"0\.experts: got act"),
     "interleaved": (changed(lambda: TransposedExperts(True), "is_concatenated", False), r"0\.is_concatenated"),
-    "ProMoE": (of("SparseMoeBlock", cluster_centers=1, experts=1), r"0: got a SparseMoeBlock of ProMoE: .*biases"),
+    "ProMoE": (of("SparseMoeBlock", cluster_centers=1, experts=1), r"0: got a SparseMoeBlock of ProMoE: .*router"),
     "DiffMoE": (of("SparseMoeBlock", gate_weight=1, capacity_predictor=1), r"of DiffMoE: .*values"),
     "MAGI-2": (
         of("CoreMultiHeadMoE", **dict.fromkeys(("W_gate", "W_up", "W_down"), STACK)),
-        r"of MAGI-2: .*clamp",
+        r"of MAGI-2: .*heads",
     ),
 }
 
@@ -207,7 +213,7 @@ def test_the_registry_of_transformers(seed):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("has_bias", True), ("is_concatenated", False), ("act_fn", nn.GELU())],
+    [("is_concatenated", False), ("act_fn", nn.GELU())],
 )
 def test_the_registry_refuses_by_name(name, value):
     experts = TransposedExperts(True)
