@@ -31,7 +31,7 @@ peers: setup
 
 # Two runs at a time, each one thread for the most part: with three the tests that find planted slowdowns see too much noise.
 test: setup
-	$(MAKE) --output-sync=target -j2 test-host test-triton test-cuda test-cuda-asan
+	$(MAKE) --output-sync=target -j2 test-host test-triton test-cuda test-cuda-asan native-test
 
 test-host: setup
 	$(BIN)/python -m pytest -q
