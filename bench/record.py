@@ -1,4 +1,4 @@
-"""Keep a run, a contest or a GPU run: rows under results/, and what they prove in moe_kernels/verified.json."""
+"""Keep a run, a contest, chains or a GPU run: rows under results/, and what they prove in moe_kernels/verified.json."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.command import SOURCES, bad
+from bench.images.dmcmc.command import FILE as CHAINS
 from bench.instrument import ledger, store
 
 GPU_ROWS = "rows_cuda_default.jsonl"
@@ -47,16 +48,32 @@ def record_contest(report: Path, root: Path = ROOT) -> Path:
     Raises: ValueError for rows of a dirty tree, of no commit or of several, and where one of ours is wrong; other
         people's wrong results are part of the answer.
     """
-    rows = store.read(report / "peers.jsonl")
-    commits = {row["commit"] for row in rows}
-    if any(row["dirty"] for row in rows) or None in commits or len(commits) > 1:
-        raise ValueError(f"{report}/peers.jsonl: expected rows of one commit and a clean checkout (peers --fresh)")
+    rows = _of_one_commit(report / "peers.jsonl", "peers --fresh")
     wrong = [row["case"] for row in rows if row["wrong"] and row["ours"]]
     if wrong:
         raise ValueError(f"{report}/peers.jsonl: {wrong[0]} is wrong, expected only verified cases of ours")
     target = root / "results" / f"{_name(rows[0])}_peers.jsonl"
     target.write_text((report / "peers.jsonl").read_text())
     return target
+
+
+def record_chains(report: Path, root: Path = ROOT) -> Path:
+    """Copy what `bench dmcmc` wrote to results/DATE_CPU-ISA_COMMIT_dmcmc.jsonl and return that path.
+
+    Raises: ValueError for rows of a dirty tree, of no commit or of several.
+    """
+    rows = _of_one_commit(report / CHAINS, "another --out")
+    target = root / "results" / f"{_name(rows[0])}_dmcmc.jsonl"
+    target.write_text((report / CHAINS).read_text())
+    return target
+
+
+def _of_one_commit(path: Path, mend: str) -> list[dict]:
+    rows = store.read(path)
+    commits = {row["commit"] for row in rows}
+    if any(row["dirty"] for row in rows) or None in commits or len(commits) > 1:
+        raise ValueError(f"{path}: expected rows of one commit and a clean checkout ({mend})")
+    return rows
 
 
 def record_gpu(folder: Path, root: Path = ROOT) -> Path:
@@ -113,12 +130,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Record the run, the contest, what a GPU gave, or all of them, and print where."""
-    contest, gpu = ((args.report / name).exists() for name in ("peers.jsonl", GPU_ROWS))
-    if (args.report / "rows.jsonl").exists() or not (contest or gpu):
+    """Record the run, the contest, the chains, what a GPU gave, or all of them, and print where."""
+    contest, chains, gpu = ((args.report / name).exists() for name in ("peers.jsonl", CHAINS, GPU_ROWS))
+    if (args.report / "rows.jsonl").exists() or not (contest or chains or gpu):
         print(f"recorded in {record(args.report)}")
     if contest:
         print(f"recorded in {record_contest(args.report)}")
+    if chains:
+        print(f"recorded in {record_chains(args.report)}")
     if gpu:
         print(f"recorded in {record_gpu(args.report)}")
     return 0
