@@ -218,7 +218,7 @@ def test_public_names_are_those_documented():
     documented = "MoELayer RoutingPlan TokenChoice ExpertChoice replace_moe backends BackendInfo gating dispatch "
     documented += "dispatch_expert_choice experts combine moe_mlp aux_loss packed_weights "
     documented += "modulated_gating restore_moe set_nonfinite dispatch_mask dispatch_rows "
-    documented += "Router RouterCall Scores GroupLimitedChoice ExpertRace DiffMoE ProMoE"
+    documented += "Router RouterCall Scores GroupLimitedChoice ExpertRace DiffMoE ProMoE Biases ClampedSwiGLU"
     assert PUBLIC == sorted(documented.split()) and moe_kernels.__version__
 
 

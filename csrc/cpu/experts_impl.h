@@ -1,5 +1,7 @@
 // The experts room of one ISA level: gather, the four row-by-panel products and the two weight gradients.
 #pragma once
+#include "biases.h"
+#include "functions.h"
 #include "pack.h"
 
 namespace moe {
@@ -9,78 +11,6 @@ namespace {
 template <class C>
 inline const uint32_t* items_at(const void* base, int64_t elements) {
   return reinterpret_cast<const uint32_t*>(static_cast<const typename C::Elem*>(base) + elements);
-}
-
-// What an expert computes between its two products: its value, and that with the factors of dact in dgate and dup.
-// Functions without a gate take one argument; dup is not theirs.
-struct ActGrad {
-  vf act, dgate, dup;
-};
-
-struct SwiGLU {
-  static constexpr bool kGated = true;
-  vf operator()(vf gate, vf up) const { return gate * sigmoid(gate) * up; }
-  ActGrad grad(vf gate, vf up) const {
-    const vf s = sigmoid(gate), silu = gate * s;
-    return {silu * up, up * (s + silu * (1.f - s)), silu};
-  }
-};
-
-struct ClampedSwiGLU {
-  static constexpr bool kGated = true;
-  float limit, alpha, shift;
-  vf operator()(vf gate, vf up) const {
-    const vf g = below(gate);
-    return g * sigmoid(alpha * g) * (inside(up) + shift);
-  }
-  ActGrad grad(vf gate, vf up) const {
-    const vf g = below(gate), u = inside(up) + shift, s = sigmoid(alpha * g), value = g * s;
-    const vf dgate = u * (s + alpha * value * (1.f - s));
-    return {value * u, gate > limit ? vf{} : dgate, (up > limit) | (up < -limit) ? vf{} : value};
-  }
-
- private:
-  vf below(vf x) const { return x > limit ? vf{} + limit : x; }  // a NaN stays one
-  vf inside(vf x) const { return x < -limit ? vf{} - limit : below(x); }
-};
-
-struct GELU {
-  static constexpr bool kGated = false;
-  vf operator()(vf x) const {
-    vf density;
-    return x * normal_cdf(x, density);
-  }
-  ActGrad grad(vf x) const {
-    vf density;
-    const vf cdf = normal_cdf(x, density);
-    return {x * cdf, cdf + x * density, vf{}};
-  }
-};
-
-// x (1 + tanh(z)) / 2 = x sigmoid(2 z), z = sqrt(2/pi) (x + 0.044715 x^3).
-struct GELUTanh {
-  static constexpr bool kGated = false;
-  static constexpr float kLinear = 1.595769122f, kCubic = 0.071354816f;
-  vf operator()(vf x) const { return x * sigmoid(x * (kLinear + kCubic * x * x)); }
-  ActGrad grad(vf x) const {
-    const vf square = x * x, s = sigmoid(x * (kLinear + kCubic * square));
-    return {x * s, s + x * s * (1.f - s) * (kLinear + 3.f * kCubic * square), vf{}};
-  }
-};
-
-template <class Visit>
-inline void with_function(const Group& g, const Visit& visit) {
-  const Variant& v = g.variant;
-  if (g.activation == Activation::kGELU) return v.plain ? visit(GELU{}) : visit(GELUTanh{});
-  v.plain ? visit(SwiGLU{}) : visit(ClampedSwiGLU{v.limit, v.alpha, v.shift});
-}
-
-// Sums that products are added to: nothing, or, as every row of a tile, a bias.
-struct FromZero {
-  bool operator()(int64_t, int, float*) const { return false; }
-};
-inline void fill(float* to, int64_t ld, int rows, vf first, vf second) {
-  for (int r = 0; r < rows; ++r, to += ld) storeu(to, first), storeu(to + W, second);
 }
 
 // One chunk of K for all rows of a group: for each tile and panel, multiply, then finish(row, rows, panel, tile).
@@ -467,23 +397,6 @@ template <class C>
 void dgate_up_proj(const Group& g, const GradBlock& block, void* scratch) {
   weight_gradient<C>({g.dgate_up, block.half * g.ld_i, g.halves() * g.ld_i, g.I}, {g.x, 0, g.ld_h, g.H}, g.rows,
                      g.dhalf_proj(block.half), block, scratch);
-}
-
-// In two steps, so that rounding errors grow with the square root of the rows' number.
-template <class C>
-void column_sums(const void* a, int64_t ld, int64_t rows, const float* weight, int64_t begin, int64_t end, float* out) {
-  constexpr int64_t kTogether = 64;
-  for (int64_t c = begin; c < end; c += W) {
-    const auto* column = static_cast<const typename C::Elem*>(a) + c;
-    vf total{};
-    for (int64_t k = 0; k < rows; k += kTogether) {
-      vf part{};
-      for (int64_t row = k; row < min64(rows, k + kTogether); ++row)
-        part += (weight ? weight[row] : 1.f) * load(column + row * ld, end - c);
-      total += part;
-    }
-    store(out + c, total, end - c);
-  }
 }
 
 }  // namespace
