@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import _checks, ops
 from .backends import registry
 from .backends.base import Request
+from .ops.token_choice import How, token_choice_mlp
 from .routing import Router, RouterCall, TokenChoice
 from .weights import LAYOUTS
 
@@ -208,12 +209,19 @@ def moe_forward(
     H = down.shape[-1 if LAYOUTS[layout].in_out else -2]
     _checks.shape("x", x.shape, (*x.shape[:-1], H), "...,H")
     tokens = x.reshape(-1, H)
+    inject_aux = training and not return_aux_loss and torch.is_grad_enabled()
+    if type(router) is TokenChoice and mlp is ops.moe_mlp and modulation is None and not return_aux_loss:
+        alpha = router.aux_loss_alpha if inject_aux and router.aux_loss_mode == "injected" else None
+        step = How(router.top_k, alpha, activation, layout, backend, recompute)
+        y = token_choice_mlp(tokens, gate_weight, weights, step)
+        if y is not None:
+            return y.reshape(x.shape)
     call = RouterCall(
         tokens if modulation is None else x,
         gate_weight,
         backend,
         tokens_per_image=x.shape[-2] if x.dim() > 1 else 1,
-        inject_aux=training and not return_aux_loss and torch.is_grad_enabled(),
+        inject_aux=inject_aux,
         with_aux=return_aux_loss,
         router_input=router_input,
         conditioning=conditioning,

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import _checks
 from ..backends.base import Backend
-from ..plan import RoutingPlan
 from ..weights import LAYOUTS, LayerWeights, MoEWeights
 
 Weights = Tensor | Sequence[Tensor]
@@ -37,19 +36,19 @@ def _shape(name: str, tensors: Sequence[Tensor], lead: tuple[int, ...], halves: 
 
 def check(
     x: Tensor,
-    plan: RoutingPlan,
+    num_experts: int,
     gate_up_proj: Weights,
     down_proj: Weights,
     activation: str,
     layout: str,
     shared: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Check the weights of the routed experts or of the shared one against x and the plan; return them as lists."""
+    """Check the weights of the routed experts or of the shared one against x; return them as lists."""
     halves = _checks.activation(activation)
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
     in_out, H = LAYOUTS[layout].in_out, x.shape[1]
-    prefix, lead, meaning = ("shared_", (), "") if shared else ("", (plan.num_experts,), "E,")
+    prefix, lead, meaning = ("shared_", (), "") if shared else ("", (num_experts,), "E,")
     gate_up, down = (_as_list(prefix + n, w, x) for n, w in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)))
 
     def expect(name: str, got: tuple[int, ...], rows: int, columns: int, dims: tuple[str, str]) -> None:
@@ -66,6 +65,23 @@ def check(
     down_shape = _shape(prefix + "down_proj", down, lead, 1, in_out)
     expect("down_proj", down_shape, H, rows // halves, ("H", "I"))
     return gate_up, down
+
+
+def check_shared(
+    x: Tensor,
+    num_experts: int,
+    gate_up_proj: Weights | None,
+    down_proj: Weights | None,
+    activation: str,
+    layout: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Check the shared expert's weights, both or none, and return them as lists."""
+    if (gate_up_proj is None) != (down_proj is None):
+        missing = "shared_down_proj" if down_proj is None else "shared_gate_up_proj"
+        raise ValueError(f"{missing}: got None, expected weights: the shared expert has two, or none")
+    if gate_up_proj is None:
+        return [], []
+    return check(x, num_experts, gate_up_proj, down_proj, activation, layout, shared=True)
 
 
 def _as_list(name: str, value: Weights, x: Tensor) -> list[Tensor]:

@@ -57,7 +57,7 @@ def experts(
     _checks.tensor("x", x, "T,H")
     x = x.to(_checks.compute_dtype(x))
     plan = _checks.plan(plan, x.shape[0], x)
-    gate_up, down = check(x, plan, gate_up_proj, down_proj, activation, layout)
+    gate_up, down = check(x, plan.num_experts, gate_up_proj, down_proj, activation, layout)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *gate_up, *down))
     if plan.row_weight.requires_grad and not save:  # the rows do not depend on it, and backward has nothing saved
         plan = replace(plan, row_weight=plan.row_weight.detach())

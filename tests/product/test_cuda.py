@@ -111,7 +111,7 @@ def test_bindings_check_what_they_get():
         call(x, torch.zeros(3, 16), probs, *picks)
     with pytest.raises(ValueError, match=r"x: address .* expected a multiple of 16"):
         call(torch.zeros(33)[1:].view(4, 8), weight, probs, *picks)
-    with pytest.raises(TypeError, match="tensor: got torch.float64, expected one of"):
+    with pytest.raises(TypeError, match=r"tensor: got torch\.float64, expected one of"):
         call(x.double(), weight, probs, *picks)
     with pytest.raises(TypeError, match="incompatible function arguments"):
         call(x.numpy(), weight, probs, *picks)
