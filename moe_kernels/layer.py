@@ -215,7 +215,7 @@ def moe_forward(
         step = How(router.top_k, alpha, activation, layout, backend, recompute)
         y = token_choice_mlp(tokens, gate_weight, weights, step)
         if y is not None:
-            return y.reshape(x.shape)
+            return y.reshape(*x.shape)
     call = RouterCall(
         tokens if modulation is None else x,
         gate_weight,

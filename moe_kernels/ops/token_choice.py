@@ -99,7 +99,7 @@ class _Step(torch.autograd.Function):
             if how.aux_loss_alpha is not None:
                 of_all = aux_loss_gradient(plan.expert_counts, probs, how.top_k, how.aux_loss_alpha)
                 dprobs = of_all.unsqueeze(0)
-            picked = dpicks.view(topk_ids.shape), dprobs, x, gate_weight, topk_ids, probs
+            picked = dpicks.view_as(topk_ids), dprobs, x, gate_weight, topk_ids, probs
             through, dgate_weight = gating_bwd(*picked, how.backend)
             dx = dx + through if differentiable else dx.add_(through)
         return None, None, dx, dgate_weight, *flat(by_kind(iter(dweights), lists, needed))
