@@ -69,7 +69,7 @@ def _stream(t: Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(t.device.index) if t.is_cuda else 0  # without a Python object around it
 
 
-# Sizes go to new_empty one by one: torch 2.13 takes 4 us more to read a tuple of them.
+# Sizes go to new_empty one by one: torch 2.13 takes longer over a tuple of them.
 def _workspace(nbytes: int, like: Tensor) -> Tensor:
     return like.new_empty(-(-nbytes // 4), dtype=torch.float32)
 
