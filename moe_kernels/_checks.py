@@ -41,7 +41,8 @@ def shape(name: str, got: Sequence[int], expected: Sequence[int], meaning: str) 
 
 def positive(name: str, value: int) -> int:
     """Check an integer size, numpy's integers too; return it as an int."""
-    if not isinstance(value, (numbers.Integral, torch.SymInt)) or isinstance(value, bool):
+    plain = type(value) is int  # numbers.Integral takes ten times as long to ask
+    if not plain and (not isinstance(value, (numbers.Integral, torch.SymInt)) or isinstance(value, bool)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
     if value < 1:
         raise ValueError(f"{name}: got {value}, expected at least 1")
@@ -136,6 +137,14 @@ def refuse_nonfinite(token: int) -> None:
             f"x, gate_weight: got non-finite router logits (token {token}), expected finite ones; "
             'moe_kernels.set_nonfinite("propagate") lets them through'
         )
+
+
+def ids(topk_ids: Tensor, num_experts: int) -> None:
+    """Refuse ids that no expert has, only on the CPU, as `finite`."""
+    if topk_ids.device.type == "cpu" and topk_ids.numel():
+        low, high = (int(bound) for bound in topk_ids.aminmax())
+        if low < 0 or high >= num_experts:
+            raise ValueError(f"topk_ids: got ids from {low} to {high}, expected [0, {num_experts})")
 
 
 def finite(probs: Tensor) -> None:

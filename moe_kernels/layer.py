@@ -12,6 +12,7 @@ from . import _checks, ops
 from .activation import Activation, halves, spelled
 from .backends import registry
 from .backends.base import Request
+from .ops.token_choice import How, token_choice_mlp
 from .routing import Router, RouterCall, TokenChoice
 from .weights import LAYOUTS, Biases
 
@@ -236,12 +237,20 @@ def moe_forward(
     H = down.shape[-1 if LAYOUTS[layout].in_out else -2]
     _checks.shape("x", x.shape, (*x.shape[:-1], H), "...,H")
     tokens = x.reshape(-1, H)
+    inject_aux = training and not return_aux_loss and torch.is_grad_enabled()
+    plainly = mlp is ops.moe_mlp and modulation is None and router_input is None and conditioning is None
+    if plainly and type(router) is TokenChoice and not return_aux_loss:
+        alpha = router.aux_loss_alpha if inject_aux and router.aux_loss_mode == "injected" else None
+        step = How(router.top_k, alpha, spelled(activation), layout, backend, recompute)
+        y = token_choice_mlp(tokens, gate_weight, weights, biases, step)
+        if y is not None:
+            return y.reshape(*x.shape)
     call = RouterCall(
         tokens if modulation is None else x,
         gate_weight,
         backend,
         tokens_per_image=x.shape[-2] if x.dim() > 1 else 1,
-        inject_aux=training and not return_aux_loss and torch.is_grad_enabled(),
+        inject_aux=inject_aux,
         with_aux=return_aux_loss,
         router_input=router_input,
         conditioning=conditioning,

@@ -9,18 +9,27 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 from unittest import mock
+
+import torch
+from torch import Tensor, nn
 
 from bench.instrument import measure, store, workloads
 from bench.instrument.cases import Case
 from bench.instrument.shapes import MODEL_SHAPES
+from moe_kernels import MoELayer, _checks
 from moe_kernels.backends import cuda, registry
 
 CASE = Case("layer", "any", MODEL_SHAPES["digits"], "uniform", 16, "bf16", "fwd")  # small: its memory is not touched
+BLOCKS = 12  # of the model
+ALLOCATING = ("empty", "new_empty", "empty_like", "zeros", "new_zeros", "zeros_like", "clone")
 Count = Callable[[], int]
+Run = Callable[[], Any]
 
 
 def why_not(backend: str) -> str | None:
@@ -36,10 +45,15 @@ def empty_kernels(backend: str) -> Iterator[Count]:
     switch = _empty_triton() if backend == "triton" else _empty_fibers()
     registry._choose.cache_clear(), registry._load.cache_clear()
     try:
-        with switch as count:
+        unread = mock.patch.multiple(_checks, ids=_nothing, finite=_nothing)  # of contents: made on CPUs only
+        with switch as count, unread:
             yield count
     finally:
         registry._choose.cache_clear(), registry._load.cache_clear()
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 @contextmanager
@@ -66,16 +80,64 @@ def _empty_fibers() -> Iterator[Count]:
         yield cuda._c.launches
 
 
-def row(backend: str, yardstick: Callable[[], object], seconds: float) -> dict:
-    """Return a row of kind "issuing": microseconds and launches of dispatch and the fused layer, on given picks."""
-    with empty_kernels(backend) as count:
-        cases = {"forward": "fwd", "forward_backward": "fwdbwd"}
-        runs = {name: workloads.build(replace(CASE, backend=backend, mode=mode)).run for name, mode in cases.items()}
-        launches = {}
-        for name, run in runs.items():
-            before = count()
-            run()
-            launches[f"{name}_launches"] = count() - before
+def _layer(backend: str) -> MoELayer:
+    s = CASE.shape
+    return MoELayer(s.H, s.I, s.E, s.K, s.Is, backend=backend, dtype=CASE.torch_dtype)
+
+
+class _Model(nn.Module):
+    """Blocks of nothing but a layer and a residual: what else a model has is not ours."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_layer(backend) for _ in range(BLOCKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def _steps(module: nn.Module) -> dict[str, Run]:
+    """Return a forward without gradients, and a forward with the backward of all parameters and of the tokens."""
+    x = torch.zeros(1, CASE.T, CASE.shape.H, dtype=CASE.torch_dtype, requires_grad=True)
+    wanted, dout = (x, *module.parameters()), torch.zeros_like(x)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return module(x)
+
+    return {"forward": forward, "step": lambda: torch.autograd.grad(module(x), wanted, dout)}
+
+
+def counted(run: Run, launches: Count) -> dict[str, int]:
+    """Return what a run needs: launches, functions called (Python's and C's), tensors allocated among them."""
+    calls = allocations = 0
+
+    def watch(frame: object, event: str, what: object) -> None:
+        nonlocal calls, allocations
+        calls += event in ("call", "c_call")
+        allocations += event == "c_call" and getattr(what, "__name__", "") in ALLOCATING
+
+    run()  # caches are filled
+    before = launches()
+    sys.setprofile(watch)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return {"launches": launches() - before, "calls": calls, "allocations": allocations}
+
+
+def row(backend: str, yardstick: Run, seconds: float) -> dict:
+    """Return a row of kind "issuing": microseconds, launches, calls and allocations of dispatch and the fused layer on
+    given picks (forward, forward_backward), of MoELayer (layer_...) and of a model of twelve (model_...)."""
+    with empty_kernels(backend) as launches:
+        modes = {"forward": "fwd", "forward_backward": "fwdbwd"}
+        runs = {name: workloads.build(replace(CASE, backend=backend, mode=mode)).run for name, mode in modes.items()}
+        for kind, module in (("layer", _layer(backend)), ("model", _Model(backend))):
+            runs |= {f"{kind}_{name}": run for name, run in _steps(module).items()}
+        counts = {f"{name}_{what}": n for name, run in runs.items() for what, n in counted(run, launches).items()}
         samples = measure.interleave({**runs, "torch.add": yardstick}, 15, seconds)
     figures = {f"{name}_us": s.summary().median * 1e6 for name, s in samples.items()}
-    return store.row("issuing", case=replace(CASE, backend=backend).id, figures=figures | launches, wrong=None)
+    return store.row("issuing", case=replace(CASE, backend=backend).id, figures=figures | counts, wrong=None)

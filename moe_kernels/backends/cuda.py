@@ -69,6 +69,7 @@ def _stream(t: Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(t.device.index) if t.is_cuda else 0  # without a Python object around it
 
 
+# Sizes go to new_empty one by one: torch 2.13 takes longer over a tuple of them.
 def _workspace(nbytes: int, like: Tensor) -> Tensor:
     return like.new_empty(-(-nbytes // 4), dtype=torch.float32)
 
@@ -135,7 +136,7 @@ class CudaBackend(Backend):
         self, x: Tensor, shift: Tensor, scale: Tensor, gate_weight: Tensor, top_k: int, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         T, H = x.shape[0] * x.shape[1], x.shape[2]
-        tokens, moments = x.new_empty((T, H), dtype=dtype), x.new_empty((2, T), dtype=torch.float32)
+        tokens, moments = x.new_empty(T, H, dtype=dtype), x.new_empty(2, T, dtype=torch.float32)
         topk_weights, topk_ids, probs = _scores(x, T, gate_weight, top_k)
         _c.modulated_gating_fwd(
             x, shift, scale, _wide(gate_weight), eps, tokens, probs,
@@ -199,7 +200,7 @@ class CudaBackend(Backend):
         self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor]:
         R, I, width = plan.num_rows, w.down_proj.shape[2], w.stacked_shapes(plan.num_experts)[0][1]
-        y_rows, gate_up = x.new_empty((R, x.shape[1])), x.new_empty((R, width) if save else 0)
+        y_rows, gate_up = x.new_empty(R, x.shape[1]), x.new_empty((R, width) if save else 0)
         workspace = _workspace(R * I * x.element_size(), x)
         _c.experts_fwd(
             x, plan.tensors(), w, activation, _tf32(x), y_rows, gate_up if save else None,
@@ -229,7 +230,7 @@ class CudaBackend(Backend):
 
     @_on_device
     def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
-        out = y_rows.new_empty((plan.num_tokens, y_rows.shape[1]))
+        out = y_rows.new_empty(plan.num_tokens, y_rows.shape[1])
         _c.combine(y_rows, plan.tensors(), shared, out, _stream(out))
         return out
 
@@ -256,8 +257,8 @@ class CudaBackend(Backend):
         kept = save and len(shapes) == 4
         out = torch.empty_like(x if residual is None else residual)
         y = None if residual is None else torch.empty_like(x)
-        gate_up = x.new_empty((plan.num_rows, shapes[0][1]) if save else 0)
-        shared_gate_up = x.new_empty((x.shape[0], shapes[2][0]) if kept else 0)
+        gate_up = x.new_empty(plan.num_rows, shapes[0][1]) if save else x.new_empty(0)
+        shared_gate_up = x.new_empty(x.shape[0], shapes[2][0]) if kept else x.new_empty(0)
         call = x, plan.tensors(), w, activation, _tf32(x)
         workspace = _workspace(_c.moe_mlp_fwd_workspace_bytes(*call), x)
         _c.moe_mlp_fwd(
@@ -280,7 +281,7 @@ class CudaBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
         shapes = w.stacked_shapes(plan.num_experts)
-        grads = [*map(x.new_empty, shapes), *[None] * (4 - len(shapes))]
+        grads = [*(x.new_empty(*shape) for shape in shapes), *[None] * (4 - len(shapes))]
         saved = [t if t.numel() else None for t in (gate_up, shared_gate_up)]
         inputs, how = (x, plan.tensors(), w), (activation, _tf32(x))
         workspace = _workspace(
@@ -302,9 +303,9 @@ class CudaBackend(Backend):
 
 def _scores(x: Tensor, T: int, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return topk_weights, topk_ids and probs, to be filled."""
-    topk_weights = x.new_empty((T, top_k), dtype=torch.float32)
-    probs = x.new_empty((T, gate_weight.shape[0]), dtype=torch.float32)
-    return topk_weights, x.new_empty((T, top_k), dtype=torch.int32), probs
+    topk_weights = x.new_empty(T, top_k, dtype=torch.float32)
+    probs = x.new_empty(T, gate_weight.shape[0], dtype=torch.float32)
+    return topk_weights, x.new_empty(T, top_k, dtype=torch.int32), probs
 
 
 def _wide(gate_weight: Tensor) -> Tensor:

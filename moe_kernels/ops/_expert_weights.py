@@ -10,7 +10,6 @@ from torch import Tensor
 from .. import _checks
 from ..activation import halves as halves_of
 from ..backends.base import Backend
-from ..plan import RoutingPlan
 from ..weights import LAYOUTS, Biases, LayerWeights, MoEWeights
 
 Weights = Tensor | Sequence[Tensor]
@@ -38,19 +37,19 @@ def _shape(name: str, tensors: Sequence[Tensor], lead: tuple[int, ...], halves: 
 
 def check(
     x: Tensor,
-    plan: RoutingPlan,
+    num_experts: int,
     gate_up_proj: Weights,
     down_proj: Weights,
     activation: str,
     layout: str,
     shared: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Check the weights of the routed experts or of the shared one against x and the plan; return them as lists."""
+    """Check the weights of the routed experts or of the shared one against x; return them as lists."""
     halves = halves_of(activation)
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
     in_out, H = LAYOUTS[layout].in_out, x.shape[1]
-    prefix, lead, meaning = ("shared_", (), "") if shared else ("", (plan.num_experts,), "E,")
+    prefix, lead, meaning = ("shared_", (), "") if shared else ("", (num_experts,), "E,")
     gate_up, down = (_as_list(prefix + n, w, x) for n, w in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)))
 
     def expect(name: str, got: tuple[int, ...], rows: int, columns: int, dims: tuple[str, str]) -> None:
@@ -69,9 +68,26 @@ def check(
     return gate_up, down
 
 
+def check_shared(
+    x: Tensor,
+    num_experts: int,
+    gate_up_proj: Weights | None,
+    down_proj: Weights | None,
+    activation: str,
+    layout: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Check the shared expert's weights, both or none, and return them as lists."""
+    if (gate_up_proj is None) != (down_proj is None):
+        missing = "shared_down_proj" if down_proj is None else "shared_gate_up_proj"
+        raise ValueError(f"{missing}: got None, expected weights: the shared expert has two, or none")
+    if gate_up_proj is None:
+        return [], []
+    return check(x, num_experts, gate_up_proj, down_proj, activation, layout, shared=True)
+
+
 def check_biases(
     x: Tensor,
-    plan: RoutingPlan,
+    num_experts: int,
     biases: Biases | None,
     activation: str,
     layout: str,
@@ -84,7 +100,7 @@ def check_biases(
     if not isinstance(biases, Biases):
         raise TypeError(f"biases: got {type(biases).__name__}, expected moe_kernels.Biases")
     inner, halves = -2 if LAYOUTS[layout].in_out else -1, halves_of(activation)
-    E, H, I = plan.num_experts, x.shape[1], down[0].shape[inner]
+    E, H, I = num_experts, x.shape[1], down[0].shape[inner]
     Is = shared_down[0].shape[inner] if shared_down else 0
     expected = ((E,), halves, I), ((E,), 1, H), ((), halves, Is), ((), 1, H)
     lists = []

@@ -40,7 +40,7 @@ def register(
     raises.
 
     The kernel runs in an nvtx range of the op's name, domain moe_kernels, where nvtx is installed. A call goes through
-    torch's dispatcher where somebody there may want to see it (`_seen`), and else straight to the kernel: arguments
+    torch's dispatcher where somebody there may want to see it (`seen`), and else straight to the kernel: arguments
     in lists cost the dispatcher's autograd more than all the rest of a small call.
     """
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -59,62 +59,68 @@ def register(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return through_dispatcher(*args)
-        flat = _flat(args)
-        tensors = [a for a in flat if isinstance(a, Tensor)]
-        if _seen(tensors):
+        values = flat(args)
+        tensors = [a for a in values if isinstance(a, Tensor)]
+        if seen(tensors):
             return through_dispatcher(*args)
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
             return kernel(*args)
         if backward is None:
             return through_dispatcher(*args)
         lengths = [len(a) if isinstance(a, (list, tuple)) else None for a in args]
-        return _Direct.apply(op, lengths, *flat)
+        return _Direct.apply(op, lengths, *values)
 
+    call.kernel = kernel
     return call
 
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _seen(tensors: Sequence[Tensor]) -> bool:
+def seen(tensors: Sequence[Tensor]) -> bool:
     """Say whether a call has to go through the dispatcher: modes (fake tensors, FLOP counters, tracers), function
     transforms, forward-mode derivatives and profilers see calls there; so do subclasses of Tensor, and meta tensors."""
-    return (
+    if (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch.autograd._profiler_enabled()
-        or any(type(t) not in _PLAIN or t.is_meta for t in tensors)
-    )
+    ):
+        return True
+    for t in tensors:  # any() over a generator takes twice as long
+        if type(t) not in _PLAIN or t.is_meta:
+            return True
+    return False
 
 
-def _flat(args: Iterable[Any]) -> list[Any]:
-    flat: list[Any] = []
+def flat(args: Iterable[Any]) -> list[Any]:
+    """Return the arguments of an op with its lists laid out."""
+    values: list[Any] = []
     for arg in args:
         if isinstance(arg, (list, tuple)):
-            flat += arg
+            values += arg
         else:
-            flat.append(arg)
-    return flat
+            values.append(arg)
+    return values
 
 
-def _nested(flat: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
-    """Undo `_flat`: lists of those lengths, single values where it is None."""
-    nested, at = [], 0
+def nested(values: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
+    """Undo `flat`: lists of those lengths, single values where it is None."""
+    found, at = [], 0
     for length in lengths:
-        nested.append(flat[at] if length is None else list(flat[at : at + length]))
+        found.append(values[at] if length is None else list(values[at : at + length]))
         at += 1 if length is None else length
-    return nested
+    return found
 
 
 class _Direct(torch.autograd.Function):
     """An op's kernel and gradient, as torch.library calls them, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, op: _Op, lengths: Sequence[int | None], *flat: Any) -> Any:
-        args = _nested(flat, lengths)
+    def forward(ctx: Any, op: _Op, lengths: Sequence[int | None], *values: Any) -> Any:
+        args = nested(values, lengths)
         output = op.kernel(*args)
         op.setup_context(ctx, args, output)
         ctx.op, ctx.lengths_of_args = op, lengths
@@ -122,8 +128,8 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        ctx.needs = _nested(ctx.needs_input_grad[2:], ctx.lengths_of_args)
-        return None, None, *_flat(ctx.op.backward(ctx, *grads))
+        ctx.needs = nested(ctx.needs_input_grad[2:], ctx.lengths_of_args)
+        return None, None, *flat(ctx.op.backward(ctx, *grads))
 
 
 def needs_input_grad(ctx: Any) -> Sequence[Any]:

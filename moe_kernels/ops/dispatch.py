@@ -36,7 +36,7 @@ def dispatch(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, backend: 
     _checks.shape("topk_weights", topk_weights.shape, (T, K), "T,K")
     _checks.positive("K", K)
     _checks.positive("num_experts", num_experts)
-    return RoutingPlan(*_dispatch(topk_weights, topk_ids, num_experts, backend))
+    return RoutingPlan(*dispatch_op(topk_weights, topk_ids, num_experts, backend))
 
 
 def dispatch_expert_choice(
@@ -70,10 +70,7 @@ def dispatch_expert_choice(
 
 
 def _kernel(topk_weights: Tensor, topk_ids: Tensor, num_experts: int, backend: str):
-    if topk_ids.device.type == "cpu" and topk_ids.numel():
-        low, high = (int(bound) for bound in topk_ids.aminmax())
-        if low < 0 or high >= num_experts:
-            raise ValueError(f"topk_ids: got ids from {low} to {high}, expected [0, {num_experts})")
+    _checks.ids(topk_ids, num_experts)
     weights = topk_weights.to(_checks.accumulator(topk_weights.dtype)).contiguous()
     request = Request("dispatch", weights.dtype, weights.device.type, num_experts=num_experts)
     return choose(backend, request).dispatch(topk_ids.int().contiguous(), weights, num_experts).tensors()
@@ -105,7 +102,7 @@ def _backward(ctx: Any, drow_weight: Tensor | None, *_: None):
         return None, None, None, None
     (row_pick,) = ctx.saved_tensors
     T, N = ctx.shape
-    dweights = _dispatch_bwd(drow_weight, row_pick, T * N, ctx.backend)
+    dweights = dispatch_op_bwd(drow_weight, row_pick, T * N, ctx.backend)
     return dweights.view(T, N).to(ctx.dtype), None, None, None
 
 
@@ -135,10 +132,10 @@ PLAN = (  # opcheck wants a floating-point tensor in front
     "(Tensor row_weight, Tensor expert_counts, Tensor expert_offsets, Tensor row_token, Tensor row_pick, "
     "Tensor token_row_offsets, Tensor token_rows)"
 )
-_dispatch_bwd = register(
+dispatch_op_bwd = register(
     "dispatch_bwd(Tensor drow_weight, Tensor row_pick, SymInt count, str backend) -> Tensor", _bwd_kernel, _bwd_fake
 )
-_dispatch = register(
+dispatch_op = register(
     f"dispatch(Tensor topk_weights, Tensor topk_ids, int num_experts, str backend) -> {PLAN}",
     _kernel,
     _fake,

@@ -64,8 +64,8 @@ def experts(
     x = x.to(_checks.compute_dtype(x))
     plan = _checks.plan(plan, x.shape[0], x)
     activation = spelled(activation)
-    gate_up, down = check(x, plan, gate_up_proj, down_proj, activation, layout)
-    gate_up_bias, down_bias, *_ = check_biases(x, plan, biases, activation, layout, down, [])
+    gate_up, down = check(x, plan.num_experts, gate_up_proj, down_proj, activation, layout)
+    gate_up_bias, down_bias, *_ = check_biases(x, plan.num_experts, biases, activation, layout, down, [])
     lists = gate_up, down, gate_up_bias, down_bias
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(t for kind in lists for t in kind)))
     if plan.row_weight.requires_grad and not save:  # the rows do not depend on it, and backward has nothing saved

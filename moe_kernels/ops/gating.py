@@ -35,7 +35,7 @@ def gating(x: Tensor, gate_weight: Tensor, top_k: int, backend: str = "auto") ->
     _checks.tensor("x", x, "T,H")
     _, H = x.shape
     _checks.router(gate_weight, x, H, top_k)
-    return _gating(x, gate_weight, top_k, backend)
+    return gating_op(x, gate_weight, top_k, backend)
 
 
 def aux_loss(probs: Tensor, expert_counts: Tensor, top_k: int, alpha: float) -> Tensor:
@@ -57,7 +57,7 @@ def aux_loss(probs: Tensor, expert_counts: Tensor, top_k: int, alpha: float) -> 
     _checks.tensor("expert_counts", expert_counts, "E", _checks.INTEGERS, like=probs)
     _checks.shape("expert_counts", expert_counts.shape, probs.shape[1:], "E")
     _checks.positive("top_k", top_k)
-    return torch.dot(probs.sum(0), _AuxLoss.gradient(expert_counts, probs, top_k, alpha))
+    return torch.dot(probs.sum(0), aux_loss_gradient(expert_counts, probs, top_k, alpha))
 
 
 def inject_aux_loss(row_weight: Tensor, probs: Tensor, expert_counts: Tensor, top_k: int, alpha: float) -> Tensor:
@@ -73,14 +73,14 @@ def inject_aux_loss(row_weight: Tensor, probs: Tensor, expert_counts: Tensor, to
     return _AuxLoss.apply(row_weight, probs, expert_counts, top_k, alpha)
 
 
+def aux_loss_gradient(expert_counts: Tensor, probs: Tensor, top_k: int, alpha: float) -> Tensor:
+    """Return the gradient of `aux_loss` with respect to probs, (E,), the same for every token: alpha E f_i / T."""
+    T, E = probs.shape
+    return expert_counts.to(probs.dtype) * (alpha * E / max(T * T * top_k, 1))
+
+
 class _AuxLoss(torch.autograd.Function):
     """What inject_aux_loss says; the value of the loss is not needed for it."""
-
-    @staticmethod
-    def gradient(expert_counts: Tensor, probs: Tensor, top_k: int, alpha: float) -> Tensor:
-        """Return (E,), the same for every token: alpha E f_i / T."""
-        T, E = probs.shape
-        return expert_counts.to(probs.dtype) * (alpha * E / max(T * T * top_k, 1))
 
     @staticmethod
     def forward(ctx: Any, row_weight: Tensor, probs: Tensor, expert_counts: Tensor, top_k: int, alpha: float) -> Tensor:
@@ -91,7 +91,7 @@ class _AuxLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, drow_weight: Tensor) -> tuple:
         expert_counts, probs = ctx.saved_tensors
-        dprobs = _AuxLoss.gradient(expert_counts, probs, ctx.top_k, ctx.alpha).expand_as(probs)
+        dprobs = aux_loss_gradient(expert_counts, probs, ctx.top_k, ctx.alpha).expand_as(probs)
         return drow_weight, dprobs, None, None, None
 
 
@@ -126,7 +126,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, dtopk_weights: Tensor | None, dtopk_ids: None, dprobs: Tensor | None):
     if dtopk_weights is None and dprobs is None:
         return None, None, None, None
-    dx, dgate_weight = _gating_bwd(dtopk_weights, dprobs, *ctx.saved_tensors, ctx.backend)
+    dx, dgate_weight = gating_op_bwd(dtopk_weights, dprobs, *ctx.saved_tensors, ctx.backend)
     return dx, dgate_weight, None, None
 
 
@@ -141,14 +141,14 @@ def _bwd_fake(dtopk_weights, dprobs, x, gate_weight, topk_ids, probs, backend: s
     return x.new_empty(x.shape), gate_weight.new_empty(gate_weight.shape)
 
 
-_gating = register(
+gating_op = register(
     "gating(Tensor x, Tensor gate_weight, int top_k, str backend) -> (Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
     _setup_context,
     _backward,
 )
-_gating_bwd = register(
+gating_op_bwd = register(
     "gating_bwd(Tensor? dtopk_weights, Tensor? dprobs, Tensor x, Tensor gate_weight, Tensor topk_ids, Tensor probs, "
     "str backend) -> (Tensor, Tensor)",
     _bwd_kernel,

@@ -20,6 +20,7 @@ from ._expert_weights import (
     by_kind,
     check,
     check_biases,
+    check_shared,
     empty_gradients,
     for_backend,
     gate_up_width,
@@ -77,15 +78,10 @@ def moe_mlp(
     x = x.to(_checks.compute_dtype(x))
     plan = _checks.plan(plan, x.shape[0], x)
     activation = spelled(activation)
-    gate_up, down = check(x, plan, gate_up_proj, down_proj, activation, layout)
-    if (shared_gate_up_proj is None) != (shared_down_proj is None):
-        missing = "shared_down_proj" if shared_down_proj is None else "shared_gate_up_proj"
-        raise ValueError(f"{missing}: got None, expected weights: the shared expert has two, or none")
-    shared_gate_up, shared_down = [], []
-    if shared_gate_up_proj is not None:
-        shared = shared_gate_up_proj, shared_down_proj
-        shared_gate_up, shared_down = check(x, plan, *shared, activation, layout, shared=True)
-    all_biases = check_biases(x, plan, biases, activation, layout, down, shared_down)
+    gate_up, down = check(x, plan.num_experts, gate_up_proj, down_proj, activation, layout)
+    shared = shared_gate_up_proj, shared_down_proj
+    shared_gate_up, shared_down = check_shared(x, plan.num_experts, *shared, activation, layout)
+    all_biases = check_biases(x, plan.num_experts, biases, activation, layout, down, shared_down)
     _check_gate(x, residual, gate)
     if residual is not None and residual.dtype == torch.float64 != x.dtype:
         weights = gate_up_proj, down_proj, shared_gate_up_proj, shared_down_proj
@@ -97,7 +93,7 @@ def moe_mlp(
     lists = gate_up, down, shared_gate_up, shared_down, *all_biases
     differentiable = (x, plan.row_weight, *(tensor for kind in lists for tensor in kind), *given)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    return _moe_mlp(x, plan.tensors(), *lists, given, activation, layout, save, recompute, backend)[0]
+    return mlp_op(x, plan.tensors(), *lists, given, activation, layout, save, recompute, backend)[0]
 
 
 def _check_gate(x: Tensor, residual: Tensor | None, gate: Tensor | None) -> None:
@@ -228,7 +224,7 @@ def _backward(ctx: Any, dout: Tensor | None, dgate_up: None, dshared_gate_up: No
             dout, dgate = _gated_residual_bwd(dout, y, gate, ctx.backend)
             dgated = [dresidual, dgate]
         how = ctx.activation, ctx.layout, needed, ctx.backend
-        dx, drow_weight, gradients = _moe_mlp_bwd(dout, x, plan, *weights, gate_up, shared_gate_up, *how)
+        dx, drow_weight, gradients = mlp_op_bwd(dout, x, plan, *weights, gate_up, shared_gate_up, *how)
         drow_weight = owned_rows(drow_weight, RoutingPlan(*plan))
         dweights = by_kind(iter(gradients), weights, needed)
     return dx, plan_gradient(drow_weight), *dweights, dgated, None, None, None, None, None
@@ -272,7 +268,7 @@ _WEIGHTS = (
     "Tensor[] gate_up_proj, Tensor[] down_proj, Tensor[] shared_gate_up_proj, Tensor[] shared_down_proj, "
     "Tensor[] gate_up_bias, Tensor[] down_bias, Tensor[] shared_gate_up_bias, Tensor[] shared_down_bias"
 )
-_moe_mlp = register(
+mlp_op = register(
     f"moe_mlp(Tensor x, Tensor[] plan, {_WEIGHTS}, Tensor[] gated, str activation, str layout, bool save_for_backward, "
     "bool recompute, str backend) "
     "-> (Tensor out, Tensor gate_up, Tensor shared_gate_up, Tensor y)",
@@ -281,7 +277,7 @@ _moe_mlp = register(
     _setup_context,
     _backward,
 )
-_moe_mlp_bwd = register(
+mlp_op_bwd = register(
     f"moe_mlp_bwd(Tensor dout, Tensor x, Tensor[] plan, {_WEIGHTS}, Tensor gate_up, Tensor shared_gate_up, "
     "str activation, str layout, bool[] needed, str backend) -> (Tensor, Tensor, Tensor[])",
     _bwd_kernel,

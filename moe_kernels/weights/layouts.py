@@ -199,6 +199,8 @@ class LayerWeights:
     def indexed(self) -> MoEWeights:
         """Return the weights where they lie if their matrices are (out, in), I and Is multiples of 64: stacked if they
         are so already, else with an index; copies of the others."""
+        if self._as_kernels_read():
+            return MoEWeights(*(kind[0] for kind in self.kinds if kind))
         stacked, indices = [None] * 4, [None, None]
         for kind in (0, 1):
             positions = [p for p in (kind, kind + 2) if self.kinds[p]]
@@ -211,6 +213,15 @@ class LayerWeights:
             for position, memory in zip(positions, memories, strict=True):
                 stacked[position] = memory
         return MoEWeights(*stacked, *indices)
+
+    def _as_kernels_read(self) -> bool:
+        """Say whether all is stacked as "gate_up" and contiguous: most layers, and asked in every call."""
+        if self.name != "gate_up":
+            return False
+        for position, kind in enumerate(self.kinds):
+            if kind and not (self._is_stacked(position) and kind[0].is_contiguous()):
+                return False
+        return True
 
     def _lies_stacked(self, position: int) -> bool:
         kind = self.kinds[position]

@@ -10,6 +10,7 @@ from moe_kernels.backends import registry
 from moe_kernels.backends.triton import grid
 
 LAUNCHES = {"triton": (5, 13), "cuda": (5, 12)}  # of dispatch and the layer, without and with backward
+LAYER = {"cuda": {"forward": 6, "step": 15}, "triton": {"forward": 6, "step": 16}}  # of MoELayer
 
 
 @pytest.mark.parametrize("backend", kernels_on("cuda"))
@@ -20,6 +21,10 @@ def test_a_call_issues_few_launches_and_computes_nothing(backend):
     row = issuing.row(backend, lambda: None, 0.0)
     figures = row["figures"]
     assert (figures["forward_launches"], figures["forward_backward_launches"]) == LAUNCHES[backend]
+    for run, launches in LAYER[backend].items():
+        assert figures[f"layer_{run}_launches"] == launches
+        assert figures[f"model_{run}_launches"] == issuing.BLOCKS * launches
+        assert figures[f"model_{run}_allocations"] == issuing.BLOCKS * figures[f"layer_{run}_allocations"] > 0
     assert 0 < figures["forward_us"] < figures["forward_backward_us"]
     assert row["case"] == f"layer-{backend}-digits-uniform-T16_H96_I384_Is192_E8_K2-bf16-fwd-t1"
     assert (grid.launch, dict(registry.get("native").__dict__)) == before

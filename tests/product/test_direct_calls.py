@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import ExpertChoice, MoELayer
-from moe_kernels.ops import _library
+from moe_kernels.ops import token_choice
 from tests.contenders import each_backend
 from tests.trap_cases import DEVICE
 
@@ -54,7 +54,7 @@ def test_a_direct_call_makes_no_dispatcher_call(monkeypatch):
     """What the shortcut is for: the op itself is not called, forward or backward."""
     layer, x = make("eager")
     calls = []
-    monkeypatch.setattr(_library, "_seen", lambda tensors: calls.append(len(tensors)) or False)
+    monkeypatch.setattr(token_choice, "seen", lambda tensors: calls.append(len(tensors)) or False)
     with torch.profiler.profile() as profile:
         results(layer, x)
     assert calls and not [e.name for e in profile.events() if e.name.startswith("moe_kernels::")]

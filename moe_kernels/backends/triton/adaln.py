@@ -88,11 +88,11 @@ def modulated_gating(
     """
     (B, L, H), E = x.shape, gate_weight.shape[0]
     T = B * L
-    tokens = x.new_empty((T, H), dtype=dtype)
-    topk_weights = x.new_empty((T, top_k), dtype=torch.float32)
-    topk_ids = x.new_empty((T, top_k), dtype=torch.int32)
-    probs = x.new_empty((T, E), dtype=torch.float32)
-    moments = x.new_empty((2, T), dtype=torch.float32)
+    tokens = x.new_empty(T, H, dtype=dtype)
+    topk_weights = x.new_empty(T, top_k, dtype=torch.float32)
+    topk_ids = x.new_empty(T, top_k, dtype=torch.int32)
+    probs = x.new_empty(T, E, dtype=torch.float32)
+    moments = x.new_empty(2, T, dtype=torch.float32)
     grid.launch(
         adaln_fwd_gating,
         (grid.cdiv(T, 16),),
@@ -269,8 +269,8 @@ def modulated_gating_bwd(
     """Return dx (B, L, H), dshift and dscale (B, H), and dgate_weight (E, H); `dtype` is that of the tokens."""
     (B, L, H), E, K = x.shape, gate_weight.shape[0], topk_ids.shape[1]
     chunk, chunks = _chunks(x, B, L, 16)
-    dmodulation = x.new_empty((2, chunks, B, H), dtype=torch.float32)
-    dweight = x.new_empty((chunks * B, E, H), dtype=torch.float32)
+    dmodulation = x.new_empty(2, chunks, B, H, dtype=torch.float32)
+    dweight = x.new_empty(chunks * B, E, H, dtype=torch.float32)
     dx, blocks = torch.empty_like(x), router_blocks(E, 16)
     both = {
         "dtokens": grid.given(dtokens, x),
@@ -344,7 +344,7 @@ def gated_residual_bwd(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, T
     (B, H), dy, dgate = gate.shape, torch.empty_like(y), torch.empty_like(gate)
     L = y.shape[0] // max(B, 1)
     chunk, chunks = _chunks(y, B, L, 32)
-    partials = y.new_empty((chunks, B, H), dtype=torch.float32)
+    partials = y.new_empty(chunks, B, H, dtype=torch.float32)
     grid.launch(
         adaln_bwd_gate,
         (B, chunks, grid.cdiv(H, 128)),

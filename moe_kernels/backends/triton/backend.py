@@ -126,7 +126,7 @@ class TritonBackend(Backend):
 
     @_on_device
     def combine(self, y_rows: Tensor, plan: RoutingPlan, shared: Tensor | None) -> Tensor:
-        out = y_rows.new_empty((plan.num_tokens, y_rows.shape[1]))
+        out = y_rows.new_empty(plan.num_tokens, y_rows.shape[1])
         return combine.sum_rows((y_rows, shared), plan, out, weighted=True)
 
     @_on_device

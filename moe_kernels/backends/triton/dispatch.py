@@ -109,7 +109,7 @@ def token_choice(topk_ids: Tensor, topk_weights: Tensor, plan) -> None:
     block = max(16, HISTOGRAM // E_PADDED)
     chunk = block * grid.cdiv(R, block * PROGRAMS * tiles.device_of(topk_ids).processors)
     programs = grid.cdiv(R, chunk)
-    counts = topk_ids.new_empty((programs, E_PADDED))
+    counts = topk_ids.new_empty(programs, E_PADDED)
     grid.launch(
         dispatch_count,
         (programs,),
@@ -282,7 +282,7 @@ def choice_tokens(
 def expert_choice(affinities: Tensor, capacity: int, tokens_per_group: int, plan) -> None:
     """Fill a plan: in every group of tokens, each expert takes the `capacity` largest of its affinities (T, E)."""
     (T, E), G = affinities.shape, tokens_per_group
-    row_of = plan.row_token.new_empty((E, T))
+    row_of = plan.row_token.new_empty(E, T)
     grid.launch(
         choice_select,
         (T // G * E,),

@@ -220,9 +220,9 @@ def up(x: Tensor, plan, gate_up_proj: Weight, down_proj: Weight, save: bool) -> 
     """Return act (R, I) and gate_up (R, 2I), each with the shared expert's; gate_up is (0,) unless `save`."""
     (T, H), R, E, I = x.shape, plan.num_rows, plan.num_experts, down_proj[0].shape[-1]
     Is, halves = grid.width(down_proj[1]), _halves_of(gate_up_proj, down_proj, E)
-    act, shared_act = x.new_empty((R, I)), x.new_empty((T if Is else 0, Is))
-    gate_up = x.new_empty((R, halves * I) if save else 0)
-    shared_gate_up = x.new_empty((T, halves * Is) if save and Is else 0)
+    act, shared_act = x.new_empty(R, I), x.new_empty(T if Is else 0, Is)
+    gate_up = x.new_empty(R, halves * I) if save else x.new_empty(0)
+    shared_gate_up = x.new_empty(T, halves * Is) if save and Is else x.new_empty(0)
     tile = grid.tile_of("up", x, plan, I, H)
     tma, weights = grid.operands(tile, *((t, (1, tile.n, tile.k)) for t in gate_up_proj[:2]))
     grid.launch(
@@ -334,7 +334,7 @@ def experts_rows_times(
 def rows_times(rows: Pair, weight: Weight, plan, x: Tensor, k_inner: bool) -> Pair:
     """Return rows_e W_e^T (k_inner, W (N, K)) or rows_e W_e (W (K, N)), (R, N), and the shared expert's (T, N)."""
     K, Ks, N, E = rows[0].shape[1], 0 if weight[1] is None else rows[1].shape[1], x.shape[1], plan.num_experts
-    out, shared_out = x.new_empty((plan.num_rows, N)), torch.empty_like(x) if Ks else None
+    out, shared_out = x.new_empty(plan.num_rows, N), torch.empty_like(x) if Ks else None
     tile = grid.tile_of("rows_times", x, plan, N, K)
     num_n = grid.cdiv(N, tile.n)
     halves = K // weight[0].shape[-1 if k_inner else -2]

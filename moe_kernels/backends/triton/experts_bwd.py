@@ -151,10 +151,10 @@ def dact(dout: Tensor, x: Tensor, plan, down_proj: Weight, gate_up: Pair, combin
     (T, H), R, E, I = x.shape, plan.num_rows, plan.num_experts, down_proj[0].shape[-1]
     Is = grid.width(down_proj[1])
     dgate_up, shared_dgate_up = (torch.empty_like(t) for t in gate_up)
-    act, shared_act = x.new_empty((R, I)), x.new_empty((T if Is else 0, Is))
+    act, shared_act = x.new_empty(R, I), x.new_empty(T if Is else 0, Is)
     tile = grid.tile_of("dact", x, plan, I, H)
     num_n = grid.cdiv(I, tile.n)
-    partials = x.new_empty((R, num_n if combined else 0), dtype=torch.float32)
+    partials = x.new_empty(R, num_n if combined else 0, dtype=torch.float32)
     tma, weights = grid.operands(tile, *((t, (1, tile.k, tile.n)) for t in down_proj[:2]))
     grid.launch(
         experts_bwd_dact,
@@ -289,11 +289,11 @@ def dweight(
     gather: which side has a row per token instead of a row per routed row.
     """
     (E, M, N), shared_shape = shapes[0], shapes[1] if len(shapes) > 1 else (0, 0)
-    out, shared_out = left[0].new_empty(shapes[0]), left[0].new_empty(shapes[1]) if len(shapes) > 1 else None
+    out, shared_out = left[0].new_empty(*shapes[0]), left[0].new_empty(*shapes[1]) if len(shapes) > 1 else None
     tile = grid.tile_of("dweight", out, plan, M, N)
     split, shared_split, programs = _splits(out, plan, tile, shared_shape)
-    partials = out.new_empty((split if split > 1 else 0, E, M, N), dtype=torch.float32)
-    shared_partials = out.new_empty((shared_split if shared_split > 1 else 0, *shared_shape), dtype=torch.float32)
+    partials = out.new_empty(split if split > 1 else 0, E, M, N, dtype=torch.float32)
+    shared_partials = out.new_empty(shared_split if shared_split > 1 else 0, *shared_shape, dtype=torch.float32)
     grid.launch(
         experts_bwd_dweight,
         (programs,),

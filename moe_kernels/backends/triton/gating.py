@@ -133,9 +133,9 @@ def incoming(dtopk_weights: Tensor | None, dprobs: Tensor | None, probs: Tensor)
 def forward(x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return topk_weights (T, K), topk_ids (T, K) int32 and probs (T, E), of x (T, H) and gate_weight (E, H)."""
     (T, H), E = x.shape, gate_weight.shape[0]
-    topk_weights = x.new_empty((T, top_k), dtype=torch.float32)
-    topk_ids = x.new_empty((T, top_k), dtype=torch.int32)
-    probs = x.new_empty((T, E), dtype=torch.float32)
+    topk_weights = x.new_empty(T, top_k, dtype=torch.float32)
+    topk_ids = x.new_empty(T, top_k, dtype=torch.int32)
+    probs = x.new_empty(T, E, dtype=torch.float32)
     blocks = router_blocks(E)
     grid.launch(
         gating_fwd,
@@ -210,7 +210,7 @@ def backward(
     dx, dgate_weight = torch.empty_like(x), torch.empty_like(gate_weight)
     blocks = router_blocks(E)
     chunk = blocks["BLOCK_T"] * max(1, grid.cdiv(T, blocks["BLOCK_T"] * tiles.device_of(x).processors))
-    partials = x.new_empty((grid.cdiv(T, chunk), E, H), dtype=torch.float32)
+    partials = x.new_empty(grid.cdiv(T, chunk), E, H, dtype=torch.float32)
     grid.launch(
         gating_bwd,
         (partials.shape[0], grid.cdiv(H, blocks["BLOCK_H"])),

@@ -13,6 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tiles
 
 Pair = tuple[Tensor, Tensor | None]  # of the routed experts and of the shared one
+MOST_DESCRIPTORS = 1024
+_descriptors: dict[tuple, dict[str, Any]] = {}  # what they say beside their tensors
 Weight = tuple[Tensor, Tensor | None, Tensor | None]  # a kind of MoEWeights: the two memories, and the index
 
 
@@ -84,10 +86,22 @@ def operands(tile: tiles.Tile, *wanted: tuple[Tensor | None, tuple[int, ...]]) -
 
 
 def _descriptor(t: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
-    """Describe a tensor as blocks of its last sizes; one that lacks sizes in front gets ones."""
-    missing = len(block) - t.dim()
-    sizes, strides = [1] * missing + list(t.shape), [t.numel()] * missing + list(t.stride())
-    return TensorDescriptor(t, sizes, strides, list(block))
+    """Describe a tensor as blocks of its last sizes; one that lacks sizes in front gets ones.
+
+    Triton checks and copies what it is given, 10 us: once for each shape, for its address was looked at by `operands`.
+    """
+    key = t.shape, t.stride(), t.dtype, block
+    known = _descriptors.get(key)
+    if known is None:
+        missing = len(block) - t.dim()
+        sizes, strides = [1] * missing + list(t.shape), [t.numel()] * missing + list(t.stride())
+        known = dict(vars(TensorDescriptor(t, sizes, strides, list(block))), base=None)
+        if len(_descriptors) == MOST_DESCRIPTORS:
+            _descriptors.clear()
+        _descriptors[key] = known
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(known, base=t)
+    return descriptor
 
 
 def place_of(weight: Weight, tma: bool) -> dict[str, Any]:
