@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -149,10 +149,14 @@ def _made(case: Case) -> tuple[nn.Module, Inputs]:
         module = part.make(shape)
         for seed in range(SEEDS):
             generator = torch.Generator().manual_seed(seed)
-            given = part.inputs(lambda *size: torch.randn(size, generator=generator), shape, *images(case))
+            given = part.inputs(partial(_randn, generator), shape, *images(case))
             if case.level != "layer" or _same_picks(module, given):
                 return module, given
     raise ValueError(f"case {case}: float32 and float64 pick otherwise in each of {SEEDS} draws")
+
+
+def _randn(generator: torch.Generator, *size: int) -> Tensor:
+    return torch.randn(size, generator=generator)
 
 
 @torch.no_grad()
