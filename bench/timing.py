@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=arguments.seconds, default=10.0, help="more rounds are run until a race took so long"
     )
-    parser.add_argument("--out", type=Path, default=Path("report/times.jsonl"), help="row file, added to")
+    parser.add_argument(
+        "--out", type=Path, help="row file, added to (default: report/times.jsonl; with --model report/family.jsonl)"
+    )
 
 
 def races(args: argparse.Namespace) -> Iterator[stages.Race | families.FamilyRace]:
@@ -94,11 +96,11 @@ def races(args: argparse.Namespace) -> Iterator[stages.Race | families.FamilyRac
 
 def main(args: argparse.Namespace) -> int:
     """Race, print and keep the rows; returns 1 when a contender is wrong."""
-    rows = []
+    rows, out = [], args.out or Path("report", "family.jsonl" if args.model else "times.jsonl")
     for race in list(races(args)):
         for row in race.run():
-            store.append(args.out, row)
+            store.append(out, row)
             say(line(row))
             rows.append(row)
-    say(f"rows: {args.out}")
+    say(f"rows: {out}")
     return int(any(row["wrong"] for row in rows))

@@ -162,7 +162,7 @@ RULES: dict[str, Callable[..., Rule]] = {
 
 
 class RoutedMoE(nn.Module):
-    """MoE layer that routes by a rule: SwiGLU experts I wide, a shared one Is wide, the rule's loss injected in training.
+    """MoE layer that routes by a rule: SwiGLU experts I wide, one shared Is wide; in training its loss is injected.
 
     forward(x (B, L, H), return_aux_loss=False, router_input=(B, L, H), conditioning={"timestep": (B, H), "labels":
     (B,)}) -> (B, L, H), or with return_aux_loss the pair (y, aux), aux 0 for a rule without loss.

@@ -11,12 +11,11 @@ from torch import nn
 @contextmanager
 def looking_at(modules: Iterable[nn.Module], look: Callable[..., None]) -> Iterator[None]:
     """Call look(i, arguments, output, **what was given by name) behind every forward of the i-th module."""
-    handles = [
-        module.register_forward_hook(
-            lambda _, args, named, output, i=i: look(i, args, output, **named), with_kwargs=True
-        )
-        for i, module in enumerate(modules)
-    ]
+
+    def hook(i: int) -> Callable[..., None]:
+        return lambda _, args, named, output: look(i, args, output, **named)
+
+    handles = [module.register_forward_hook(hook(i), with_kwargs=True) for i, module in enumerate(modules)]
     try:
         yield
     finally:

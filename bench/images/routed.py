@@ -139,7 +139,7 @@ class RoutedLadder(parity.Ladder):
 
     @contextmanager
     def _recording(self, model: nn.Module) -> Iterator[list[Tensor]]:
-        """Collect a bit mask of picked experts (images, tokens) for every call, by the oracle's float32 rule for all."""
+        """Collect a bit mask of picked experts (images, tokens) for call, by the oracle's float32 rule for all."""
         masks: list[Tensor] = []
 
         def look(layer: int, args: tuple[Tensor, ...], _: object, **call: Any) -> None:
