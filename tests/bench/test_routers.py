@@ -57,8 +57,11 @@ def test_a_rule_climbs_the_ladder_and_its_faults_fall(name, trained):
     ladder = routed.ladder(trained(name).model, classifier(), data().images, CASE, 1.0)
     base = ladder.baseline(torch.float32)
     assert sum(len(x) for _, x, _ in base.probes) > 0
-    record, _ = ladder.climb(ladder.replaced(base.model, "native"), base)
-    assert record["verdict"] != "DIFFERENT" and not record["failed"] and record["plans_equal"]
+    ours = ladder.replaced(base.model, "native")
+    assert ladder.plans(ours, base)["plans"] == ladder.layers(ours, base)["layers"] == parity.PASS
+    assert torch.equal(ladder.draw(ours)[1], base.routing)
+    if name == "expert_race":  # the distances cost most of the time, and are the same code for all
+        assert not ladder.climb(ours, base)[0]["failed"]
     for sabotage in ladder.sabotages.values():
         broken = sabotage(ladder.replaced(base.model, "eager"))
         assert ladder.layers(broken, base)["layers"] == parity.FAIL, sabotage
