@@ -22,6 +22,7 @@ COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit
         "bench.images.dmcmc.command",
         "Denoising MCMC against good samplers, at equal evaluations and at equal time",
     ),
+    "routers": ("bench.images.routers", "train every rule of the family on the digits by one recipe, side by side"),
     "peers": ("bench.peers.contest", "the contest: native against every public MoE implementation for CPUs"),
     "time": ("bench.timing", "time one level of a model: contenders verified, interleaved, compared"),
     "overhead": ("bench.overhead", "what a call costs beside its kernels: ops, reading replaced modules, LoRA"),

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 
 import moe_kernels
 from bench import stages
-from bench.images import checkpoints, digits, expert_load, fid, parity, pictures, training
+from bench.images import checkpoints, digits, expert_load, fid, parity, pictures, routed, training
 from bench.images.analysis.counts import Counter
 from bench.images.analysis.watch import watch
 from bench.images.sampling.contest import compete
@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="npz with labels and images (uint8, grey and channels first taken where clear; ADM's arr_0, arr_1) or "
         "latents (float); default: digits",
+    )
+    parser.add_argument(
+        "--router",
+        choices=list(routed.ROUTERS),
+        default="token_choice",
+        help="rule by which the model that is trained routes (default: DiT-MoE's token choice); --ckpt has its own",
     )
     parser.add_argument("--ckpt", type=Path, help="DiT-MoE checkpoint to sample instead of training one")
     parser.add_argument("--backends", help="comma-separated; default: all that are available")
@@ -141,7 +147,7 @@ class Job:
         self.case = dataclasses.replace(self.size.parity, samples=scaled(self.size.parity.samples, 16 / tokens, 100))
         changes = self.size.recipe
         batch = scaled(changes.get("batch", checkpoints.Recipe.batch), 16 / tokens, 8)
-        self.recipe = checkpoints.Recipe.of(self.data, **{**changes, "batch": batch})
+        self.recipe = checkpoints.Recipe.of(self.data, **{**changes, "batch": batch, "router": args.router})
         self.foreign = checkpoints.load_foreign(args.ckpt, self.data) if args.ckpt else None
         identity = f"{self.foreign.identity}-{self.data.digest()}" if self.foreign else self.recipe.hash
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +189,7 @@ class Job:
 
     def _ladder(self, case: parity.Case) -> parity.Ladder:
         trained = self.trained
-        return parity.Ladder(trained.model, self.classifier[0], self.data.images, case, trained.time_scale)
+        return routed.ladder(trained.model, self.classifier[0], self.data.images, case, trained.time_scale)
 
     def run(self) -> None:
         infos = [info._asdict() for info in moe_kernels.backends()]
@@ -225,8 +231,8 @@ class Job:
         config = trained.model.config
         text = (
             f"DiT-MoE of {config.depth} blocks, width {config.hidden_size}, {config.num_experts} experts, "
-            f"top-{config.top_k} ({parameters / 1e6:.1f} M parameters), on {len(self.data.train):,} images of "
-            f"{self.data.name!r}: "
+            f"top-{config.top_k}, {config.router.replace('_', ' ')} ({parameters / 1e6:.1f} M parameters), on "
+            f"{len(self.data.train):,} images of {self.data.name!r}: "
         )
         if trained.losses:
             text += f"{len(trained.losses)} steps of rectified flow with the oracle in {trained.seconds:.0f} s, "
@@ -243,11 +249,13 @@ class Job:
         inner = (case.steps // 4, case.steps // 2, 3 * case.steps // 4)
         counter = Counter(len(trained.model.blocks), case.steps, case.samples)
         counter.begin(0, ladder.labels, guided=True)
-        with watch(trained.model, counter), expert_load.trace_picks(trained.model, inner, guided=True) as trace:
+        by_token = trained.model.config.router == "token_choice"
+        traced = expert_load.trace_picks(trained.model, inner, guided=True) if by_token else nullcontext()
+        with watch(trained.model, counter), traced as trace:
             guided = self._sample(case.guidance)
         plain = self._sample(1.0)
         copies = digits.nearest_neighbours(torch.cat([guided, plain]), self.data)
-        if self.args.size != "tiny":
+        if self.args.size != "tiny" and by_token:
             ids, weights = (torch.cat(parts) for parts in zip(*trace, strict=True))
             shapes.save_routing(ids, weights, trained.model.config.num_experts)
         self._picture("real images", self.data.held, self.data.held_labels)
@@ -305,7 +313,7 @@ class Job:
         few = dataclasses.replace(self.case, samples=min(self.case.samples, stages.FEW_SAMPLES))
         ladder = self._ladder(few) if slow else self.ladder
         backends = [name for name in self.backends if not slow or name in cases.kernels_on("cpu")]
-        sabotages = {} if slow else parity.SABOTAGES
+        sabotages = {} if slow else ladder.sabotages
         baseline: list[parity.Baseline] = []
 
         def climb(kind: str, name: str, build: Callable[[parity.Baseline], torch.nn.Module]) -> list[dict]:
@@ -319,9 +327,9 @@ class Job:
             progress.say(f"  {name} {dtype}: {record['verdict']}")
             return [store.row(kind, **label, dtype=dtype, **record)]
 
-        builders = {("parity", name): lambda base, name=name: parity.replaced(base.model, name) for name in backends}
+        builders = {("parity", name): lambda base, name=name: ladder.replaced(base.model, name) for name in backends}
         for name, sabotage in sabotages.items():
-            builders["control", name] = lambda base, sabotage=sabotage: sabotage(parity.replaced(base.model, "eager"))
+            builders["control", name] = lambda base, sabotage=sabotage: sabotage(ladder.replaced(base.model, "eager"))
         for (kind, name), build in builders.items():
             stage = f"{kind}: {name}, {dtype}"
             self.ledger.stage(stage, lambda kind=kind, name=name, build=build: climb(kind, name, build))

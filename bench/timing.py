@@ -15,6 +15,7 @@ from bench.instrument.cases import BACKENDS, DEVICES, DTYPES, EXPERT_CHOICE, LEV
 from bench.instrument.progress import say
 from bench.instrument.races import line
 from bench.instrument.shapes import MODEL_SHAPES, ROUTING_PRESETS
+from bench.peers import families
 
 ROUTINGS = ("gate", *ROUTING_PRESETS, EXPERT_CHOICE)
 STEPS = {"train_step": "fwdbwd", "sampling_step": "fwd"}  # their only mode
@@ -25,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     levels = [name for names in LEVELS.values() for name in names]
     parser.add_argument("level", choices=levels, help="a room, the layer, a block, or a whole step of the model")
     parser.add_argument("--shapes", default="S/2-8E2A", help="comma-separated model shapes (default: S/2-8E2A)")
+    parser.add_argument(
+        "--model",
+        choices=list(families.MODELS),
+        help="instead of --shapes: layer or block of this model, its router included, as its package has it and after "
+        "replace_moe; float32 on a CPU",
+    )
     parser.add_argument("--depth", type=arguments.count, help="blocks of the model in a step (default: all)")
     parser.add_argument(
         "--tokens",
@@ -43,10 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=arguments.seconds, default=10.0, help="more rounds are run until a race took so long"
     )
-    parser.add_argument("--out", type=Path, default=Path("report/times.jsonl"), help="row file, added to")
+    parser.add_argument(
+        "--out", type=Path, help="row file, added to (default: report/times.jsonl; with --model report/family.jsonl)"
+    )
 
 
-def races(args: argparse.Namespace) -> Iterator[stages.Race]:
+def races(args: argparse.Namespace) -> Iterator[stages.Race | families.FamilyRace]:
     """Yield the races that the arguments ask for; ValueError names what is unknown."""
 
     def words(option: str, allowed: object) -> list[str]:
@@ -56,6 +65,13 @@ def races(args: argparse.Namespace) -> Iterator[stages.Race]:
                 raise ValueError(f"--{option}: got {word!r}, expected some of {', '.join(allowed)}")
         return asked
 
+    if args.model:
+        if (args.device, args.dtypes) != ("cpu", "fp32"):
+            raise ValueError(f"--model {args.model}: got {args.device}, {args.dtypes}, expected cpu and fp32")
+        modes = words("modes", ("fwd", "fwdbwd"))
+        timing = args.rounds, args.seconds
+        yield from families.races(args.model, args.level, args.tokens, modes, args.threads, args.backends, *timing)
+        return
     contenders = words("backends", (*BACKENDS, *PEERS)) if args.backends else DEFAULT[args.device]
     modes = [STEPS[args.level]] if args.level in STEPS else words("modes", MODES)
     routing = "gate" if args.level in (*LEVELS["block"], *STEPS) else args.routing
@@ -80,11 +96,11 @@ def races(args: argparse.Namespace) -> Iterator[stages.Race]:
 
 def main(args: argparse.Namespace) -> int:
     """Race, print and keep the rows; returns 1 when a contender is wrong."""
-    rows = []
+    rows, out = [], args.out or Path("report", "family.jsonl" if args.model else "times.jsonl")
     for race in list(races(args)):
         for row in race.run():
-            store.append(args.out, row)
+            store.append(out, row)
             say(line(row))
             rows.append(row)
-    say(f"rows: {args.out}")
+    say(f"rows: {out}")
     return int(any(row["wrong"] for row in rows))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reference.family import RULES, RoutedMoE
 from reference.moe import SparseMoeBlock
 
 GEOMETRY = {  # depth, hidden_size, num_heads, qk_norm as in the public checkpoints
@@ -41,8 +42,11 @@ class DiTMoEConfig:
     num_shared: int = 2
     label_dropout: float = 0.1
     aux_alpha: float = 0.01
+    router: str = "token_choice"
 
     def __post_init__(self):
+        if self.router not in RULES:
+            raise ValueError(f"router: got {self.router!r}, expected one of {', '.join(RULES)}")
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "num_experts", "input_size", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
@@ -125,10 +129,10 @@ class DiTMoE(nn.Module):
         aux = tokens.new_zeros(())
         for block in self.blocks:
             if return_aux_loss:
-                tokens, block_aux = block(tokens, condition, return_aux_loss=True)
+                tokens, block_aux = block(tokens, condition, return_aux_loss=True, labels=y)
                 aux = aux + block_aux
             else:
-                tokens = block(tokens, condition)
+                tokens = block(tokens, condition, labels=y)
         out = self._unpatchify(self.final_layer(tokens, condition))
         return (out, aux) if return_aux_loss else out
 
@@ -173,13 +177,22 @@ class DiTMoE(nn.Module):
 def count_parameters(model: DiTMoE) -> tuple[int, int]:
     """Return (total, active) parameters: active counts top_k of the num_experts routed experts, and all the rest."""
     total = sum(p.numel() for p in model.parameters())
-    routed = sum(p.numel() for block in model.blocks for p in block.moe.experts.parameters())
+    names = "gate_up_proj", "down_proj"
+    routed = sum(
+        sum(getattr(block.moe, name).numel() for name in names)
+        if block.conditioned
+        else sum(p.numel() for p in block.moe.experts.parameters())
+        for block in model.blocks
+    )
     E, K = model.config.num_experts, model.config.top_k
     return total, total - routed * (E - K) // E
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block: x += gate * attn(modulate(norm(x))), then the same with the MoE."""
+    """adaLN-Zero block: x += gate * attn(modulate(norm(x))), then the same with the MoE.
+
+    Rules other than token choice may look at norm(x), the condition and the labels, too.
+    """
 
     def __init__(self, config: DiTMoEConfig):
         super().__init__()
@@ -187,20 +200,28 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(H, elementwise_affine=False, eps=1e-6)
         self.attn = (QKNormAttention if config.qk_norm else Attention)(H, config.num_heads)
         self.norm2 = nn.LayerNorm(H, elementwise_affine=False, eps=1e-6)
-        self.moe = SparseMoeBlock(
-            H, config.mlp_ratio * H, config.num_experts, config.top_k, config.num_shared * H, config.aux_alpha
-        )
+        I, E, K, Is = config.mlp_ratio * H, config.num_experts, config.top_k, config.num_shared * H
+        self.conditioned = config.router != "token_choice"
+        if self.conditioned:
+            self.moe = RoutedMoE(H, I, E, K, Is, config.router, config.num_classes)
+        else:
+            self.moe = SparseMoeBlock(H, I, E, K, Is, config.aux_alpha)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(H, 6 * H))
 
-    def forward(self, x: Tensor, condition: Tensor, return_aux_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, condition: Tensor, return_aux_loss: bool = False, labels: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         modulation = self.adaLN_modulation(condition)[:, None]
         shift_attn, scale_attn, gate_attn, shift_moe, scale_moe, gate_moe = modulation.chunk(6, dim=-1)
         x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        moe_input = modulate(self.norm2(x), shift_moe, scale_moe)
+        normed = self.norm2(x)
+        moe_input, call = modulate(normed, shift_moe, scale_moe), {}
+        if self.conditioned:
+            call = {"router_input": normed, "conditioning": {"timestep": condition, "labels": labels}}
         if return_aux_loss:
-            y, aux = self.moe(moe_input, return_aux_loss=True)
+            y, aux = self.moe(moe_input, return_aux_loss=True, **call)
             return x + gate_moe * y, aux
-        return x + gate_moe * self.moe(moe_input)
+        return x + gate_moe * self.moe(moe_input, **call)
 
 
 class FinalLayer(nn.Module):

@@ -47,6 +47,7 @@ class Recipe:
     warmup: int = 20
     ema: float = 0.99
     seed: int = 0
+    router: str = "token_choice"
 
     @classmethod
     def of(cls, data: Dataset, **changes) -> Recipe:
@@ -72,7 +73,10 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        fields = dataclasses.asdict(self)
+        if self.router == "token_choice":  # as before there were others
+            del fields["router"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass
@@ -166,11 +170,10 @@ def _trained(
 
 def infer_config(path: Path, state: dict[str, Tensor], recipe: dict) -> DiTMoEConfig:
     """Read a DiT-MoE's geometry from its state dict; ValueError names the file and the missing key."""
+    router = recipe.get("router", "token_choice")
     try:
         hidden, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        experts = state["blocks.0.moe.gate.weight"].shape[0]
-        intermediate = state["blocks.0.moe.experts.0.gate_proj.weight"].shape[0]
-        shared = state["blocks.0.moe.shared_experts.gate_proj.weight"].shape[0]
+        experts, intermediate, shared = _experts(state, router)
         outputs = state["final_layer.linear.weight"].shape[0] // patch**2
         tokens, table = state["pos_embed"].shape[1], state["y_embedder.embedding_table.weight"]
     except KeyError as error:
@@ -184,8 +187,18 @@ def infer_config(path: Path, state: dict[str, Tensor], recipe: dict) -> DiTMoECo
         hidden_size=hidden, num_heads=recipe.get("num_heads", max(1, hidden // head)), patch_size=patch,
         num_experts=experts, top_k=recipe.get("top_k", 2), input_size=math.isqrt(tokens) * patch, in_channels=channels,
         num_classes=table.shape[0] - 1, learn_sigma=outputs == 2 * channels, qk_norm=norm is not None,
-        mlp_ratio=intermediate // hidden, num_shared=shared // hidden,
+        mlp_ratio=intermediate // hidden, num_shared=shared // hidden, router=router,
     )  # fmt: skip
+
+
+def _experts(state: dict[str, Tensor], router: str) -> tuple[int, int, int]:
+    """Return E, I and Is of a state dict's first block."""
+    if router == "token_choice":
+        experts = state["blocks.0.moe.gate.weight"].shape[0]
+        kinds = "experts.0.gate_proj", "shared_experts.gate_proj"
+        return experts, *(state[f"blocks.0.moe.{kind}.weight"].shape[0] for kind in kinds)
+    experts, _, intermediate = state["blocks.0.moe.down_proj"].shape
+    return experts, intermediate, state["blocks.0.moe.shared_down_proj"].shape[1]
 
 
 def _recipe_of(path: Path) -> dict:

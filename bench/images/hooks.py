@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
 
 @contextmanager
-def looking_at(modules: Iterable[nn.Module], look: Callable[[int, tuple, Any], None]) -> Iterator[None]:
-    """Call look(i, arguments, output) behind every forward of the i-th module."""
-    handles = [
-        module.register_forward_hook(lambda _, args, output, i=i: look(i, args, output))
-        for i, module in enumerate(modules)
-    ]
+def looking_at(modules: Iterable[nn.Module], look: Callable[..., None]) -> Iterator[None]:
+    """Call look(i, arguments, output, **what was given by name) behind every forward of the i-th module."""
+
+    def hook(i: int) -> Callable[..., None]:
+        return lambda _, args, named, output: look(i, args, output, **named)
+
+    handles = [module.register_forward_hook(hook(i), with_kwargs=True) for i, module in enumerate(modules)]
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +57,7 @@ class Baseline:
     dtype: torch.dtype
     model: nn.Module
     rival: nn.Module
-    probes: list[tuple[int, Tensor]]
+    probes: list  # of what the ladder's rungs are held on: layer and input
     ties: int
     samples: Tensor
     routing: Tensor
@@ -65,7 +65,19 @@ class Baseline:
 
 
 class Ladder:
-    """The rungs for one trained model: `baseline` once per dtype, then `climb` once per candidate."""
+    """The rungs for one trained model: `baseline` once per dtype, then `climb` once per candidate.
+
+    For DiT-MoE's token choice; bench/images/routed.py has them for the family's other rules.
+    """
+
+    @property
+    def sabotages(self) -> dict[str, Callable[[nn.Module], nn.Module]]:
+        """The negative controls: each breaks a replaced model in place."""
+        return SABOTAGES
+
+    def replaced(self, model: nn.Module, backend: str) -> nn.Module:
+        """Return a copy of the model whose MoE layers run on `backend`."""
+        return replaced(model, backend)
 
     def __init__(self, model: nn.Module, classifier: Classifier, images: Tensor, case: Case, time_scale: float):
         self.model, self.classifier, self.case, self.time_scale = model, classifier, case, time_scale
@@ -77,8 +89,19 @@ class Ladder:
     def baseline(self, dtype: torch.dtype) -> Baseline:
         """Sample the oracle in `dtype`, keep its layer inputs as probes and its routing."""
         model = copy.deepcopy(self.model).to(dtype)
+        samples, routing, probes, ties = self._probed(model)
+        rival = self.replaced(model, "eager")
+        return Baseline(dtype, model, rival, probes, ties, samples, routing, features(self.classifier, samples))
+
+    @property
+    def _calls(self) -> set[int]:
+        """Calls of the model whose layers' inputs are kept: first, middle, last."""
         last = self.case.steps - 1
-        with capture_inputs(model, {0, last // 2, last}, self.case.probe_tokens // 3) as inputs:
+        return {0, last // 2, last}
+
+    def _probed(self, model: nn.Module) -> tuple[Tensor, Tensor, list, int]:
+        """Return samples, routing, probes and how many were left out for a near tie."""
+        with capture_inputs(model, self._calls, self.case.probe_tokens // 3) as inputs:
             samples, routing = self.draw(model)
         probes, ties = [], 0
         for layer, block in enumerate(model.blocks):
@@ -86,18 +109,20 @@ class Ladder:
             clear = ~near_ties(x, block.moe.gate.weight, model.config.top_k)
             ties += int((~clear).sum())
             probes.append((layer, x[clear]))
-        rival = replaced(model, "eager")
-        return Baseline(dtype, model, rival, probes, ties, samples, routing, features(self.classifier, samples))
+        return samples, routing, probes, ties
 
     def draw(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Return samples, and routing (calls, layers, samples, tokens) as bit masks of experts."""
-        with record_routing(model) as masks:
+        with self._recording(model) as masks:
             samples = sample(
                 model, self.noise, self.labels, self.case.steps, self.case.guidance, time_scale=self.time_scale
             )
         depth = len(model.blocks)
         calls = torch.stack(masks).view(len(masks) // depth, depth, -1, len(self.noise), masks[0].shape[-1])
         return samples, calls.transpose(2, 3).flatten(3)
+
+    def _recording(self, model: nn.Module) -> AbstractContextManager[list[Tensor]]:
+        return record_routing(model)
 
     def climb(self, model: nn.Module, baseline: Baseline) -> tuple[dict, Tensor]:
         """Run the five rungs; returns a flat record (each rung's figures, `failed`, `verdict`) and the samples."""

@@ -113,7 +113,8 @@ def train(recipe: Recipe, data: Dataset, state_path: Path, save_every: int = 50)
 
 def finished(trainer: Trainer) -> Trained:
     """Return the EMA weights, rounded as the file stores them."""
-    weights = {name: value.half().float() for name, value in trainer.ema.items()}
+    state = {**trainer.model.state_dict(), **trainer.ema}  # routers' own averages are no parameters
+    weights = {name: value.half().float() for name, value in state.items()}
     trainer.model.load_state_dict(weights)
     recipe = trainer.recipe
     return Trained(

@@ -37,6 +37,7 @@ DTYPES = {
 MODES = ("fwd", "bwd", "fwdbwd")
 PRESETS = tuple(name for name in ROUTING_PRESETS if name != "real")
 EXPERT_CHOICE = "expert_choice"  # routing of "dispatch" alone: experts take tokens, image by image
+OWN = "own"  # routing of a family's model: its router is a part of what is timed (bench/peers/families.py)
 LOGIT_MARGIN = 1e-3
 _ID = re.compile(
     r"(?P<level>\w+)-(?P<backend>\w+)-(?P<model>\w+)-(?P<routing>\w+)-T(?P<T>\d+)_(?P<sizes>\w+)"
@@ -47,7 +48,8 @@ _ID = re.compile(
 @dataclass(frozen=True)
 class Case:
     """One thing to time. T counts tokens of one call; `routing` is a preset, or "gate" where the model's own gate
-    routes, or "expert_choice" where experts pick.
+    routes, or "expert_choice" where experts pick, or "own" for a layer or block of another family's model, its router
+    included.
 
     level: a room, "layer" (dispatch + fused layer on given picks), "block" (adaLN, attention, gate, layer),
         "train_step" (rectified-flow loss, backward, AdamW) or "sampling_step" (velocity with guidance, both halves in

@@ -53,7 +53,10 @@ MODEL_SHAPES: dict[str, MoEShape] = {
         *_dit_moe("XL", 1152, 28, 16, qk_norm=True),
         *_dit_moe("G", 1408, 40, 16, qk_norm=True),
         MoEShape("HiDream-I1", "HiDreamI1", 2560, 6912, 3584, 4, 2, depth=48, tokens_per_image=4096),
+        # arXiv 2604.12163: experts take 2 tokens of theirs per token of an image on average
+        MoEShape("Nucleus-Image", "NucleusImage", 2048, 1344, 1344, 64, 2, depth=29, tokens_per_image=4096),
         MoEShape("DSMoE-S-E48", "DSMoESE48", 384, 128, 128, 48, 5, depth=12),  # arXiv 2512.01252: many narrow experts
+        MoEShape("ProMoE-B", "ProMoEB", 768, 1536, 1536, 12, 1, depth=12, activation="gelu"),  # arXiv 2510.24711
         MoEShape("digits", "digits", 96, 384, 192, 8, 2, depth=4, num_heads=4, tokens_per_image=16),  # the main job's
     )
 }

@@ -120,7 +120,7 @@ def _build_op(case: Case, how: str) -> Workload:
     if how in PEERS:
         return build_loop(case, how)
     rooms = ours(how) if how in BACKENDS else PLAIN
-    return _workload(case, how, lambda: op.call(p, rooms), op.outputs, leaves)
+    return timed(case, how, lambda: op.call(p, rooms), op.outputs, leaves)
 
 
 def build_loop(case: Case, how: str, wrap: Callable[[Callable], Callable] = lambda call: call) -> Workload:
@@ -130,7 +130,7 @@ def build_loop(case: Case, how: str, wrap: Callable[[Callable], Callable] = lamb
     leaves = {"x": p.x, "topk_weights": p.topk_weights, **dict(peer.named_parameters())}
     leaves.pop("gate.weight")
     call, given = wrap(peer.on_given_picks), (p.x, p.topk_weights, p.topk_ids)
-    return _workload(case, how, lambda: [call(*given)], OPS["layer"].outputs, leaves, _stack_experts)
+    return timed(case, how, lambda: [call(*given)], OPS["layer"].outputs, leaves, _stack_experts)
 
 
 def build_layer(
@@ -147,7 +147,7 @@ def build_layer(
     p.shape = case.shape
     forward, op = prepare(p), OPS["layer"]
     leaves = {name: getattr(p, name) for name in op.leaves if getattr(p, name) is not None}
-    return _workload(case, case.backend, forward, op.outputs, leaves, merge)
+    return timed(case, case.backend, forward, op.outputs, leaves, merge)
 
 
 def _dtype(case: Case, how: str) -> torch.dtype:
@@ -169,7 +169,7 @@ def _draw(*size: int, case: Case, generator: torch.Generator) -> Tensor:
     return torch.randn(size, generator=generator).to(case.torch_dtype)
 
 
-def _workload(
+def timed(
     case: Case,
     how: str,
     forward: Run,
@@ -177,7 +177,10 @@ def _workload(
     leaves: Named,
     merge: Callable[[Named], Named] = lambda named: named,
 ) -> Workload:
-    """Make the run of a mode out of a forward: its outputs, or the leaves' gradients for drawn output gradients."""
+    """Make the run of a mode out of a forward: its outputs, or the leaves' gradients for drawn output gradients.
+
+    how: as in `build`; merge: from the gradients by name to those that are judged.
+    """
 
     def plain_forward() -> Sequence[Tensor]:
         with torch.no_grad():
@@ -270,7 +273,7 @@ def _build_block(case: Case, how: str) -> Workload:
     to = dict(device=case.device, dtype=_dtype(case, how))
     x, condition = (_draw(*size, H, case=case, generator=generator).to(**to) for size in ((B, L), (B,)))
     leaves = {"x": x, "condition": condition, **dict(block.named_parameters())}
-    return _workload(case, how, lambda: [block(x, condition)], ("out",), leaves, group_parameters)
+    return timed(case, how, lambda: [block(x, condition)], ("out",), leaves, group_parameters)
 
 
 def group_parameters(named: Named) -> Named:
@@ -321,7 +324,7 @@ def _build_train_step(case: Case, how: str) -> Workload:
 def _build_sampling_step(case: Case, how: str) -> Workload:
     model = build_model(DiTMoE, case, how)
     _, noise, t, y = latents(case, how, case.T // (2 * case.shape.tokens_per_image))
-    return _workload(case, how, lambda: [model.forward_with_guidance(noise, t, y, GUIDANCE)], ("velocity",), {})
+    return timed(case, how, lambda: [model.forward_with_guidance(noise, t, y, GUIDANCE)], ("velocity",), {})
 
 
 def check(case: Case, named: Named, bound: float = BOUND) -> Check:

@@ -20,6 +20,10 @@ def text(view: dict) -> str:
         against = view["against"]
         cells = [(r["title"], r["backend"], *(mean(r["cells"].get(a)) for a in against)) for r in view["levels"]]
         lines += table(("geometric mean (range)", "backend", *(f"x {a}" for a in against)), cells)
+    if view["families"]:
+        lines += table(("other people's models", "case", "ours", "times faster than"), view["families"])
+    if view["routers"]:
+        lines += table(view["routers_head"], view["routers"])
     if view["backends"]:
         cells = [
             (b["name"], ", ".join(b["places"]) or b["reason"], b["version"], "; ".join(b["verified"]) or b["label"])

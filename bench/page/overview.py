@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from bench.instrument import store
-from bench.instrument.cases import ONLY_ON
+from bench.instrument.cases import ONLY_ON, OWN
 from bench.instrument.races import fastest, races_of, speedup
 from bench.page import races
-from bench.page.words import BASELINES, LEVELS, listed, name, plural, rank
+from bench.page.words import BASELINES, LEVELS, MODES, figure, listed, name, plural, rank, ratio
 
 NOT_YET = "not yet run on hardware"
 VERIFIED = store.ROOT / "moe_kernels" / "verified.json"
@@ -69,10 +69,10 @@ def gains(rows: Sequence[dict]) -> pd.DataFrame:
 
     Columns: level, backend, disturbed, against (a baseline, or the fastest other contender of the race), value, low,
     high. Cases of the contest are a level of their own: other people's packages, each in its own process, the fastest
-    of ours against them.
+    of ours against them. Other people's whole layers are not among them: see `families`.
     """
     lines = []
-    for race in races.of([row for row in rows if row["kind"] == "time"]):
+    for race in races.of([row for row in rows if row["kind"] == "time" and row["routing"] != OWN]):
         right = [row for row in race["rows"] if not row["wrong"]]
         others = [row for row in right if not _ours(row)]
         best = min(others, key=lambda row: row["figures"]["time_us_median"], default={"contender": None})
@@ -91,6 +91,27 @@ def gains(rows: Sequence[dict]) -> pd.DataFrame:
                 ("contest", ours["contender"].removesuffix("_packed"), disturbed, BEST, r["value"], r["low"], r["high"])
             )
     return pd.DataFrame(lines, columns=GAIN_COLUMNS)
+
+
+def families(rows: Sequence[dict]) -> list[tuple[str, str, str, str]]:
+    """Return a line per layer or block of another family's model: what, how, the time of ours, and how many times
+    faster it is than each other way, with intervals. A case of ours that is wrong says so."""
+    lines = []
+    for race in races.of([row for row in rows if row["kind"] == "time" and row["routing"] == OWN]):
+        first = race["rows"][0]
+        what = f"{first['model']}, {LEVELS[first['level']].removeprefix('MoE ')}"
+        how = f"{MODES[first['mode']]}, {first['dtype']}, T={first['T']}, {plural(first['threads'], 'thread')}"
+        titles = {row["contender"]: row["title"] for row in race["rows"]}
+        for row in filter(_ours, race["rows"]):
+            against = "; ".join(f"{ratio(value)} {titles[other]}" for other, value in row["speedups"].items())
+            star = "*" if row["figures"].get("disturbed") else ""
+            ms = (
+                f"wrong: {row['wrong']}"
+                if row["wrong"]
+                else f"{figure(row['figures']['time_us_median'] / 1e3)} ms{star}"
+            )
+            lines.append((what, how, f"{row['contender']} {ms}", against))
+    return lines
 
 
 def _ours(row: dict) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.images import pictures
+from bench.images import pictures, routers
 from bench.instrument import store
 from bench.instrument.cases import ROOMS
 from bench.instrument.races import failures
@@ -23,7 +23,8 @@ from bench.peers import tables
 
 __all__ = ["add_arguments", "headline", "load_pictures", "main", "view_of", "write"]
 
-FILES = ("peers.jsonl", "rows.jsonl", "rows_cuda_*.jsonl")  # of the contest, the main job, `bench gpu`
+# of the contest, the main job, `bench gpu`, `bench time --model`, `bench routers`
+FILES = ("peers.jsonl", "rows.jsonl", "rows_cuda_*.jsonl", "family.jsonl", routers.FILE)
 LOOP_FIGURES = ("FMA", *inner_loops.FIGURES[1:], "times in the file")
 
 
@@ -76,6 +77,7 @@ def view_of(rows: Sequence[dict], images: dict[str, np.ndarray]) -> dict:
         "unmeasured": [*(row["what"] for row in of["left_out"]), *failures(refused)],
         **pictures_of(images, training, of["load"]), "experts": of["experts"][-1] if of["experts"] else None,
         "samplers": of["sampler"], "nearest": samplers.sentence(of["sampler"]),
+        "families": overview.families(rows), "routers": routers.table(rows), "routers_head": routers.HEAD,
         "contest": tables.view(of["contest"]) if of["contest"] else None, "inner_loops": inner,
         "loops": [loop_cells(loop) for loop in inner_loops.widest(inner["loops"])] if inner else [],
         "loop_names": LOOP_FIGURES, **gates(),

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from bench.images.analysis.counts import Counter
 from moe_kernels import ExpertChoice, MoELayer, RoutingPlan
 from moe_kernels.adapters.block import MoEBlock
+from reference.family import RoutedMoE
 from reference.moe import ExpertChoiceMoE
 from reference.routing import expert_choice, take_tokens
 
 
 def routed_layers(model: nn.Module) -> list[nn.Module]:
     """Return the modules of a model that route, in its order; ValueError where there are none."""
-    found = [module for module in model.modules() if isinstance(module, (MoEBlock, MoELayer, ExpertChoiceMoE))]
+    found = [
+        module for module in model.modules() if isinstance(module, (MoEBlock, MoELayer, ExpertChoiceMoE, RoutedMoE))
+    ]
     found = found or [
         m for m in model.modules() if isinstance(getattr(m, "experts", None), nn.ModuleList) and hasattr(m, "gate")
     ]
@@ -37,7 +40,7 @@ def watch(model: nn.Module, counter: Counter) -> Iterator[Counter]:
     """Hand every pick of a model's routed layers to the counter; the model is as before afterwards.
 
     Replaced blocks and MoELayers: from the plan that the router makes, whatever the router. Other blocks with a gate:
-    from what the gate returns, ids being what is an integer. The oracle's expert choice: routed again from its input.
+    from what the gate returns, ids being what is an integer. The oracle's other rules: routed again from their input.
     Raises: ValueError for a model with another number of routed layers than the counter has.
     """
     layers = routed_layers(model)
@@ -80,6 +83,9 @@ def _watch(module: nn.Module, plan: Callable[[RoutingPlan], None], dense: Callab
         module.router = copy.copy(router)
         object.__setattr__(module.router, "__class__", _watched(type(router), plan))
         return partial(setattr, module, "router", router)
+    if isinstance(module, RoutedMoE):
+        hook = lambda m, args, call, output: dense(*_routed(m, args[0], call))  # noqa: E731
+        return module.register_forward_hook(hook, with_kwargs=True).remove
     if isinstance(module, ExpertChoiceMoE):
         return module.register_forward_hook(lambda m, args, output: dense(*_expert_choice(m, args[0]))).remove
     return module.gate.register_forward_hook(lambda m, args, output: dense(*_topk(m, output))).remove
@@ -123,6 +129,12 @@ def _expert_choice(module: ExpertChoiceMoE, x: Tensor) -> tuple[int, int, Tensor
     affinities, picks = expert_choice(tokens, module.gate_weight, module.capacity_factor, group)
     cells = picks.flatten().nonzero().squeeze(1)
     return *affinities.shape, cells, affinities.flatten()[cells]
+
+
+def _routed(module: RoutedMoE, x: Tensor, call: dict[str, Any]) -> tuple[int, int, Tensor, Tensor]:
+    weights, picks, _ = module.route(x.detach(), **call)
+    cells = picks.flatten().nonzero().squeeze(1)
+    return *weights.shape, cells, weights.flatten()[cells]
 
 
 def _try(counter: Counter, layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
