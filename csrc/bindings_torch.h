@@ -1,6 +1,6 @@
-// Tensors of torch as arguments of bindings, read through the table of C functions that DLPack has for that (torch.Tensor.
-// __dlpack_c_exchange_api__): some 0.1 us each where a view made in Python takes 3, and no header of torch. The
-// structures are those of DLPack 1, https://dmlc.github.io/dlpack/latest/c_api.html.
+// Tensors of torch as arguments of bindings, read through the table of C functions that DLPack has for that
+// (torch.Tensor.__dlpack_c_exchange_api__): some 0.1 us each where a view made in Python takes 3, and no header of
+// torch. The structures are those of DLPack 1, https://dmlc.github.io/dlpack/latest/c_api.html.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -100,7 +100,14 @@ def joined(parallel: str | None, device: str, patience_s: float) -> Iterator[Ran
         return
     if device == "cuda":
         torch.cuda.set_device(place)
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=patience_s))
+    patience = timedelta(seconds=patience_s)
+    store, rank, world = next(distributed.rendezvous("env://", timeout=patience))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun's store outlives a restart, and gloo would look for dead processes at their old addresses. Agents of
+        # several machines may count restarts differently.
+        store = distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size(), place)
     finally:

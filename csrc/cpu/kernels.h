@@ -75,7 +75,8 @@ struct Kernels {
   // Panels [begin, end) of the weights as `up` and `down` read them; a panel is H (I) items of 2W, in 32-bit items.
   void (*pack_gate_up_proj[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* out);
   void (*pack_down_proj[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* out);
-  // gate_up = x [gate_proj; up_proj]^T + gate_up_bias; act = activation(gate_up). Panels of 2W columns (swiglu: W gate + W up).
+  // gate_up = x [gate_proj; up_proj]^T + gate_up_bias; act = activation(gate_up). Panels of 2W columns, with
+  // a gate of W gate + W up.
   void (*up[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);
   // y = act down_proj^T + down_bias. Panels of H.
   void (*down[kComputes])(const Group&, int64_t panel_begin, int64_t panel_end, void* scratch);

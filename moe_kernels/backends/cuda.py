@@ -203,7 +203,7 @@ class CudaBackend(Backend):
         y_rows, gate_up = x.new_empty(R, x.shape[1]), x.new_empty((R, width) if save else 0)
         workspace = _workspace(R * I * x.element_size(), x)
         _c.experts_fwd(
-            x, plan.tensors(), w, activation, _tf32(x), y_rows, gate_up if save else None,
+            x, plan.tensors(), w.matrices, activation, _tf32(x), y_rows, gate_up if save else None,
             workspace, _stream(x),
         )  # fmt: skip
         return y_rows, gate_up
@@ -220,7 +220,7 @@ class CudaBackend(Backend):
         needed: Sequence[bool] = (True, True),
     ) -> tuple[Tensor, Tensor, Tensor]:
         dx, dgate_up_proj, ddown_proj = map(x.new_empty, (x.shape, *w.stacked_shapes(plan.num_experts)))
-        inputs, seen, how = (x, plan.tensors()), w, (activation, _tf32(x))
+        inputs, seen, how = (x, plan.tensors()), w.matrices, (activation, _tf32(x))
         workspace = _workspace(_c.moe_mlp_bwd_workspace_bytes(*inputs, seen, *how, False), x)
         _c.experts_bwd(
             dy_rows, *inputs, gate_up, seen, *how, dx, dgate_up_proj, ddown_proj,
@@ -259,7 +259,7 @@ class CudaBackend(Backend):
         y = None if residual is None else torch.empty_like(x)
         gate_up = x.new_empty(plan.num_rows, shapes[0][1]) if save else x.new_empty(0)
         shared_gate_up = x.new_empty(x.shape[0], shapes[2][0]) if kept else x.new_empty(0)
-        call = x, plan.tensors(), w, activation, _tf32(x)
+        call = x, plan.tensors(), w.matrices, activation, _tf32(x)
         workspace = _workspace(_c.moe_mlp_fwd_workspace_bytes(*call), x)
         _c.moe_mlp_fwd(
             *call, out, gate_up if save else None, shared_gate_up if kept else None, residual,
@@ -283,7 +283,7 @@ class CudaBackend(Backend):
         shapes = w.stacked_shapes(plan.num_experts)
         grads = [*(x.new_empty(*shape) for shape in shapes), *[None] * (4 - len(shapes))]
         saved = [t if t.numel() else None for t in (gate_up, shared_gate_up)]
-        inputs, how = (x, plan.tensors(), w), (activation, _tf32(x))
+        inputs, how = (x, plan.tensors(), w.matrices), (activation, _tf32(x))
         workspace = _workspace(
             _c.moe_mlp_bwd_workspace_bytes(*inputs, *how, not any(t.numel() for t in (gate_up, shared_gate_up))), x
         )

@@ -58,6 +58,20 @@ class MoEWeights(NamedTuple):
     down_index: Tensor | None = None
     biases: Biases = Biases()  # stacked, halves [gate | up], in the accumulation dtype
 
+    @property
+    def gate_up(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the routed experts' gate_up_proj, the shared expert's, and their index."""
+        return self.gate_up_proj, self.shared_gate_up_proj, self.gate_up_index
+
+    @property
+    def down(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.down_proj, self.shared_down_proj, self.down_index
+
+    @property
+    def matrices(self) -> tuple[Tensor | None, ...]:
+        """Return all but the biases."""
+        return self[:6]
+
     def stacked_shapes(self, num_experts: int) -> list[tuple[int, ...]]:
         """Return the shapes of the weights as they are stacked, and so of their gradients: four, or two without a
         shared expert."""

@@ -60,7 +60,8 @@ def _mlps_of(block: nn.Module, name: str) -> list[nn.Module]:
 
 def _gelu_of(mlps: list[nn.Module], read: Reader) -> str:
     """Return the form of GELU that all MLPs have. Raises: NotUnderstoodError for another activation, or two forms."""
-    forms = {act.approximate if type(act := mlp._modules.get("act")) is nn.GELU else f"{act}" for mlp in mlps}
+    activations = [mlp._modules.get("act") for mlp in mlps]
+    forms = {act.approximate if type(act) is nn.GELU else f"{act}" for act in activations}
     if not forms <= {"none", "tanh"} or len(forms) > 1:
         raise NotUnderstoodError(f"{read.where('experts')}: got act {sorted(forms)}, expected one form of nn.GELU")
     return "gelu_tanh" if forms == {"tanh"} else "gelu"

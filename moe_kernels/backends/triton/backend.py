@@ -107,8 +107,8 @@ class TritonBackend(Backend):
     def experts(
         self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor]:
-        act, gate_up = experts.up(x, plan, w[::2], w[1::2], save)
-        return experts.rows_times(act, w[1::2], plan, x, k_inner=True)[0], gate_up[0]
+        act, gate_up = experts.up(x, plan, w.gate_up, w.down, save)
+        return experts.rows_times(act, w.down, plan, x, k_inner=True)[0], gate_up[0]
 
     @_on_device
     def experts_bwd(
@@ -137,8 +137,8 @@ class TritonBackend(Backend):
     def moe_mlp(
         self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        act, gate_up = experts.up(x, plan, w[::2], w[1::2], save)
-        y_rows = experts.rows_times(act, w[1::2], plan, x, k_inner=True)
+        act, gate_up = experts.up(x, plan, w.gate_up, w.down, save)
+        y_rows = experts.rows_times(act, w.down, plan, x, k_inner=True)
         return combine.sum_rows(y_rows, plan, torch.empty_like(x), weighted=True), *gate_up
 
     @_on_device
@@ -155,7 +155,7 @@ class TritonBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         saved = (gate_up, shared_gate_up)
         if not gate_up.numel():
-            saved = experts.up(x, plan, w[::2], w[1::2], save=True)[1]
+            saved = experts.up(x, plan, w.gate_up, w.down, save=True)[1]
         return self._backward(dout, x, plan, w, saved, combined=True)
 
     @_on_device
@@ -174,8 +174,8 @@ class TritonBackend(Backend):
     def gated_moe_mlp(
         self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool, residual: Tensor, gate: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        act, gate_up = experts.up(x, plan, w[::2], w[1::2], save)
-        y_rows, y = experts.rows_times(act, w[1::2], plan, x, k_inner=True), torch.empty_like(x)
+        act, gate_up = experts.up(x, plan, w.gate_up, w.down, save)
+        y_rows, y = experts.rows_times(act, w.down, plan, x, k_inner=True), torch.empty_like(x)
         return combine.sum_rows_gated(y_rows, plan, residual, gate, y), *gate_up, y
 
     @_on_device
@@ -185,12 +185,12 @@ class TritonBackend(Backend):
     @staticmethod
     def _backward(dout: Tensor, x: Tensor, plan: RoutingPlan, w: MoEWeights, gate_up: Pair, combined: bool):
         """Return what moe_mlp_bwd returns; without `combined` dout is (R, H), the gradient of y_rows."""
-        dgate_up, act, partials = experts_bwd.dact(dout, x, plan, w[1::2], gate_up, combined)
+        dgate_up, act, partials = experts_bwd.dact(dout, x, plan, w.down, gate_up, combined)
         shapes = w.stacked_shapes(plan.num_experts)
         dgate_up_proj, pending = experts_bwd.dweight(dgate_up, (x, x), plan, shapes[::2], gather=(False, True))
         ddown_proj, more = experts_bwd.dweight((dout, dout), act, plan, shapes[1::2], gather=(combined, False))
         sum_in_order(*pending, *more)
-        dx_rows = experts.rows_times(dgate_up, w[::2], plan, x, k_inner=False)
+        dx_rows = experts.rows_times(dgate_up, w.gate_up, plan, x, k_inner=False)
         drow_weight = torch.empty_like(plan.row_weight)
         dx = combine.sum_rows(dx_rows, plan, torch.empty_like(x), False, partials, drow_weight)
         return dx, drow_weight, dgate_up_proj[0], ddown_proj[0], dgate_up_proj[1], ddown_proj[1]
