@@ -88,7 +88,7 @@ Biases biases_of(const char* name, const BiasViews& views, const MoeSizes& s) {
   return {found[0], found[1], found[2], found[3]};
 }
 
-// An activation as moe_kernels/activation.py spells it, with its numbers: "clamped_swiglu(limit=7.0, alpha=1.7, shift=1.0)".
+// An activation as moe_kernels/activation.py spells it: "clamped_swiglu(limit=7.0, alpha=1.7, shift=1.0)" has numbers.
 void set_function(const std::string& spelled, MoeSizes& s, ExpertTable& w) {
   const std::string clamped = "clamped_swiglu(";
   if (spelled == "gelu_tanh") {

@@ -165,7 +165,7 @@ def test_fakes_of_inputs_that_lie_by_columns_have_the_strides_of_results(backend
     calls = (
         (ops.combine.default, (rows, plan.tensors(), by_columns, backend)),
         (ops.combine_bwd.default, (by_columns, rows, plan.tensors(), backend)),
-        (ops.experts.default, (by_columns, plan.tensors(), *of_experts, "swiglu", "gate_up", True, backend)),
+        (ops.experts.default, (by_columns, plan.tensors(), *of_experts, [], [], "swiglu", "gate_up", True, backend)),
     )
     for func, args in calls:
         torch.library.opcheck(func, args, test_utils="test_faketensor")

@@ -159,7 +159,7 @@ def cut(t: Tensor, nbytes: int) -> Tensor:
 def bytes_for(w: MoEWeights) -> int:
     """Ask for the workspace of a forward, which checks all arguments and computes nothing."""
     plan = cuda.empty_plan(torch.device("cpu"), 4, 2, 8)
-    return cuda._c.moe_mlp_fwd_workspace_bytes(torch.zeros(4, 8), plan.tensors(), w, "swiglu", False)
+    return cuda._c.moe_mlp_fwd_workspace_bytes(torch.zeros(4, 8), plan.tensors(), w.matrices, "swiglu", False)
 
 
 @on_fibers
