@@ -51,7 +51,7 @@ def balance_over_ranks(model: nn.Module) -> int:
     if not layers:
         raise ValueError(f"model: got {type(model).__name__} without a MoELayer, expected one or more")
     for name, layer in layers.items():
-        if not isinstance(layer.router, TokenChoice):
+        if type(layer.router) not in (TokenChoice, TokenChoiceOverRanks):  # a subclass may route another way
             kind = type(layer.router).__name__
             raise TypeError(f"model: got router {kind} in {name or 'the root'}, expected TokenChoice")
     for layer in layers.values():
