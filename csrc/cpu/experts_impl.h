@@ -48,6 +48,14 @@ inline int64_t block_panels(int64_t k) {
   return panels_in_l2(2 * items_of<C>(k), NR);
 }
 
+// Panels packed in one pass over a weight: a block, and at least kPassPanels where columns lie side by side. A pass
+// reads that many columns of every k, whose rows of memory may lie a page apart: a single panel's are half a line.
+template <class C>
+inline int64_t pass_panels(int64_t k, bool k_major) {
+  const int64_t width = block_panels<C>(k);
+  return k_major ? width * ceil_div(kPassPanels, width) : width;
+}
+
 template <class C>
 void gather(const Group& g, const void* source, void* target, int64_t begin, int64_t end) {
   using Store = typename C::Store;
@@ -106,18 +114,21 @@ inline void up_of(const Group& g, const Function& function, int64_t panel_begin,
   using Store = typename C::Store;
   constexpr bool glu = Function::kGated;
   const int64_t items = items_of<C>(g.H), step = glu ? W : NR, width = block_panels<C>(g.H);
+  const int64_t pass = pass_panels<C>(g.H, over_inputs<C>(g.up_proj).k_major);
+  const uint32_t* packed = static_cast<const uint32_t*>(g.packed_gate_up_proj);
+  int64_t packed_begin = 0, packed_end = packed ? panel_end : panel_begin;  // which panels stand in `packed`
   for (int64_t begin = panel_begin; begin < panel_end; begin += width) {
     const int64_t end = min64(panel_end, begin + width), more = min64(panel_end, end + width) - end;
-    const uint32_t* packed = static_cast<const uint32_t*>(g.packed_gate_up_proj);
-    Ahead ahead(Tiles(g.rows).count * (end - begin));
-    if (packed) {
-      packed += begin * items * NR;
-      ahead.contiguous(packed + (end - begin) * items * NR, more * items * NR * 4);
-    } else {
-      pack_gate_up_proj<C>(g, begin, end, scratch);
+    if (begin == packed_end) {
+      packed_begin = begin, packed_end = min64(panel_end, begin + pass);
+      pack_gate_up_proj<C>(g, packed_begin, packed_end, scratch);
       packed = static_cast<const uint32_t*>(scratch);
-      gate_up_ahead<C>(ahead, g, end * step, min64(more * step, g.I - end * step));
     }
+    Ahead ahead(Tiles(g.rows).count * (end - begin));
+    if (end < packed_end)
+      ahead.contiguous(packed + (end - packed_begin) * items * NR, more * items * NR * 4);
+    else if (more > 0)
+      gate_up_ahead<C>(ahead, g, end * step, min64(more * step, g.I - end * step));
     const auto start = [&](int64_t p, int rows, float* tile) {
       if (!g.gate_up_bias) return false;
       const int64_t column = (begin + p) * step, n = g.I - column;
@@ -150,8 +161,8 @@ inline void up_of(const Group& g, const Function& function, int64_t panel_begin,
         store(kept + r * g.halves() * g.I + (glu ? g.I : W), second, glu ? n : n - W);
       }
     };
-    rows_by_panels<C>(items_at<C>(g.x, 0), g.ld_h / C::kPair, g.rows, packed, items, items, end - begin, ahead, start,
-                      prefetch, finish);
+    rows_by_panels<C>(items_at<C>(g.x, 0), g.ld_h / C::kPair, g.rows, packed + (begin - packed_begin) * items * NR,
+                      items, items, end - begin, ahead, start, prefetch, finish);
   }
 }
 

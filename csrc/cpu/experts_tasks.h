@@ -21,8 +21,6 @@ inline Compute compute_of(Dtype dtype) {
   return kernels().has_bf16_pairs ? Compute::kBFloat16Pairs : Compute::kBFloat16Widened;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline void* at(void* base, int64_t elements, Dtype dtype) {
   return base ? static_cast<char*>(base) + elements * dtype_bytes(dtype) : nullptr;
 }

@@ -120,6 +120,10 @@ int64_t scratch_bytes(int64_t H, int64_t I);
 constexpr int64_t kChunkItems = 512;
 constexpr int64_t kGradFeatures = 384;      // features of a weight-gradient block over more than one chunk of rows
 
+constexpr int64_t kPassPanels = 4;          // packed at once, at least, of a weight whose columns lie side by side
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Panels of `items` k steps that one task packs: blocking().panel_bytes of them, one at least.
 inline int64_t panels_in_l2(int64_t items, int64_t panel_floats) {
   const int64_t panels = blocking().panel_bytes / (items * panel_floats * 4);

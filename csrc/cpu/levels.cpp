@@ -60,7 +60,7 @@ const Kernels& kernels() {
 int64_t scratch_bytes(int64_t H, int64_t I) {
   constexpr int64_t kMaxPanel = 32, kMaxRows = 16, kMaxTilesPacked = 4, kSlack = 4096;
   const int64_t panel_bytes = blocking().panel_bytes;
-  const int64_t whole_k_panel = (H > I ? H : I) * kMaxPanel * 4;
+  const int64_t whole_k_panel = (H > I ? H : I) * kMaxPanel * 4 * kPassPanels;
   const int64_t forward = (panel_bytes > whole_k_panel ? panel_bytes : whole_k_panel) + kSlack;
   const int64_t sums = (kGradFeatures + kMaxRows) * (panel_bytes / kChunkItems + kMaxPanel * 4);
   const int64_t grads = sums + panel_bytes + kMaxTilesPacked * (kMaxRows * kChunkItems + kMaxPanel) * 4 + kSlack;

@@ -18,20 +18,25 @@ inline void zip(vh2 even, vh2 odd, uint32_t* out) {
 }
 
 // Panels of a K-major source, n valid columns, k_valid valid k: item (k, c) of the panel from source[k * ld + c], or
-// the pair (2k, c), (2k + 1, c). Row by row: the source is read as it lies in memory. width = W fills
-// half of each panel.
+// the pair (2k, c), (2k + 1, c). width = W fills half of each panel. Rows of the source may lie a page apart: so many
+// of them are read for all panels before the next, which are asked for meanwhile, as the TLB of first level knows.
 template <class C, int width = NR, class S>
 inline void pack_natural(const S* source, int64_t ld, int64_t k_valid, int64_t n, int64_t panels, int64_t panel_items,
                          uint32_t* out) {
-  for (int64_t k = 0; k < k_valid; k += C::kPair, source += C::kPair * ld, out += NR)
+  constexpr int64_t kRows = 32;
+  for (; k_valid > 0; k_valid -= kRows, source += kRows * ld, out += kRows / C::kPair * NR)
     for (int64_t p = 0; p < panels; ++p) {
+      const int64_t c = p * width, rows = k_valid < kRows ? k_valid : kRows;
+      const S* from = source + c;
       uint32_t* to = out + p * panel_items * NR;
-      const int64_t c = p * width;
-      if constexpr (C::kPair == 1) {
-        storeu(to, load(source + c, n - c));
-        if constexpr (width == NR) storeu(to + W, load(source + c + W, n - c - W));
-      } else {
-        zip<width>(load_n<vh2>(source + c, n - c), k + 1 < k_valid ? load_n<vh2>(source + ld + c, n - c) : vh2{}, to);
+      for (int64_t k = 0; k < rows; k += C::kPair, from += C::kPair * ld, to += NR) {
+        __builtin_prefetch(from + kRows * ld);
+        if constexpr (C::kPair == 1) {
+          storeu(to, load(from, n - c));
+          if constexpr (width == NR) storeu(to + W, load(from + W, n - c - W));
+        } else {
+          zip<width>(load_n<vh2>(from, n - c), k + 1 < rows ? load_n<vh2>(from + ld, n - c) : vh2{}, to);
+        }
       }
     }
 }
