@@ -151,8 +151,8 @@ def _check_extras(path: str, block: nn.Module, family: Family) -> None:
             expected = ", ".join(family.parts)
             raise ValueError(f"{path}: got a parameter or buffer {name}, expected those of {expected} alone")
     for name, module in block.named_modules():
-        in_adapter = ".lora_dropout." in f".{name}."
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p and not in_adapter:
+        read = ".lora_dropout." in f".{name}." or name.rpartition(".")[2] in family.dropouts  # at every call
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p and not read:
             raise ValueError(f"{path}.{name}: got {module}, expected no dropout")
 
 
