@@ -103,7 +103,6 @@ BLOCKS = [
     Case("DSMoE alone", lambda: standins.DSMoE(False), x_and(), call=by_position),
     Case("DSMoE biases", lambda: standins.DSMoE(bias=True), x_and(), call=by_position),
     Case("JiTMoE", standins.JiTMoE, x_and(), call=by_position),
-    Case("JiTMoE alone", lambda: standins.JiTMoE(False), x_and(), call=by_position),
     Case("MAGI-2", standins.CoreMultiHeadMoE, heads),
     Case("ProMoE", standins.ProMoE, LABELLED, call=all_results),
     Case(
