@@ -73,11 +73,11 @@ class ProMoE(Family):
         plan = ops.dispatch(torch.where(null, block.num_experts - 1, ids), best, block.num_experts, backend)
         if not block.training:
             return Routed(tokens, plan)
-        return Routed(tokens, plan, _sum(self._losses(block, tokens, weights.flatten(0, 1), ids, ~null, len(x))))
+        return Routed(tokens, plan, self._loss(block, tokens, weights.flatten(0, 1), ids, ~null, len(x)))
 
-    def _losses(
+    def _loss(
         self, block: nn.Module, x: Tensor, weights: Tensor, ids: Tensor, labelled: Tensor, images: int
-    ) -> list[Tensor]:
+    ) -> Tensor | None:
         picks = torch.zeros_like(weights, dtype=torch.bool).scatter(1, ids, True) & labelled
         losses = []
         if block.alpha > 0:
@@ -88,7 +88,7 @@ class ProMoE(Family):
             if not block.use_top_k_for_routing_contrastive:
                 picks = torch.zeros_like(picks).scatter(1, ids[:, :1], True) & labelled
             losses.append(_contrastive_loss(block, x, picks, 1))
-        return losses
+        return sum(losses) if losses else None
 
     def result(self, block: nn.Module, y: Tensor, x: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return y.view(x.shape).to(torch.promote_types(x.dtype, torch.float32)), extra
@@ -112,17 +112,15 @@ class ProMoEByExpert(ProMoE):
         weights, null = _scored(block, x, labels, over=1)
         (B, S, E), N = weights.shape, block.num_experts
         weight, token = weights.mT.topk(max(1, min(int((S / E) * block.top_k), S)), -1, sorted=False)  # (B, E, C)
-        images = torch.arange(0, B * S, S, device=x.device)
-        rows = torch.arange(E, device=x.device)[:, None].expand_as(token)
-        rows = torch.where(null[..., None], N, rows)  # expert N: no row
-        token = token + images[:, None, None]
-        parts = [(weight, token, rows)]
+        token = token + torch.arange(0, B * S, S, device=x.device)[:, None, None]
+        expert = torch.where(null[..., None], N, torch.arange(E, device=x.device)[:, None]).expand_as(token)
+        rows = [(weight, token, expert)]  # those of expert N are none
         if block.use_uncond_expert:
             every = torch.arange(B * S, device=x.device).view(B, S)
-            parts.append((torch.ones_like(every, dtype=weight.dtype), every, torch.where(null, N - 1, N).expand(B, S)))
-        plan = ops.dispatch_rows(
-            *(torch.cat([t.flatten() for t in kind]) for kind in zip(*parts, strict=True)), B * S, N
-        )
+            last = torch.where(null, N - 1, N).expand(B, S)
+            rows.append((torch.ones_like(every, dtype=weight.dtype), every, last))
+        rows = (torch.cat([t.flatten() for t in kind]) for kind in zip(*rows, strict=True))
+        plan = ops.dispatch_rows(*rows, B * S, N)
         tokens, loss = x.reshape(-1, x.shape[-1]), None
         if block.training and block.routing_contrastive_lam > 0:
             picks = torch.zeros(E, B * S, dtype=torch.bool, device=x.device)
@@ -159,7 +157,3 @@ def _load_balance_loss(probabilities: Tensor, picks: Tensor, labelled: Tensor, g
     counts = labelled.sum(1)  # (groups, 1)
     P, f = (P * labelled).sum(1) / counts.clamp(min=1), f.sum(1) / (K * counts.clamp(min=1))
     return E * (P * f).sum() / (counts > 0).sum().clamp(min=1)
-
-
-def _sum(losses: list[Tensor]) -> Tensor | None:
-    return sum(losses[1:], losses[0]) if losses else None
