@@ -145,7 +145,7 @@ class CoreMultiHeadMoE(nn.Module):
         self.num_heads, self.num_experts, self.d_head, self.topk, self.ep_size = heads, E, D, K, 1
         self.gate = nn.Parameter(torch.randn(N, D))
         self.W_gate, self.W_up = (nn.Parameter(torch.randn(N, D, I)) for _ in range(2))  # some beyond the clamp
-        self.W_down = nn.Parameter(torch.randn(N, I, D) / I**0.5)
+        self.W_down = nn.Parameter(torch.randn(N, I, D) / I)  # small: gradients of squares fit into float16
         self.router = nn.Module()
         self.router.register_buffer("expert_bias", torch.linspace(-0.2, 0.2, N))
         self.router.register_buffer("expert_bias_ema", torch.zeros(N))
