@@ -28,6 +28,7 @@ class Family:
     classes: ClassVar[tuple[str, ...]] = ()  # names of the blocks' classes
     attributes: ClassVar[tuple[tuple[str, Any], ...]] = ()  # what a block must have: (dotted name, type or types)
     parts: ClassVar[tuple[str, ...]] = ("gate", "experts", "shared_experts")  # whose parameters the block computes with
+    dropouts: ClassVar[tuple[str, ...]] = ()  # of MLPs, that `experts` refuses while they are at work
     block_class: ClassVar[type | None] = None  # where a block offers more than the original's forward
 
     @property
@@ -67,8 +68,11 @@ class Family:
         """Return what the block's forward returns, from y (T, H), the shared expert included."""
         return y.view(x.shape).to(x.dtype)
 
-    def trial(self, block: nn.Module, x: Tensor) -> tuple[Any, ...]:
-        """Return the arguments of a trial call for random tokens x (2, 8, H); x alone unless a family takes more."""
+    def trial(self, block: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
+        """Return the arguments of a trial call for random tokens x (2, 8, H), x alone unless a family takes more.
+
+        None where a copy of the block cannot be tried.
+        """
         return (x,)
 
     def differentiates(self, block: nn.Module) -> bool:

@@ -43,7 +43,7 @@ def try_block(block: nn.Module, config: BlockConfig, hidden_size: int) -> None:
     """Compare our forward with the block's own on random tokens, in float32, in eval, with random weights.
 
     Random, for a model may be on its way to its checkpoint: zeros would hide a difference, and empty memory is no
-    number. Nothing is tried on meta or under fake tensors.
+    number. Nothing is tried on meta or under fake tensors, nor where a family has no trial.
 
     Raises: ValueError naming the path, with the difference.
     """
@@ -52,24 +52,26 @@ def try_block(block: nn.Module, config: BlockConfig, hidden_size: int) -> None:
     original = original_class(block) if isinstance(block, MoEBlock) else type(block)
     config = dataclasses.replace(config, on_trial=True)
     with torch.inference_mode(False), torch.no_grad(), _full_precision(next(block.parameters()).device.type):
-        trial = _copy(block, config.path)
         generator = torch.Generator().manual_seed(0)
+        x = torch.randn(*TOKENS, hidden_size, generator=generator, device="cpu")
+        arguments = config.family.trial(block, x.to(next(block.parameters()).device))
+        if arguments is None:
+            return
+        trial = _copy(block, config.path)
         _draw(trial, generator)
-        device = next(trial.parameters()).device
-        x = torch.randn(*TOKENS, hidden_size, generator=generator, device="cpu").to(device)
-        arguments = config.family.trial(trial, x)
         trial.__class__ = original
-        expected = _tensor(_call(trial, arguments, config.path), config.path)
+        expected = _call(trial, arguments, config.path)
         trial.moe_config, trial.__class__ = config, replaced_class(original, config.family)
-        got = _tensor(_call(trial, arguments, config.path), config.path)
-    if got.shape != expected.shape:
-        raise ValueError(f"{config.path}: its forward returned shape {tuple(expected.shape)}, expected {got.shape}")
-    difference, size = (got - expected).norm(), expected.norm()
-    if not difference <= ERROR * size:
-        raise ValueError(
-            f"{config.path}: its own forward differs from what its attributes say by {float(difference / size):.1e} of "
-            f"its norm on random tokens, expected that of {config.family.name}"
-        )
+        got = _call(trial, arguments, config.path)
+    if shapes_of(got) != shapes_of(expected):
+        raise ValueError(f"{config.path}: its forward returned {shapes_of(expected)}, expected {shapes_of(got)}")
+    for ours, theirs in zip(_tensors(got), _tensors(expected), strict=True):
+        difference, size = (ours - theirs).norm(), theirs.norm()
+        if not difference <= ERROR * size:
+            raise ValueError(
+                f"{config.path}: its own forward differs from what its attributes say by "
+                f"{float(difference / size):.1e} of its norm on random tokens, expected that of {config.family.name}"
+            )
 
 
 @contextmanager
@@ -117,7 +119,12 @@ def _call(block: nn.Module, arguments: tuple[Any, ...], path: str) -> Any:
         raise ValueError(f"{path}: its forward failed on x of shape {shape} ({what}), expected (..., H)") from error
 
 
-def _tensor(result: Any, path: str) -> Tensor:
-    if not isinstance(result, Tensor):
-        raise ValueError(f"{path}: its forward returned a {type(result).__name__}, expected a tensor of the shape of x")
-    return result
+def shapes_of(result: Any) -> str:
+    """Say what a forward returned: a tensor's shape, those in a tuple."""
+    if isinstance(result, tuple):
+        return f"({', '.join(map(shapes_of, result))})"
+    return f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, Tensor)]

@@ -100,6 +100,27 @@ class Reader:
                 found.append(vectors if all(given) else None)
         return Biases(*found) if any(found) else None
 
+    def refuse_dropout(self, block: nn.Module, name: str, layer: str) -> None:
+        """Refuse MLPs, read by `mlps`, whose dropout `layer` is at work."""
+        mlps, path = self._mlps(block, name)
+        for key, mlp in mlps.items():
+            dropout = mlp._modules[layer]
+            if dropout.training and dropout.p:
+                raise NotUnderstoodError(f"{path}.{key}.{layer}: got {dropout} in training, expected none at work")
+
+    def gelu(self, block: nn.Module, names: tuple[str, ...], layer: str) -> str:
+        """Return the form of GELU that all MLPs have in `layer`: an activation of `moe_mlp`.
+
+        Raises: NotUnderstoodError for another activation, or two forms.
+        """
+        activations = [mlp._modules.get(layer) for name in names for mlp in self._mlps(block, name)[0].values()]
+        forms = {act.approximate if type(act) is nn.GELU else f"{act}" for act in activations}
+        if not forms <= {"none", "tanh"} or len(forms) > 1:
+            raise NotUnderstoodError(
+                f"{self.where(names[0])}: got {layer} {sorted(forms)}, expected one form of nn.GELU in all"
+            )
+        return "gelu_tanh" if forms == {"tanh"} else "gelu"
+
     def linear(self, block: nn.Module, name: str) -> Tensor:
         """Return W of a linear layer, LoRA included."""
         return weight_of(self.find(block, name), self.where(name))
@@ -154,6 +175,12 @@ def activation_of(mlp: nn.Module) -> Any:
         return own["act_fn"]
     module = own["_modules"].get("act_fn")
     return None if module is None else type(module)
+
+
+def halves(matrices: Sequence[Tensor], up_first: bool = False) -> list[Tensor]:
+    """Return [gate_0, up_0, gate_1, ...] of matrices or vectors whose halves are [gate; up], or [up; gate]."""
+    pairs = (both.chunk(2) for both in matrices)
+    return [half for pair in pairs for half in (pair[::-1] if up_first else pair)]
 
 
 def unequal(path: str, weights: tuple[Matrices, ...], dtype: torch.dtype, device: torch.device) -> str:

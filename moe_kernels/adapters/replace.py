@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -151,8 +151,8 @@ def _check_extras(path: str, block: nn.Module, family: Family) -> None:
             expected = ", ".join(family.parts)
             raise ValueError(f"{path}: got a parameter or buffer {name}, expected those of {expected} alone")
     for name, module in block.named_modules():
-        in_adapter = ".lora_dropout." in f".{name}."
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p and not in_adapter:
+        read = ".lora_dropout." in f".{name}." or name.rpartition(".")[2] in family.dropouts  # at every call
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p and not read:
             raise ValueError(f"{path}.{name}: got {module}, expected no dropout")
 
 
@@ -163,12 +163,16 @@ def lay_out(experts: Experts) -> None:
     """
     with torch.inference_mode(False), torch.no_grad():
         for kind in filter(None, experts.weights):
-            if not all(type(t) is nn.Parameter and t.is_leaf for t in kind):
-                continue
-            if len(kind) == 1:
-                if "in_out" in experts.layout:
-                    kind[0].data = kind[0].data.transpose(-1, -2).contiguous().transpose(-1, -2)
-                continue
-            together = torch.stack([t.detach() for t in kind])
-            for parameter, place in zip(kind, together.unbind(), strict=True):
-                parameter.data = own_storage(place)
+            if "in_out" in experts.layout:
+                for stack in _stacks(kind):
+                    stack.data = stack.data.transpose(-1, -2).contiguous().transpose(-1, -2)
+            elif len(kind) > 1 and all(type(t) is nn.Parameter and t.is_leaf for t in kind):
+                together = torch.stack([t.detach() for t in kind])
+                for parameter, place in zip(kind, together.unbind(), strict=True):
+                    parameter.data = own_storage(place)
+
+
+def _stacks(kind: Sequence[torch.Tensor]) -> list[nn.Parameter]:
+    """Return the stacked parameters among, or behind, the matrices of a kind."""
+    owners = {id(owner): owner for t in kind for owner in (t if t._base is None else t._base,)}
+    return [p for p in owners.values() if type(p) is nn.Parameter and p.is_leaf and p.dim() == 3]

@@ -25,7 +25,7 @@ class DSMoE(Family):
     )
 
     def experts(self, block: nn.Module, read: Reader) -> Experts:
-        names = ("experts.blocks", "shared_experts")[: 1 + block.use_shared_expert]
+        names = mlps_of(block)
         weights = [kind for name in names for kind in read.mlps(block, name, KINDS, biased=True)]
         return Experts(*weights, biases=read.biases(block, names, KINDS))
 
@@ -36,3 +36,8 @@ class DSMoE(Family):
     def result(self, block: nn.Module, y: Tensor, x: Tensor, extra: Any) -> Tensor:
         y = super().result(block, y, x, extra)
         return y if block.use_shared_expert else y + x
+
+
+def mlps_of(block: nn.Module) -> tuple[str, ...]:
+    """Return where the MLPs are: those of the routed experts, and the shared one where there is one."""
+    return ("experts.blocks", "shared_experts")[: 1 + block.use_shared_expert]

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from ...ops import dispatch_rows
 from ..family import Family, Routed
-from ..linear import NotUnderstoodError
 from ..reading import Experts, Reader
 
 KINDS = ("gate_proj", "up_proj", "down_proj")
@@ -36,10 +35,9 @@ class ECDiT(Family):
 
     def experts(self, block: nn.Module, read: Reader) -> Experts:
         names = "experts", "shared_experts"
-        mlps = [mlp for name in names for mlp in _mlps_of(block, name)]
-        kinds = MLP if all("fc1" in mlp._modules for mlp in mlps) else KINDS
+        kinds = MLP if "fc1" in block.experts[0]._modules else KINDS
         weights = [kind for name in names for kind in read.mlps(block, name, kinds, biased=True)]
-        activation = _gelu_of(mlps, read) if kinds == MLP else "swiglu"
+        activation = read.gelu(block, names, "act") if kinds == MLP else "swiglu"
         return Experts(*weights, activation=activation, biases=read.biases(block, names, kinds))
 
     def route(self, block: nn.Module, backend: str, x: Tensor) -> Routed:
@@ -51,17 +49,3 @@ class ECDiT(Family):
         expert = torch.arange(E, device=x.device)[:, None].expand(B, E, token.shape[2])
         rows = weight.flatten(), token.flatten(), expert.flatten()
         return Routed(x.reshape(-1, H), dispatch_rows(*rows, B * S, E))
-
-
-def _mlps_of(block: nn.Module, name: str) -> list[nn.Module]:
-    module = block._modules.get(name)
-    return list(module) if isinstance(module, nn.ModuleList) else [] if module is None else [module]
-
-
-def _gelu_of(mlps: list[nn.Module], read: Reader) -> str:
-    """Return the form of GELU that all MLPs have. Raises: NotUnderstoodError for another activation, or two forms."""
-    activations = [mlp._modules.get("act") for mlp in mlps]
-    forms = {act.approximate if type(act) is nn.GELU else f"{act}" for act in activations}
-    if not forms <= {"none", "tanh"} or len(forms) > 1:
-        raise NotUnderstoodError(f"{read.where('experts')}: got act {sorted(forms)}, expected one form of nn.GELU")
-    return "gelu_tanh" if forms == {"tanh"} else "gelu"

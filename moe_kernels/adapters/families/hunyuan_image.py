@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ... import ops
 from ..family import Family, Routed
 from ..linear import NotUnderstoodError
-from ..reading import Experts, Reader
+from ..reading import Experts, Reader, halves
 
 
 class HunyuanImage(Family):
@@ -34,4 +34,4 @@ def _mlps(block: nn.Module, name: str, read: Reader) -> tuple[list[Tensor], list
     both, down = read.mlps(block, name, ("gate_and_up_proj", "down_proj"))
     if both is None:
         return None, None
-    return [half for weight in both for half in reversed(weight.chunk(2))], down
+    return halves(both, up_first=True), down

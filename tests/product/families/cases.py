@@ -37,6 +37,7 @@ class Case:
     arguments: Callable[[], Arguments]
     blocks: int = 1
     call: Callable[[nn.Module, Arguments], Tensor] = lambda module, arguments: module(**arguments)
+    training: bool = False  # where the block computes something else in training
     several: bool = False  # no token with one pick: normalised weights have no gradient there, only its rounding
 
     def __str__(self) -> str:
@@ -75,6 +76,17 @@ def picks() -> Arguments:
     return {"hidden_states": x, "top_k_index": ids, "top_k_weights": weights}
 
 
+def heads() -> Arguments:
+    return {"x": sample(torch.randn, S, 3 * H // 2)}
+
+
+def all_results(module: nn.Module, arguments: Arguments) -> Tensor:
+    """Return (B, S, ...): what a block returns beside y behind it, a loss as a column; None is nothing."""
+    y, *more = (t for t in module(*arguments.values()) if t is not None)
+    return torch.cat([y, *(t.to(y.dtype).expand(B, S, -1 if t.dim() else 1) for t in more)], -1)
+
+
+LABELLED = x_and(labels=lambda: torch.tensor([3, 1000, 5], device=DEVICE)[:B])
 NUCLEUS = x_and(unmodulated=lambda: sample(torch.randn, B, S, H), timestep=lambda: sample(torch.randn, B, H))
 BLOCKS = [
     Case("HiDream block", hidream_block, x_and()),
@@ -90,6 +102,39 @@ BLOCKS = [
     Case("DSMoE", standins.DSMoE, x_and(), call=by_position),
     Case("DSMoE alone", lambda: standins.DSMoE(False), x_and(), call=by_position),
     Case("DSMoE biases", lambda: standins.DSMoE(bias=True), x_and(), call=by_position),
+    Case("JiTMoE", standins.JiTMoE, x_and(), call=by_position),
+    Case("MAGI-2", standins.CoreMultiHeadMoE, heads),
+    Case("ProMoE", standins.ProMoE, LABELLED, call=all_results),
+    Case(
+        "ProMoE 2, in training",
+        lambda: standins.ProMoE("softmax", 2, alpha=0.1, use_top_k_for_routing_contrastive=False),
+        LABELLED,
+        call=all_results,
+        training=True,
+    ),
+    Case(
+        "ProMoE without, in training",
+        lambda: standins.ProMoE("sigmoid", 2, null=False, shared=False, alpha=0.1, seq_aux=True),
+        x_and(labels=lambda: torch.arange(B, device=DEVICE)),
+        call=all_results,
+        training=True,
+    ),
+    Case("ProMoE by expert", lambda: standins.ProMoEByExpert("softmax", 2), LABELLED, call=all_results),
+    Case(
+        "ProMoE by expert, in training",
+        standins.ProMoEByExpert,
+        LABELLED,
+        call=all_results,
+        training=True,
+    ),
+    Case("DiffMoE", standins.DiffMoE, x_and(), call=all_results),
+    Case(
+        "DiffMoE in training",
+        lambda: standins.DiffMoE(form=None),
+        x_and(),
+        call=all_results,
+        training=True,
+    ),
     Case("EC-DiT", standins.SparseMoEBlock, x_and()),
     Case("EC-DiT MLP", lambda: standins.SparseMoEBlock(form="tanh"), x_and()),
     Case("Hunyuan", standins.HunyuanMoE, x_and(), call=by_position),
@@ -275,7 +320,7 @@ def computed(
     The originals compute in training where only that gives gradients.
     """
     module, arguments = build(case, with_equal_picks(case, seed, dtype), dtype)
-    module.train(training)
+    module.train(training or case.training)
     if how == "oracle":
         module, arguments = as_oracle(module, arguments)
     if how in ("oracle", "loop"):
