@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from types import ModuleType
@@ -20,6 +20,7 @@ from ..weights import MoEWeights
 from ._device import tf32_allowed, unfit_devices
 from ._views import TAGS, empty_plan
 from .base import Backend, Request
+from .kept import Kept
 
 FIBERS = "MOE_KERNELS_FIBERS"  # path of the module that runs the same sources on CPU tensors, for tests
 ALIGNMENT = 16  # bytes of one access of the kernels
@@ -47,7 +48,8 @@ def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def run(self: CudaBackend, *args: Any) -> Any:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        args = map(_aligned, args)
+        if _misaligned(args):
+            args = map(_aligned, args)
         if device.type != "cuda":
             return method(self, *args)
         with nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
@@ -55,6 +57,16 @@ def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args)
 
     return run
+
+
+def _misaligned(args: Iterable[Any]) -> bool:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.data_ptr() % ALIGNMENT:
+                return True
+        elif type(arg) is MoEWeights and _misaligned(arg):
+            return True
+    return False
 
 
 def _aligned(value: Any) -> Any:
@@ -74,6 +86,15 @@ def _workspace(nbytes: int, like: Tensor) -> Tensor:
     return like.new_empty(-(-nbytes // 4), dtype=torch.float32)
 
 
+def _allocator(like: Tensor) -> Callable[[int], Tensor]:
+    """Return what the extension asks for memory, once it knows how much."""
+
+    def allocate(words: int) -> Tensor:
+        return like.new_empty(words, dtype=torch.int32)
+
+    return allocate
+
+
 def _tf32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and tf32_allowed()
 
@@ -86,6 +107,7 @@ class CudaBackend(Backend):
     """
 
     name = "cuda"
+    fuses_token_choice = True
     reads = "indexed"
 
     def why_not(self) -> str:
@@ -294,6 +316,46 @@ class CudaBackend(Backend):
         return dx, drow_weight, *grads
 
     @_on_device
+    def token_choice(
+        self, x: Tensor, gate_weight: Tensor, w: MoEWeights, top_k: int, activation: str, keep_gate_up: bool
+    ) -> tuple[Tensor, Kept]:
+        out = torch.empty_like(x)
+        memory, offsets = _c.token_choice_fwd(
+            x, _wide(gate_weight), w.matrices, top_k, activation, _tf32(x), keep_gate_up, out,
+            _allocator(x), _stream(x),
+        )  # fmt: skip
+        kept = Kept(memory, offsets)
+        if not x.is_cuda:
+            _expect_finite(kept, x, gate_weight)
+        return out, kept
+
+    @_on_device
+    def token_choice_bwd(
+        self,
+        dout: Tensor,
+        dprobs: Tensor | None,
+        x: Tensor,
+        gate_weight: Tensor,
+        w: MoEWeights,
+        kept: Kept,
+        top_k: int,
+        activation: str,
+        kept_gate_up: bool,
+        router: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+        weight, dx = _wide(gate_weight), torch.empty_like(x)
+        shapes = w.stacked_shapes(gate_weight.shape[0])
+        grads = [*(x.new_empty(*shape) for shape in shapes), *[None] * (4 - len(shapes))]
+        dx_router, dgate_weight = (torch.empty_like(x), torch.empty_like(weight)) if router else (None, None)
+        _c.token_choice_bwd(
+            dout, dprobs, x, weight, w.matrices, kept.memory, top_k, activation, _tf32(x), kept_gate_up, dx,
+            *grads, dx_router, dgate_weight, _allocator(x), _stream(x),
+        )  # fmt: skip
+        if router:
+            dx, dgate_weight = dx.add_(dx_router), dgate_weight.to(gate_weight.dtype)
+        return dx, dgate_weight, *grads
+
+    @_on_device
     def gated_residual_bwd(self, dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         dy, dgate = torch.empty_like(y), torch.empty_like(gate)
         nbytes = _c.gated_residual_bwd_workspace_bytes(gate.shape[0], *y.shape)
@@ -306,6 +368,10 @@ def _scores(x: Tensor, T: int, gate_weight: Tensor, top_k: int) -> tuple[Tensor,
     topk_weights = x.new_empty(T, top_k, dtype=torch.float32)
     probs = x.new_empty(T, gate_weight.shape[0], dtype=torch.float32)
     return topk_weights, x.new_empty(T, top_k, dtype=torch.int32), probs
+
+
+def _expect_finite(kept: Kept, x: Tensor, gate_weight: Tensor) -> None:
+    _checks.finite(kept.probs(x.shape[0], gate_weight.shape[0]))
 
 
 def _wide(gate_weight: Tensor) -> Tensor:
