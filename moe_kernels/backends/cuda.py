@@ -47,8 +47,8 @@ def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def run(self: CudaBackend, *args: Any) -> Any:
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        if _misaligned(args):
+        device, aligned = _look(args)
+        if not aligned:
             args = map(_aligned, args)
         if device.type != "cuda":
             return method(self, *args)
@@ -59,14 +59,17 @@ def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _misaligned(args: Iterable[Any]) -> bool:
+def _look(args: Iterable[Any]) -> tuple[torch.device, bool]:
+    """Return the device of the tensors, and whether they start at multiples of 16 bytes."""
+    found = None
     for arg in args:
         if isinstance(arg, Tensor):
             if arg.data_ptr() % ALIGNMENT:
-                return True
-        elif type(arg) is MoEWeights and _misaligned(arg):
-            return True
-    return False
+                return arg.device, False
+            found = arg
+        elif type(arg) is MoEWeights and not _look(arg)[1]:
+            return arg.down_proj.device, False
+    return found.device, True
 
 
 def _aligned(value: Any) -> Any:
@@ -302,8 +305,7 @@ class CudaBackend(Backend):
         needed: Sequence[bool] = (True,) * 4,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
-        shapes = w.stacked_shapes(plan.num_experts)
-        grads = [*(x.new_empty(*shape) for shape in shapes), *[None] * (4 - len(shapes))]
+        grads = _empty_gradients(w, plan.num_experts)
         saved = [t if t.numel() else None for t in (gate_up, shared_gate_up)]
         inputs, how = (x, plan.tensors(), w.matrices), (activation, _tf32(x))
         workspace = _workspace(
@@ -343,9 +345,7 @@ class CudaBackend(Backend):
         kept_gate_up: bool,
         router: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
-        weight, dx = _wide(gate_weight), torch.empty_like(x)
-        shapes = w.stacked_shapes(gate_weight.shape[0])
-        grads = [*(x.new_empty(*shape) for shape in shapes), *[None] * (4 - len(shapes))]
+        weight, dx, grads = _wide(gate_weight), torch.empty_like(x), _empty_gradients(w, gate_weight.shape[0])
         dx_router, dgate_weight = (torch.empty_like(x), torch.empty_like(weight)) if router else (None, None)
         _c.token_choice_bwd(
             dout, dprobs, x, weight, w.matrices, kept.memory, top_k, activation, _tf32(x), kept_gate_up, dx,
@@ -368,6 +368,14 @@ def _scores(x: Tensor, T: int, gate_weight: Tensor, top_k: int) -> tuple[Tensor,
     topk_weights = x.new_empty(T, top_k, dtype=torch.float32)
     probs = x.new_empty(T, gate_weight.shape[0], dtype=torch.float32)
     return topk_weights, x.new_empty(T, top_k, dtype=torch.int32), probs
+
+
+def _empty_gradients(w: MoEWeights, num_experts: int) -> list[Tensor | None]:
+    """Return what the gradients of the four weights are to be written to, None for a shared expert's that is not."""
+    if w.gate_up_index is None and w.down_index is None:
+        return [t if t is None else torch.empty_like(t) for t in w[:4]]
+    shapes = w.stacked_shapes(num_experts)
+    return [*(w.down_proj.new_empty(*shape) for shape in shapes), *[None] * (4 - len(shapes))]
 
 
 def _expect_finite(kept: Kept, x: Tensor, gate_weight: Tensor) -> None:

@@ -74,11 +74,10 @@ def token_choice_mlp(
     autocast = _checks.autocast_enabled(x)
     if autocast and _checks.compute_dtype(x) != x.dtype:
         return None
-    kinds = weights if biases is None else (*weights, *biases) if isinstance(biases, Biases) else (*weights, biases)
-    tensors = [t for t in flat(kinds) if t is not None]
+    tensors, form = _laid_out(weights if biases is None else (*weights, biases))
     if seen((x, gate_weight, *tensors)):
         return None
-    kind = _kind_of(x, gate_weight, weights, biases, how, autocast)
+    kind = _kind_of(x, gate_weight, tensors, form, weights, biases, how, autocast)
     fused = _one_backend(how.backend, kind.requests)
     step = _Step if fused is None else _Fused
     if torch.is_grad_enabled() and any([t.requires_grad for t in (x, gate_weight, *tensors)]):
@@ -88,21 +87,41 @@ def token_choice_mlp(
     return _at_once(fused, x, gate_weight, tensors, kind, how, keep_gate_up=False)[0]
 
 
-def _kind_of(x: Tensor, gate_weight: Any, weights: Sequence[Any], biases: Any, how: How, autocast: bool) -> _Kind:
+def _laid_out(kinds: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+    """Return all tensors in a row, and the form in which they came."""
+    tensors, form = [], []
+    for kind in kinds:
+        if isinstance(kind, Tensor):
+            tensors.append(kind)
+            form.append(Tensor)
+        elif isinstance(kind, (list, tuple)):
+            inside, inner = _laid_out(kind)
+            tensors += inside
+            form.append((type(kind), *inner))
+        else:
+            form.append(type(kind))
+    return tensors, form
+
+
+def _kind_of(
+    x: Tensor,
+    gate_weight: Tensor,
+    tensors: Sequence[Tensor],
+    form: Sequence[Any],
+    weights: Sequence[Any],
+    biases: Any,
+    how: How,
+    autocast: bool,
+) -> _Kind:
     """Check the arguments, once for all that are alike: in small calls that took as long as the rest."""
-    key = how, autocast, x.dim(), x.shape[-1], x.dtype, x.device, *map(_facts, (gate_weight, *weights, biases))
+    facts = [(t.shape, t.stride(), t.dtype, t.device) for t in (gate_weight, *tensors)]
+    key = how, autocast, x.dim(), x.shape[-1], x.dtype, x.device, *form, *facts
     found = _kinds.get(key)
     if found is None:
         if len(_kinds) >= _MOST_KINDS:
             _kinds.clear()
         found = _kinds[key] = _checked(x, gate_weight, weights, biases, how)
     return found
-
-
-def _facts(value: Any) -> tuple:
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    return type(value), *(map(_facts, value) if isinstance(value, (list, tuple)) else ())
 
 
 def _checked(x: Tensor, gate_weight: Any, weights: Sequence[Any], biases: Any, how: How) -> _Kind:
@@ -124,8 +143,12 @@ def _checked(x: Tensor, gate_weight: Any, weights: Sequence[Any], biases: Any, h
 
 def _one_backend(name: str, requests: Sequence[Request]) -> Backend | None:
     """Return the backend of all three rooms if it computes them in one call, else None."""
-    first, *others = (choose(name, request) for request in requests)
-    return first if first.fuses_token_choice and all(other is first for other in others) else None
+    chosen = choose(name, requests[2])
+    if not chosen.fuses_token_choice:
+        return None
+    if name != "auto":
+        return chosen  # what computes the experts computes the picks
+    return chosen if choose(name, requests[0]) is chosen is choose(name, requests[1]) else None
 
 
 def _by_rooms(
@@ -252,8 +275,7 @@ def _backward_at_once(
     w, read = _read(ctx.fused, x, tensors, ctx.lengths, kind.as_kernels_read, how.layout)
     dprobs, route = None, any(ctx.needs_input_grad[3:5])
     if route and how.aux_loss_alpha is not None:
-        of_all = kept.expert_counts(E).float() * aux_loss_scale(T, E, how.top_k, how.aux_loss_alpha)
-        dprobs = of_all.unsqueeze(0)
+        dprobs = kept.expert_counts(E).float().mul_(aux_loss_scale(T, E, how.top_k, how.aux_loss_alpha))
     dx, dgate_weight, *gradients = ctx.fused.token_choice_bwd(
         dout.contiguous(), dprobs, x.contiguous(), gate_weight.contiguous(), read, kept, how.top_k, how.activation,
         not how.recompute, route,
