@@ -63,13 +63,14 @@ void py_token_choice_bwd(const Tensor& dout, const Maybe& dprobs, const Tensor& 
   MOE_CHECK(!dx_router == !dgate_weight, "dx_router, dgate_weight: one of two, expected both or none");
   if (dx_router) dx_router->expect("dx_router", s.dtype, x.sizes);
   if (dgate_weight) dgate_weight->expect("dgate_weight", F32, gate_weight.sizes);
-  void* memory = scratch_of(kept, call.kept.bytes());
+  MOE_CHECK(kept.nbytes >= call.kept.bytes(), "kept: ", kept.nbytes, " bytes, expected at least ", call.kept.bytes());
+  expect_aligned("kept", kept);
   cuda::Scratch counting;
   cuda::take_backward(counting, call.sizes, !kept_gate_up);
   const Memory workspace(allocate, counting.bytes());
   cuda::Scratch scratch(workspace.data);
   cuda::token_choice_bwd(call.sizes, call.w, x.data, dout.data, gate_weight.as<float>(),
-                         dprobs_of(dprobs, call.sizes.gating), call.kept, memory,
+                         dprobs_of(dprobs, call.sizes.gating), call.kept, kept.data,
                          {dx.data, experts, optional(dx_router).data, optional(dgate_weight).as<float>()},
                          cuda::take_backward(scratch, call.sizes, !kept_gate_up), stream_of(stream));
 }

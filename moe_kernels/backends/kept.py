@@ -16,7 +16,7 @@ _EXPERT_COUNTS = FIELDS.index("expert_counts")
 
 
 class Kept(NamedTuple):
-    """The fields of a RoutingPlan in their order, topk_ids, probs, gate_up and shared_gate_up (csrc/cuda/token_choice.h)."""
+    """A RoutingPlan's fields in their order, topk_ids, probs, gate_up and shared_gate_up (csrc/cuda/token_choice.h)."""
 
     memory: Tensor  # int32
     offsets: Sequence[int]  # of those pieces, in bytes
@@ -36,12 +36,12 @@ class Kept(NamedTuple):
         row_weight, *indices = (self._piece(number, size) for number, size in enumerate(sizes))
         return RoutingPlan(row_weight.view(torch.float32), *indices)
 
-    def gate_up(self, routed: tuple[int, int], shared: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return gate_up (R, 2I) and shared_gate_up (T, 2Is), given their shapes; (0,) for either that is not there."""
-        pairs = (_GATE_UP, routed), (_SHARED_GATE_UP, shared)
-        return tuple(self._piece(number, *shape, dtype=dtype) for number, shape in pairs)
+    def gate_up(self, R: int, width: int, T: int, shared_width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return gate_up (R, width) and shared_gate_up (T, shared_width), (0,) without a shared expert."""
+        shared = (T, shared_width) if shared_width else (0,)
+        return self._piece(_GATE_UP, R, width, dtype=dtype), self._piece(_SHARED_GATE_UP, *shared, dtype=dtype)
 
     def _piece(self, number: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         start, words = self.offsets[number] // 4, math.prod(shape) * dtype.itemsize // 4
         piece = self.memory[start : start + words]
-        return piece if dtype == torch.int32 and len(shape) == 1 else piece.view(dtype).view(shape)
+        return piece.view(dtype).view(shape)

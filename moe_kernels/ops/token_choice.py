@@ -258,11 +258,10 @@ class _Fused(torch.autograd.Function):
 def _apart(kept: Kept, x: Tensor, gate_weight: Tensor, tensors: Sequence[Tensor], ctx: Any) -> tuple:
     """Return what was kept as the rooms take it."""
     T, E, K = x.shape[0], gate_weight.shape[0], ctx.how.top_k
-    w = LayerWeights(*nested(tensors, ctx.lengths)[:4], ctx.how.layout)
-    routed, shared = (T * K, w.halves * w.intermediate_size), (T, w.halves * w.shared_intermediate_size)
-    gate_up = kept.gate_up(routed, shared, x.dtype)
-    empty = x.new_empty(0)
-    gate_up = [empty if ctx.how.recompute or not t.numel() else t for t in gate_up]
+    gate_up = [x.new_empty(0)] * 2
+    if not ctx.how.recompute:
+        w = LayerWeights(*nested(tensors, ctx.lengths)[:4], ctx.how.layout)
+        gate_up = kept.gate_up(T * K, w.halves * w.intermediate_size, T, w.halves * w.shared_intermediate_size, x.dtype)
     return kept.topk_ids(T, K), kept.probs(T, E), *gate_up, kept.plan(T, E, T * K)
 
 
