@@ -133,8 +133,8 @@ def counted(run: Run, launches: Count) -> dict[str, int]:
 
 
 def row(backend: str, yardstick: Run, seconds: float) -> dict:
-    """Return a row of kind "issuing": microseconds, launches, calls, allocations and bindings of dispatch and the fused layer on
-    given picks (forward, forward_backward), of MoELayer (layer_...) and of a model of twelve (model_...)."""
+    """Return a row of kind "issuing": microseconds and what `counted` returns of dispatch and the fused layer on given
+    picks (forward, forward_backward), of MoELayer (layer_...) and of a model of twelve (model_...)."""
     with empty_kernels(backend) as launches:
         modes = {"forward": "fwd", "forward_backward": "fwdbwd"}
         runs = {name: workloads.build(replace(CASE, backend=backend, mode=mode)).run for name, mode in modes.items()}

@@ -12,10 +12,11 @@ from moe_kernels.backends.triton import grid
 LAUNCHES = {"triton": (5, 13), "cuda": (5, 12)}  # of dispatch and the layer, without and with backward
 LAYER = {"cuda": {"forward": 6, "step": 15}, "triton": {"forward": 6, "step": 16}}  # of MoELayer
 # Of MoELayer on `cuda`: tensors allocated, calls of the extension, functions called at most (torch's own among them).
-FORWARD = {"allocations": 3, "bindings": 1, "calls": 130}
-STEP = {"allocations": 11, "bindings": 2, "calls": 350}
+FORWARD = {"allocations": 3, "bindings": 1, "calls": 125}
+STEP = {"allocations": 11, "bindings": 2, "calls": 340}
 
 
+@pytest.mark.unpoisoned  # what fills the tensors would be counted
 @pytest.mark.parametrize("backend", kernels_on("cuda"))
 def test_a_call_issues_few_launches_and_computes_nothing(backend):
     if why := issuing.why_not(backend):
