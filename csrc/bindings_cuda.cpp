@@ -1,6 +1,7 @@
 // The CUDA backend's Python module: every buffer checked as in bindings.cpp, except for contents, which are on a GPU.
 // Kernels go to the caller's stream on the device of use_device, with the caller's scratch memory (*_workspace_bytes).
 #include "bindings_cuda.h"
+#include "bindings_token_choice.h"
 
 #include "cuda/combine.h"
 #include "cuda/context.h"
@@ -17,28 +18,6 @@ using namespace moe;
 
 namespace {
 
-cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
-
-void* scratch_of(const Tensor& workspace, int64_t bytes) {
-  MOE_CHECK(workspace.nbytes >= bytes, "workspace: ", workspace.nbytes, " bytes, expected at least ", bytes);
-  expect_aligned("workspace", workspace);
-  return workspace.data;
-}
-
-GatingSizes gating_sizes(const Tensor& x, const Tensor& weight, const Tensor& probs, int64_t K) {
-  expect_float("x", x);
-  MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
-  const GatingSizes s{x.sizes[0], x.sizes[1], weight.sizes.at(0), K, x.dtype, 1};
-  x.expect("x", x.dtype, {s.T, s.H});
-  weight.expect("gate_weight", F32, {s.E, s.H});
-  probs.expect("probs", F32, {s.T, s.E});
-  MOE_CHECK(s.K <= s.E, "top_k: ", s.K, ", expected at most ", s.E, " experts");
-  expect_width("x", s.H);
-  expect_aligned("x", x);
-  expect_aligned("gate_weight", weight);
-  return s;
-}
-
 void expect_picks(const GatingSizes& s, const Tensor& topk_weights, const Tensor& topk_ids) {
   topk_weights.expect("topk_weights", F32, {s.T, s.K});
   topk_ids.expect("topk_ids", I32, {s.T, s.K});
@@ -46,7 +25,8 @@ void expect_picks(const GatingSizes& s, const Tensor& topk_weights, const Tensor
 
 void py_gating_fwd(const Tensor& x, const Tensor& weight, const Tensor& probs, const Tensor& topk_weights,
                    const Tensor& topk_ids, uintptr_t stream) {
-  const GatingSizes s = gating_sizes(x, weight, probs, topk_ids.sizes.at(1));
+  const GatingSizes s = gating_sizes(x, weight, topk_ids.sizes.at(1));
+  probs.expect("probs", F32, {s.T, s.E});
   expect_picks(s, topk_weights, topk_ids);
   cuda::gating_fwd(s, x.data, weight.as<float>(), probs.as<float>(), topk_weights.as<float>(), topk_ids.as<int32_t>(),
                    stream_of(stream));
@@ -59,7 +39,8 @@ int64_t py_gating_bwd_workspace_bytes(int64_t T, int64_t H, int64_t E, int64_t K
 void py_gating_bwd(const Maybe& dtopk_weights, const Maybe& dprobs, const Tensor& x, const Tensor& weight,
                    const Tensor& topk_ids, const Tensor& probs, const Tensor& dx, const Tensor& dweight,
                    const Tensor& workspace, uintptr_t stream) {
-  const GatingSizes s = gating_sizes(x, weight, probs, topk_ids.sizes.at(1));
+  const GatingSizes s = gating_sizes(x, weight, topk_ids.sizes.at(1));
+  probs.expect("probs", F32, {s.T, s.E});
   if (dtopk_weights) expect_picks(s, *dtopk_weights, topk_ids);
   dx.expect("dx", x.dtype, {s.T, s.H});
   dweight.expect("dgate_weight", F32, {s.E, s.H});
@@ -85,7 +66,8 @@ void py_modulated_gating_fwd(const Tensor& x, const Tensor& shift, const Tensor&
                              const Tensor& tokens, const Tensor& probs, const Tensor& topk_weights,
                              const Tensor& topk_ids, const Tensor& moments, uintptr_t stream) {
   const cuda::Modulation modulation = modulation_of(x, shift, scale, eps);
-  const GatingSizes s = gating_sizes(tokens, weight, probs, topk_ids.sizes.at(1));
+  const GatingSizes s = gating_sizes(tokens, weight, topk_ids.sizes.at(1));
+  probs.expect("probs", F32, {s.T, s.E});
   MOE_CHECK(x.sizes[0] * x.sizes[1] == s.T && x.sizes[2] == s.H, "x: ", x.sizes[0], " x ", x.sizes[1],
             " tokens, expected ", s.T);
   expect_picks(s, topk_weights, topk_ids);
@@ -183,10 +165,8 @@ void py_experts_bwd(const Tensor& dy_rows, const Tensor& x, const Plan& plan, co
   gate_up.expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   expect_aligned("dy_rows", dy_rows);
   dx.expect("dx", s.dtype, x.sizes);
-  dgate_up_proj.expect("dgate_up_proj", s.dtype, {s.E, s.halves() * s.I, s.H});
-  ddown_proj.expect("ddown_proj", s.dtype, {s.E, s.H, s.I});
-  cuda::experts_bwd(s, plan_view(plan, s.T, s.E), w, x.data, dy_rows.data, gate_up.data, dx.data,
-                    {dgate_up_proj.data, ddown_proj.data, nullptr, nullptr},
+  const ExpertGrads grads = expert_grads(s, dgate_up_proj, ddown_proj, {}, {});
+  cuda::experts_bwd(s, plan_view(plan, s.T, s.E), w, x.data, dy_rows.data, gate_up.data, dx.data, grads,
                     scratch_of(workspace, cuda::experts_bwd_workspace_bytes(s)), stream_of(stream));
 }
 
@@ -226,18 +206,11 @@ void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const
   drow_weight.expect("drow_weight", F32, {s.R});
   if (gate_up) gate_up->expect("gate_up", s.dtype, {s.R, s.halves() * s.I});
   if (shared_gate_up) shared_gate_up->expect("shared_gate_up", s.dtype, {s.T, s.halves() * s.Is});
-  dgate_up_proj.expect("dgate_up_proj", s.dtype, {s.E, s.halves() * s.I, s.H});
-  ddown_proj.expect("ddown_proj", s.dtype, {s.E, s.H, s.I});
-  if (s.Is > 0) {
-    optional(dshared_gate_up_proj).expect("dshared_gate_up_proj", s.dtype, {s.halves() * s.Is, s.H});
-    optional(dshared_down_proj).expect("dshared_down_proj", s.dtype, {s.H, s.Is});
-  }
+  const ExpertGrads grads = expert_grads(s, dgate_up_proj, ddown_proj, dshared_gate_up_proj, dshared_down_proj);
   const bool recompute = !gate_up && !shared_gate_up;
-  cuda::moe_mlp_bwd(
-      s, plan_view(plan, s.T, s.E), w, x.data, dout.data, optional(gate_up).data, optional(shared_gate_up).data,
-      dx.data, drow_weight.as<float>(),
-      {dgate_up_proj.data, ddown_proj.data, optional(dshared_gate_up_proj).data, optional(dshared_down_proj).data},
-      scratch_of(workspace, cuda::moe_mlp_bwd_workspace_bytes(s, recompute)), stream_of(stream));
+  cuda::moe_mlp_bwd(s, plan_view(plan, s.T, s.E), w, x.data, dout.data, optional(gate_up).data,
+                    optional(shared_gate_up).data, dx.data, drow_weight.as<float>(), grads,
+                    scratch_of(workspace, cuda::moe_mlp_bwd_workspace_bytes(s, recompute)), stream_of(stream));
 }
 
 void py_combine(const Tensor& y_rows, const Plan& plan, const Maybe& shared, const Tensor& out, uintptr_t stream) {
@@ -330,6 +303,8 @@ PYBIND11_MODULE(MOE_MODULE, m) {
   m.def("moe_mlp_bwd_workspace_bytes", &py_moe_mlp_bwd_workspace_bytes);
   m.def("combine", &py_combine);
   m.def("combine_bwd", &py_combine_bwd);
+  m.def("token_choice_fwd", &py_token_choice_fwd);
+  m.def("token_choice_bwd", &py_token_choice_bwd);
   m.def("gated_residual_bwd", &py_gated_residual_bwd);
   m.def("gated_residual_bwd_workspace_bytes", &cuda::gated_residual_bwd_workspace_bytes);
 }

@@ -1,4 +1,4 @@
-// What the CUDA bindings ask of buffers: their alignment and widths, and weights stacked or anywhere.
+// What the CUDA bindings ask of buffers: alignment, widths, sizes of a call, and weights stacked or anywhere.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -8,6 +8,7 @@
 
 #include "bindings.h"
 #include "bindings_torch.h"
+#include "cuda/stream.h"
 
 namespace moe {
 namespace {
@@ -76,18 +77,17 @@ Weights weights_of(const std::string& kind, const Tensor& routed, const Tensor& 
   return w;
 }
 
-// Sizes and weights of a call of the experts, with what the kernels ask of widths and addresses.
-Experts experts_of(const Tensor& x, const Plan& plan, const WeightViews& views, const std::string& activation,
+// Sizes and weights of a call of E experts with R rows, with what the kernels ask of widths and addresses.
+Experts experts_of(const Tensor& x, int64_t E, int64_t R, const WeightViews& views, const std::string& activation,
                    bool tf32) {
   const auto& [gate_up, down, shared_gate_up, shared_down, gate_up_index, down_index] = views;
   MOE_CHECK(gate_up && down, "gate_up_proj, down_proj: missing");
   MOE_CHECK(!shared_gate_up == !shared_down, "shared weights: one of two, expected both or none");
   MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
   MOE_CHECK(down->sizes.size() == 3, "down_proj: ", down->sizes.size(), " dimensions, expected 3");
-  expect_fields(plan);
   expect_float("x", x);
   MoeSizes s{};
-  s.T = x.sizes[0], s.H = x.sizes[1], s.E = plan[kExpertCounts].sizes.at(0), s.R = plan[kRowToken].sizes.at(0);
+  s.T = x.sizes[0], s.H = x.sizes[1], s.E = E, s.R = R;
   s.I = down->sizes.at(2), s.Is = shared_down ? shared_down->sizes.at(down_index ? 2 : 1) : 0;
   s.dtype = x.dtype, s.activation = activation_of(activation), s.threads = 1, s.tf32 = tf32;
   x.expect("x", s.dtype, {s.T, s.H});
@@ -100,6 +100,44 @@ Experts experts_of(const Tensor& x, const Plan& plan, const WeightViews& views, 
       weights_of("gate_up", *gate_up, optional(shared_gate_up), gate_up_index, s, s.halves(), {s.I, s.H}, {s.Is, s.H});
   w.down_proj = weights_of("down", *down, optional(shared_down), down_index, s, 1, {s.H, s.I}, {s.H, s.Is});
   return {s, w};
+}
+
+Experts experts_of(const Tensor& x, const Plan& plan, const WeightViews& views, const std::string& activation,
+                   bool tf32) {
+  expect_fields(plan);
+  return experts_of(x, plan[kExpertCounts].sizes.at(0), plan[kRowToken].sizes.at(0), views, activation, tf32);
+}
+
+ExpertGrads expert_grads(const MoeSizes& s, const Tensor& dgate_up_proj, const Tensor& ddown_proj,
+                         const Maybe& dshared_gate_up_proj, const Maybe& dshared_down_proj) {
+  dgate_up_proj.expect("dgate_up_proj", s.dtype, {s.E, s.halves() * s.I, s.H});
+  ddown_proj.expect("ddown_proj", s.dtype, {s.E, s.H, s.I});
+  if (s.Is > 0) {
+    optional(dshared_gate_up_proj).expect("dshared_gate_up_proj", s.dtype, {s.halves() * s.Is, s.H});
+    optional(dshared_down_proj).expect("dshared_down_proj", s.dtype, {s.H, s.Is});
+  }
+  return {dgate_up_proj.data, ddown_proj.data, optional(dshared_gate_up_proj).data, optional(dshared_down_proj).data};
+}
+
+GatingSizes gating_sizes(const Tensor& x, const Tensor& weight, int64_t K) {
+  expect_float("x", x);
+  MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
+  const GatingSizes s{x.sizes[0], x.sizes[1], weight.sizes.at(0), K, x.dtype, 1};
+  x.expect("x", x.dtype, {s.T, s.H});
+  weight.expect("gate_weight", F32, {s.E, s.H});
+  MOE_CHECK(K >= 0 && K <= s.E, "top_k: ", K, ", expected 0 to ", s.E, " experts");
+  expect_width("x", s.H);
+  expect_aligned("x", x);
+  expect_aligned("gate_weight", weight);
+  return s;
+}
+
+cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+void* scratch_of(const Tensor& workspace, int64_t bytes) {
+  MOE_CHECK(workspace.nbytes >= bytes, "workspace: ", workspace.nbytes, " bytes, expected at least ", bytes);
+  expect_aligned("workspace", workspace);
+  return workspace.data;
 }
 
 }  // namespace

@@ -28,6 +28,7 @@ from moe_kernels.backends import cuda, registry
 CASE = Case("layer", "any", MODEL_SHAPES["digits"], "uniform", 16, "bf16", "fwd")  # small: its memory is not touched
 BLOCKS = 12  # of the model
 ALLOCATING = ("empty", "new_empty", "empty_like", "zeros", "new_zeros", "zeros_like", "clone")
+EXTENSIONS = ("_cuda_fibers", "moe_kernels._cuda")
 Count = Callable[[], int]
 Run = Callable[[], Any]
 
@@ -46,7 +47,7 @@ def empty_kernels(backend: str) -> Iterator[Count]:
     registry._choose.cache_clear(), registry._load.cache_clear()
     try:
         unread = mock.patch.multiple(_checks, ids=_nothing, finite=_nothing)  # of contents: made on CPUs only
-        with switch as count, unread:
+        with switch as count, unread, mock.patch.object(cuda, "_expect_finite", _nothing):
             yield count
     finally:
         registry._choose.cache_clear(), registry._load.cache_clear()
@@ -111,13 +112,15 @@ def _steps(module: nn.Module) -> dict[str, Run]:
 
 
 def counted(run: Run, launches: Count) -> dict[str, int]:
-    """Return what a run needs: launches, functions called (Python's and C's), tensors allocated among them."""
-    calls = allocations = 0
+    """Return what a run needs: launches, functions called (Python's and C's), and among them tensors allocated and
+    functions of the extension."""
+    calls = allocations = bindings = 0
 
     def watch(frame: object, event: str, what: object) -> None:
-        nonlocal calls, allocations
+        nonlocal calls, allocations, bindings
         calls += event in ("call", "c_call")
         allocations += event == "c_call" and getattr(what, "__name__", "") in ALLOCATING
+        bindings += event == "c_call" and getattr(what, "__module__", None) in EXTENSIONS
 
     run()  # caches are filled
     before = launches()
@@ -126,12 +129,12 @@ def counted(run: Run, launches: Count) -> dict[str, int]:
         run()
     finally:
         sys.setprofile(None)
-    return {"launches": launches() - before, "calls": calls, "allocations": allocations}
+    return {"launches": launches() - before, "calls": calls, "allocations": allocations, "bindings": bindings}
 
 
 def row(backend: str, yardstick: Run, seconds: float) -> dict:
-    """Return a row of kind "issuing": microseconds, launches, calls and allocations of dispatch and the fused layer on
-    given picks (forward, forward_backward), of MoELayer (layer_...) and of a model of twelve (model_...)."""
+    """Return a row of kind "issuing": microseconds and what `counted` returns of dispatch and the fused layer on given
+    picks (forward, forward_backward), of MoELayer (layer_...) and of a model of twelve (model_...)."""
     with empty_kernels(backend) as launches:
         modes = {"forward": "fwd", "forward_backward": "fwdbwd"}
         runs = {name: workloads.build(replace(CASE, backend=backend, mode=mode)).run for name, mode in modes.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +13,13 @@ from .._checks import accumulator
 from ..activation import PLAIN
 from ..plan import RoutingPlan
 from ..weights import LayerWeights, MoEWeights
+from .kept import Kept
 
 Weights = LayerWeights | MoEWeights  # which of the two says Backend.reads
 Gradient = Tensor | list[Tensor] | None
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a call asks for: everything a backend may refuse by. Token counts are not part of it."""
 
     room: str  # "gating" | "dispatch" | "experts" | "combine" | "moe_mlp"
@@ -51,6 +51,7 @@ class Backend(ABC):
     """
 
     name: str
+    fuses_token_choice = False  # has token_choice and token_choice_bwd
     reads = "stacked"  # the form in which weights come: "stacked" or "indexed" MoEWeights, or "addresses": LayerWeights
 
     def available(self) -> bool:
@@ -163,6 +164,30 @@ class Backend(ABC):
 
         gate_up and shared_gate_up are (0,) where the forward did not keep them: they are computed again.
         """
+
+    def token_choice(
+        self, x: Tensor, gate_weight: Tensor, w: Weights, top_k: int, activation: str, keep_gate_up: bool
+    ) -> tuple[Tensor, Kept]:
+        """Do what `gating`, `dispatch` and `moe_mlp` do one after the other, to the bit; return out (T,H) and what
+        `token_choice_bwd` reads."""
+        raise NotImplementedError
+
+    def token_choice_bwd(
+        self,
+        dout: Tensor,
+        dprobs: Tensor | None,
+        x: Tensor,
+        gate_weight: Tensor,
+        w: Weights,
+        kept: Kept,
+        top_k: int,
+        activation: str,
+        kept_gate_up: bool,
+        router: bool,
+    ) -> tuple[Tensor, Tensor | None, *tuple[Gradient, ...]]:
+        """Return dx and dgate_weight, without `router` the part of dx that goes through the experts and None, and the
+        gradients of the weights as `moe_mlp_bwd` does. dprobs is (1,E)."""
+        raise NotImplementedError
 
     # What adaLN puts around the layer. A backend that can fuse it overrides these; here it is plain torch around the
     # rooms above.

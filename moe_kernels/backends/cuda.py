@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from types import ModuleType
@@ -20,6 +20,7 @@ from ..weights import MoEWeights
 from ._device import tf32_allowed, unfit_devices
 from ._views import TAGS, empty_plan
 from .base import Backend, Request
+from .kept import Kept
 
 FIBERS = "MOE_KERNELS_FIBERS"  # path of the module that runs the same sources on CPU tensors, for tests
 ALIGNMENT = 16  # bytes of one access of the kernels
@@ -46,8 +47,9 @@ def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def run(self: CudaBackend, *args: Any) -> Any:
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        args = map(_aligned, args)
+        device, aligned = _look(args)
+        if not aligned:
+            args = map(_aligned, args)
         if device.type != "cuda":
             return method(self, *args)
         with nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
@@ -55,6 +57,19 @@ def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args)
 
     return run
+
+
+def _look(args: Iterable[Any]) -> tuple[torch.device, bool]:
+    """Return the device of the tensors, and whether they start at multiples of 16 bytes."""
+    found = None
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.data_ptr() % ALIGNMENT:
+                return arg.device, False
+            found = arg
+        elif type(arg) is MoEWeights and not _look(arg)[1]:
+            return arg.down_proj.device, False
+    return found.device, True
 
 
 def _aligned(value: Any) -> Any:
@@ -74,6 +89,15 @@ def _workspace(nbytes: int, like: Tensor) -> Tensor:
     return like.new_empty(-(-nbytes // 4), dtype=torch.float32)
 
 
+def _allocator(like: Tensor) -> Callable[[int], Tensor]:
+    """Return what the extension asks for memory, once it knows how much."""
+
+    def allocate(words: int) -> Tensor:
+        return like.new_empty(words, dtype=torch.int32)
+
+    return allocate
+
+
 def _tf32(x: Tensor) -> bool:
     return x.dtype == torch.float32 and tf32_allowed()
 
@@ -86,6 +110,7 @@ class CudaBackend(Backend):
     """
 
     name = "cuda"
+    fuses_token_choice = True
     reads = "indexed"
 
     def why_not(self) -> str:
@@ -280,8 +305,7 @@ class CudaBackend(Backend):
         needed: Sequence[bool] = (True,) * 4,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         dx, drow_weight = torch.empty_like(x), torch.empty_like(plan.row_weight)
-        shapes = w.stacked_shapes(plan.num_experts)
-        grads = [*(x.new_empty(*shape) for shape in shapes), *[None] * (4 - len(shapes))]
+        grads = _empty_gradients(w, plan.num_experts)
         saved = [t if t.numel() else None for t in (gate_up, shared_gate_up)]
         inputs, how = (x, plan.tensors(), w.matrices), (activation, _tf32(x))
         workspace = _workspace(
@@ -292,6 +316,44 @@ class CudaBackend(Backend):
             *grads, workspace, _stream(x),
         )  # fmt: skip
         return dx, drow_weight, *grads
+
+    @_on_device
+    def token_choice(
+        self, x: Tensor, gate_weight: Tensor, w: MoEWeights, top_k: int, activation: str, keep_gate_up: bool
+    ) -> tuple[Tensor, Kept]:
+        out = torch.empty_like(x)
+        memory, offsets = _c.token_choice_fwd(
+            x, _wide(gate_weight), w.matrices, top_k, activation, _tf32(x), keep_gate_up, out,
+            _allocator(x), _stream(x),
+        )  # fmt: skip
+        kept = Kept(memory, offsets)
+        if not x.is_cuda:
+            _expect_finite(kept, x, gate_weight)
+        return out, kept
+
+    @_on_device
+    def token_choice_bwd(
+        self,
+        dout: Tensor,
+        dprobs: Tensor | None,
+        x: Tensor,
+        gate_weight: Tensor,
+        w: MoEWeights,
+        kept: Kept,
+        top_k: int,
+        activation: str,
+        kept_gate_up: bool,
+        router: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+        weight, dx, grads = _wide(gate_weight), torch.empty_like(x), _empty_gradients(w, gate_weight.shape[0])
+        dx_router, dgate_weight = (torch.empty_like(x), torch.empty_like(weight)) if router else (None, None)
+        _c.token_choice_bwd(
+            dout, dprobs, x, weight, w.matrices, kept.memory, top_k, activation, _tf32(x), kept_gate_up, dx,
+            *grads, dx_router, dgate_weight, _allocator(x), _stream(x),
+        )  # fmt: skip
+        if router:
+            dx, dgate_weight = dx.add_(dx_router), dgate_weight.to(gate_weight.dtype)
+        return dx, dgate_weight, *grads
 
     @_on_device
     def gated_residual_bwd(self, dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,6 +368,18 @@ def _scores(x: Tensor, T: int, gate_weight: Tensor, top_k: int) -> tuple[Tensor,
     topk_weights = x.new_empty(T, top_k, dtype=torch.float32)
     probs = x.new_empty(T, gate_weight.shape[0], dtype=torch.float32)
     return topk_weights, x.new_empty(T, top_k, dtype=torch.int32), probs
+
+
+def _empty_gradients(w: MoEWeights, num_experts: int) -> list[Tensor | None]:
+    """Return what the gradients of the four weights are to be written to, None for a shared expert's that is not."""
+    if w.gate_up_index is None and w.down_index is None:
+        return [t if t is None else torch.empty_like(t) for t in w[:4]]
+    shapes = w.stacked_shapes(num_experts)
+    return [*(w.down_proj.new_empty(*shape) for shape in shapes), *[None] * (4 - len(shapes))]
+
+
+def _expect_finite(kept: Kept, x: Tensor, gate_weight: Tensor) -> None:
+    _checks.finite(kept.probs(x.shape[0], gate_weight.shape[0]))
 
 
 def _wide(gate_weight: Tensor) -> Tensor:

@@ -75,8 +75,12 @@ def inject_aux_loss(row_weight: Tensor, probs: Tensor, expert_counts: Tensor, to
 
 def aux_loss_gradient(expert_counts: Tensor, probs: Tensor, top_k: int, alpha: float) -> Tensor:
     """Return the gradient of `aux_loss` with respect to probs, (E,), the same for every token: alpha E f_i / T."""
-    T, E = probs.shape
-    return expert_counts.to(probs.dtype) * (alpha * E / max(T * T * top_k, 1))
+    return expert_counts.to(probs.dtype) * aux_loss_scale(*probs.shape, top_k, alpha)
+
+
+def aux_loss_scale(T: int, E: int, top_k: int, alpha: float) -> float:
+    """Return what the counts of the experts are multiplied by in `aux_loss_gradient`."""
+    return alpha * E / max(T * T * top_k, 1)
 
 
 class _AuxLoss(torch.autograd.Function):

@@ -213,7 +213,7 @@ class LayerWeights:
     def indexed(self) -> MoEWeights:
         """Return the weights where they lie if their matrices are (out, in), I and Is multiples of 64: stacked if they
         are so already, else with an index; copies of the others."""
-        if self._as_kernels_read():
+        if self.as_kernels_read():
             return MoEWeights(*(kind[0] for kind in self.kinds if kind))
         stacked, indices = [None] * 4, [None, None]
         for kind in (0, 1):
@@ -228,7 +228,7 @@ class LayerWeights:
                 stacked[position] = memory
         return MoEWeights(*stacked, *indices)
 
-    def _as_kernels_read(self) -> bool:
+    def as_kernels_read(self) -> bool:
         """Say whether all is stacked as "gate_up" and contiguous: most layers, and asked in every call."""
         if self.name != "gate_up":
             return False

@@ -131,7 +131,7 @@ def test_auto_takes_what_was_faster_for_this_gpu_and_class_of_shapes(two_for_gpu
 
 
 def other(**changes) -> Request:
-    return Request(**{**vars(LAYER), **changes})
+    return LAYER._replace(**changes)
 
 
 def test_what_was_faster_but_cannot_compute_this_is_passed_over(two_for_gpus):
