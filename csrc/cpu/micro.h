@@ -57,7 +57,7 @@ inline void multiply_add(vf& acc, const uint32_t* a, vf b) {
   acc += value * b;
 #endif
 }
-// Nothing is known of the value any more, but that it is in a register.
+// Hides a value from the optimizer, which then only knows that it is in a register.
 inline void keep([[maybe_unused]] vf& v) {
 #if MOE_W == 8
   asm("" : "+x"(v));
@@ -80,7 +80,7 @@ struct Rows {
 #pragma GCC unroll 8
     for (int g = 0; g < kBases; ++g) base[g] = a + 3 * g * lda;
   }
-  // Of packed features rows are all there is side by side (pack_features): then everything but the base is a constant.
+  // Packed features (pack_features) have `rows` values side by side: then everything but the base is a constant.
   int64_t step() const { return kColumns && W <= 8 ? rows : lda; }
   const uint32_t* at(int r, int64_t k) const {
     return kColumns ? base[0] + k * step() + r : base[r / 3] + (r % 3) * lda + k;

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -12,32 +10,6 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 class NotUnderstoodError(Exception):
     """A module does something that reading its weights would miss. The text names its path and what it does."""
-
-
-def plain_weights(modules: Iterable[nn.Module]) -> list[Tensor] | None:
-    """Return the weights of nn.Linear layers without bias that nobody watches; None if one of them is anything else.
-
-    What `weight_of` says of each, at a fifth of its cost: nn.Module's own ways to an attribute are slow.
-    """
-    linear, parameter, weights = nn.Linear, nn.Parameter, []
-    for module in modules:
-        if type(module) is not linear:
-            return None
-        own = module.__dict__
-        parameters = own["_parameters"]
-        weight = parameters.get("weight")
-        if (  # `watched`, but for the call
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own
-            or parameters.get("bias") is not None
-            or type(weight) is not parameter
-        ):
-            return None
-        weights.append(weight)
-    return weights
 
 
 def weight_of(module: nn.Module, path: str, biased: bool = False) -> Tensor:

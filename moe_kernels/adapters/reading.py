@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..weights import Biases
-from .linear import NotUnderstoodError, bias_of, plain, plain_weights, refuse_watched, watched, weight_of
+from .linear import NotUnderstoodError, bias_of, plain, refuse_watched, watched, weight_of
 
 Matrices = Sequence[Tensor] | None
 
@@ -56,31 +56,28 @@ class Reader:
         kinds: the linear layers' names, (gate, up, down) or (up, down). None where the block has nothing of the name.
         biased: layers may have biases, which the family asks `biases` for.
         """
-        mlps, path = self._mlps(block, name)
+        mlps = self._mlps(block, name)
         if not mlps:
             return None, None
-        ups, downs = [], []
+        plain = plain_weights(mlps.values(), kinds, self.known, biased)
+        if plain is not None:
+            return plain
+        paths = {key: self._path(name, key) for key in mlps}
         for key, mlp in mlps.items():
-            self.check(mlp, f"{path}.{key}")
-            inner = mlp.__dict__["_modules"]
-            ups += [inner.get(kind) for kind in kinds[:-1]]
-            downs.append(inner.get(kinds[-1]))
-        gate_up, down = plain_weights(ups), plain_weights(downs)
-        if gate_up is None:
-            names = [f"{path}.{key}.{kind}" for key in mlps for kind in kinds[:-1]]
-            gate_up = [weight_of(layer, where, biased) for layer, where in zip(ups, names, strict=True)]
-        if down is None:
-            names = [f"{path}.{key}.{kinds[-1]}" for key in mlps]
-            down = [weight_of(layer, where, biased) for layer, where in zip(downs, names, strict=True)]
-        return gate_up, down
+            self.check(mlp, paths[key])
+        layers = [(mlp._modules.get(kind), f"{paths[key]}.{kind}") for key, mlp in mlps.items() for kind in kinds]
+        weights = [weight_of(layer, where, biased) for layer, where in layers]
+        return split(weights, len(kinds))
 
-    def _mlps(self, block: nn.Module, name: str) -> tuple[dict[str, nn.Module], str]:
-        """Return the MLPs in a ModuleList, or a single one, by their keys behind a path."""
+    def _mlps(self, block: nn.Module, name: str) -> dict[str, nn.Module]:
+        """Return the MLPs in a ModuleList by their index, or a single one by ""."""
         module = self.find(block, name)
-        head, _, last = self.where(name).rpartition(".")
         if type(module) is nn.ModuleList:
-            return module._modules, f"{head}.{last}"
-        return {} if module is None else {last: module}, head
+            return module._modules
+        return {} if module is None else {"": module}
+
+    def _path(self, name: str, *inside: str) -> str:
+        return ".".join(filter(None, (self.where(name), *inside)))
 
     def biases(self, block: nn.Module, names: tuple[str, ...], kinds: tuple[str, ...]) -> Biases | None:
         """Return the biases of MLPs that `mlps` has understood: of the routed ones, and of a shared one.
@@ -89,13 +86,13 @@ class Reader:
         """
         found: list[list[Tensor] | None] = []
         for name in names:
-            mlps, path = self._mlps(block, name)
+            mlps = self._mlps(block, name)
             for layers in (kinds[:-1], kinds[-1:]) if mlps else ():
                 places = [(key, layer) for key in mlps for layer in layers]
-                vectors = [bias_of(mlps[key]._modules[layer], f"{path}.{key}.{layer}") for key, layer in places]
+                vectors = [bias_of(mlps[key]._modules[layer], self._path(name, key, layer)) for key, layer in places]
                 given = [vector is not None for vector in vectors]
                 if any(given) and not all(given):
-                    where = ".".join((path, *places[given.index(False)]))
+                    where = self._path(name, *places[given.index(False)])
                     raise NotUnderstoodError(f"{where}: got no bias, expected one as in others, or in none")
                 found.append(vectors if all(given) else None)
         return Biases(*found) if any(found) else None
@@ -153,6 +150,8 @@ class Reader:
 
     def find(self, block: nn.Module, name: str) -> nn.Module | None:
         """Return a module by its dotted name; those on the way are checked, for their forward is not called."""
+        if "." not in name:
+            return block.__dict__["_modules"].get(name)
         module = block
         *outer, last = name.split(".")
         for part in outer:
@@ -162,19 +161,69 @@ class Reader:
         return module.__dict__["_modules"].get(last)
 
 
+def plain_weights(
+    mlps: Iterable[nn.Module], kinds: tuple[str, ...], known: frozenset[Any], biased: bool
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Return what `Reader.mlps` does, of MLPs of plain nn.Linear; None where anything is unusual, or missing.
+
+    What `Reader.check` and `weight_of` look at, without a call and past nn.Module's own slow ways to an attribute: this
+    runs in every forward.
+    """
+    linear, parameter = nn.Linear, nn.Parameter
+    weights: list[Tensor] = []
+    try:
+        for mlp in mlps:
+            own = mlp.__dict__
+            inner = own["_modules"]
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+                or type(mlp).forward not in known
+                or (own["act_fn"] if "act_fn" in own else type(inner.get("act_fn"))) not in known
+            ):
+                return None
+            for kind in kinds:
+                layer = inner[kind]
+                own = layer.__dict__
+                parameters = own["_parameters"]
+                weight = parameters["weight"]
+                if (
+                    own["_forward_hooks"]
+                    or own["_forward_pre_hooks"]
+                    or own["_backward_hooks"]
+                    or own["_backward_pre_hooks"]
+                    or "forward" in own
+                    or type(layer) is not linear
+                    or type(weight) is not parameter
+                    or (parameters["bias"] is not None and not biased)
+                ):
+                    return None
+                weights.append(weight)
+    except (AttributeError, KeyError):  # a None in its place, or no such place
+        return None
+    return split(weights, len(kinds))
+
+
+def split(weights: list[Tensor], each: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights of MLPs of `each` layers as those of all but the last layers, and of the last ones."""
+    down = weights[each - 1 :: each]
+    del weights[each - 1 :: each]
+    return weights, down
+
+
 def known_of(block: nn.Module) -> frozenset[Any]:
     """Return what a Reader is to know of a block: forwards and activations of all modules inside."""
     inner = [module for module in block.modules() if module is not block]
-    return frozenset({type(m).forward for m in inner} | {activation_of(m) for m in (block, *inner)} | {None})
+    return frozenset({type(m).forward for m in inner} | {activation_of(m) for m in (block, *inner)} | {type(None)})
 
 
 def activation_of(mlp: nn.Module) -> Any:
-    """Return what tells an expert's activation from others: the class of a module, else the function; None without."""
+    """Return what tells an expert's activation from others: the class of a module (None's without), or the function."""
     own = mlp.__dict__
-    if "act_fn" in own:
-        return own["act_fn"]
-    module = own["_modules"].get("act_fn")
-    return None if module is None else type(module)
+    return own["act_fn"] if "act_fn" in own else type(own["_modules"].get("act_fn"))
 
 
 def halves(matrices: Sequence[Tensor], up_first: bool = False) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Whether what ranks are to have alike is alike: nobody else would say that replicas drift apart."""
+"""Checks that what all ranks must share is equal: nothing else reports that replicas drift apart."""
 
 from __future__ import annotations
 

@@ -77,5 +77,5 @@ def update_ema(
 
 
 def _recomputing() -> bool:
-    """Tell whether autograd's backward is what calls. A graph being compiled is told at run time by nobody: False."""
+    """Tell whether autograd's backward is what calls. False while a graph is compiled: it cannot ask at run time."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

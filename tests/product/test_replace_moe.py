@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from functools import cache
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_kernels import replace_moe, restore_moe
 from moe_kernels.adapters import MoEBlock
+from moe_kernels.adapters.families.dit_moe import read
 from reference.dit import DiTMoE, DiTMoEConfig
 from reference.moe import SparseMoeBlock
 from tests.contenders import BACKENDS, each_backend, each_backend_but_interpreted
@@ -241,3 +243,23 @@ def test_nothing_to_replace_and_no_such_backend():
         replace_moe(nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"backend: got 'warp'"):
         replace_moe(Block(), backend="warp")
+
+
+@pytest.mark.parametrize("act_fn", [None, nn.SiLU()], ids=["function", "module"])
+def test_reading_an_expert_calls_no_function_of_python(act_fn):
+    """Every forward reads all modules: a call for each expert would cost more than what it asks for."""
+
+    def calls(num_experts: int) -> int:
+        block = SparseMoeBlock(8, 8, num_experts, 2, 8)
+        for mlp in (*block.experts, block.shared_experts) if act_fn else ():
+            mlp.act_fn = act_fn
+        replace_moe(block)
+        events: list[str] = []
+        sys.setprofile(lambda frame, event, argument: events.append(event))
+        try:
+            read(block, block.moe_config)
+        finally:
+            sys.setprofile(None)
+        return events.count("call")
+
+    assert 0 < calls(4) == calls(16) <= 40
