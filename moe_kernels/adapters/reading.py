@@ -99,18 +99,18 @@ class Reader:
 
     def refuse_dropout(self, block: nn.Module, name: str, layer: str) -> None:
         """Refuse MLPs, read by `mlps`, whose dropout `layer` is at work."""
-        mlps, path = self._mlps(block, name)
-        for key, mlp in mlps.items():
+        for key, mlp in self._mlps(block, name).items():
             dropout = mlp._modules[layer]
             if dropout.training and dropout.p:
-                raise NotUnderstoodError(f"{path}.{key}.{layer}: got {dropout} in training, expected none at work")
+                where = self._path(name, key, layer)
+                raise NotUnderstoodError(f"{where}: got {dropout} in training, expected none at work")
 
     def gelu(self, block: nn.Module, names: tuple[str, ...], layer: str) -> str:
         """Return the form of GELU that all MLPs have in `layer`: an activation of `moe_mlp`.
 
         Raises: NotUnderstoodError for another activation, or two forms.
         """
-        activations = [mlp._modules.get(layer) for name in names for mlp in self._mlps(block, name)[0].values()]
+        activations = [mlp._modules.get(layer) for name in names for mlp in self._mlps(block, name).values()]
         forms = {act.approximate if type(act) is nn.GELU else f"{act}" for act in activations}
         if not forms <= {"none", "tanh"} or len(forms) > 1:
             raise NotUnderstoodError(
