@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=list(PRECISIONS), default="fp32", help="of activations (default: fp32)")
     add("--balance", choices=("all", "rank"), default="all", help="tokens of the auxiliary loss (default: all ranks')")
     add("--clip", type=arguments.positive, help="bound of the gradients' norm (default: none)")
-    add("--parallel", choices=layouts.LAYOUTS, help="default: ddp under torchrun; ep goes with FSDP2")
+    add("--parallel", choices=layouts.LAYOUTS, help="default: ddp under torchrun; ep is beside FSDP2")
     add("--ep", type=arguments.count, help="processes that share a layer's experts (default: all)")
     add("--backend", default="auto", help="one of moe_kernels (default: auto)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")

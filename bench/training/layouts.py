@@ -1,4 +1,4 @@
-"""How a model lies on the ranks: whole on each (DDP), in parts (FSDP2), or with its experts divided beside FSDP2."""
+"""How a model lies on the ranks: whole on each (DDP), in parts (FSDP2), or with experts divided beside either."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.training.processes import Ranks
-from moe_kernels.distributed import expert_parallel, fully_shard
+from moe_kernels.distributed import data_parallel, expert_parallel, fully_shard
 
-LAYOUTS = ("ddp", "fsdp", "ep")
+LAYOUTS = ("ddp", "fsdp", "ep", "ep-ddp")
 
 
 def check(parallel: str | None, ep: int | None, num_experts: int, batch: int, ranks: Ranks) -> int:
-    """Return how many ranks share a layer's experts: 1, or for "ep" --ep, by default all.
+    """Return how many ranks share a layer's experts: 1, or with "ep" and "ep-ddp" --ep, by default all.
 
     Raises: ValueError naming the argument, what came and what was expected.
     """
     if batch < ranks.world:
         raise ValueError(f"--batch: got {batch}, expected at least one image for each of the {ranks.world} processes")
-    if parallel != "ep":
+    if parallel not in ("ep", "ep-ddp"):
         if ep:
-            raise ValueError(f"--ep: got {ep} with --parallel {parallel}, expected --parallel ep")
+            raise ValueError(f"--ep: got {ep} with --parallel {parallel}, expected --parallel ep or ep-ddp")
         return 1
     sharing = ep or ranks.world
     if ranks.world % sharing:
@@ -46,6 +46,8 @@ def distribute(model: nn.Module, parallel: str | None, sharing: int, ranks: Rank
         return model
     mesh = init_device_mesh(kind, (ranks.world // sharing, sharing), mesh_dim_names=("dp", "ep"))
     expert_parallel(model, mesh)
+    if parallel == "ep-ddp":
+        return data_parallel(model, mesh)
     for unit in (*model.blocks, model):
         fully_shard(unit, mesh)
     return model

@@ -14,15 +14,16 @@ from torch.nn import functional as F
 
 from .. import _checks
 from ..plan import RoutingPlan
+from .exchange import exchange, exchange_counts
 
 OVERFLOWS = ("error", "drop")
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """What a rank has received; `rows` may still be on their way, and whoever reads them waits."""
+    """What a rank receives; until `rows` is called, once, they may be on their way."""
 
-    rows: Tensor  # (R', H): for the experts of this rank, from all ranks
+    rows: Callable[[], Tensor]  # () -> (R', H): for the experts of this rank, from all ranks
     expert_ids: Tensor  # (R',) int32: which of this rank's experts
     back: Callable[[Tensor], Tensor]  # (R', H) -> (R, H): results to the senders, in the order of their rows
     dropped: Tensor | None = None  # (): how many rows of this rank did not travel
@@ -49,14 +50,14 @@ class ExactDispatcher:
         """See Dispatcher."""
         ranks = mesh.size()
         counts = plan.expert_counts
-        theirs = collectives.all_to_all_single(counts, None, None, mesh)  # (ranks E/ranks,): by sender, by own expert
+        theirs = exchange_counts(counts, mesh)  # (ranks E/ranks,): by sender, by own expert
         splits = torch.stack([counts.view(ranks, -1).sum(1), theirs.view(ranks, -1).sum(1)])
         sent, received = splits.tolist()  # the host sync
         own = torch.arange(counts.shape[0] // ranks, dtype=torch.int32, device=rows.device).repeat(ranks)
         return Arrived(
-            _exchange(rows, received, sent, mesh),
+            exchange(rows, received, sent, mesh),
             own.repeat_interleave(theirs, output_size=sum(received)),
-            lambda y: _exchange(y, sent, received, mesh),
+            lambda y: exchange(y, sent, received, mesh)(),
         )
 
 
@@ -91,20 +92,16 @@ class BoundedDispatcher:
             torch._assert_async(worst == 0, f"rows_per_expert: got more rows for an expert on a rank, expected {C}")
         place = torch.arange(C, dtype=torch.int32, device=rows.device)
         filled = torch.where(place < counts[:, None], starts[:, None] + place, R).flatten()  # R: the row of zeros
-        arrived = _exchange(_take(rows, filled), None, None, mesh)
+        arrived = exchange(_take(rows, filled), None, None, mesh)
         own = torch.arange(E // ranks, dtype=torch.int32, device=rows.device).repeat_interleave(C).repeat(ranks)
 
         row = torch.arange(R, dtype=torch.int32, device=rows.device)
         expert = torch.searchsorted(plan.expert_offsets[1:], row, right=True, out_int32=True)  # E: behind all of them
         behind = row - plan.expert_offsets[expert]
         slot = torch.where((behind < C) & (expert < E), expert * C + behind, E * C)
-        return Arrived(arrived, own, lambda y: _take(_exchange(y, None, None, mesh), slot), over)
+        return Arrived(arrived, own, lambda y: _take(exchange(y, None, None, mesh)(), slot), over)
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
     """Take rows; an index behind the last one takes zeros."""
     return F.pad(rows, (0, 0, 0, 1)).index_select(0, index)
-
-
-def _exchange(rows: Tensor, received: list[int] | None, sent: list[int] | None, mesh: DeviceMesh) -> Tensor:
-    return collectives.all_to_all_single_autograd(rows.contiguous(), received, sent, mesh)

@@ -64,8 +64,8 @@ class ExpertParallelLayer(MoELayer):
         if arrived.dropped is not None:
             self.dropped_rows += arrived.dropped
         weights = [MeanGradient.apply(weight.to_local(), self.ep_mesh.size()) for weight in (gate_up_proj, down_proj)]
-        own = _plan_of_rows(arrived.expert_ids, arrived.rows, weights[0].shape[0], backend)
-        y = ops.moe_mlp(arrived.rows, own, *weights, recompute=recompute, **how)
+        own = _plan_of_rows(arrived.expert_ids, x, weights[0].shape[0], backend)
+        y = ops.moe_mlp(arrived.rows(), own, *weights, recompute=recompute, **how)
         y = ops.combine(arrived.back(y), plan, shared, backend)
         return y if residual is None else add_gated(residual, gate, y)
 
@@ -177,8 +177,8 @@ def _layers(module: nn.Module) -> dict[str, MoELayer]:
     return layers
 
 
-def _plan_of_rows(expert_ids: Tensor, rows: Tensor, num_experts: int, backend: str) -> RoutingPlan:
-    ones = torch.ones(expert_ids.shape[0], 1, dtype=_checks.accumulator(rows.dtype), device=rows.device)
+def _plan_of_rows(expert_ids: Tensor, x: Tensor, num_experts: int, backend: str) -> RoutingPlan:
+    ones = torch.ones(expert_ids.shape[0], 1, dtype=_checks.accumulator(x.dtype), device=x.device)
     return ops.dispatch(expert_ids[:, None], ones, num_experts, backend)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -64,8 +65,8 @@ def data_parallel(module: nn.Module, mesh: DeviceMesh, **options: Any) -> Distri
     names += [name for name, _ in module.named_buffers() if name.rpartition(".")[2] == "dropped_rows"]
     at_the_root = [f".{name}" for name in names if "." not in name]  # as DDP calls those
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names + at_the_root)
-    if mesh.ndim > 1:
-        group = mesh.get_group(_other_dimension(mesh))
+    group = mesh.get_group(_other_dimension(mesh)) if mesh.ndim > 1 else None
+    if group is not None and group.size() > 1:
 
         def average(parameter: nn.Parameter) -> None:
             distributed.all_reduce(parameter.grad.to_local().div_(group.size()), group=group)
@@ -83,7 +84,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
     Args:
         parameters: plain ones, the same on all ranks, and DTensors on any meshes.
-        max_norm: the bound.
+        max_norm: the bound; inf to learn the norm alone.
     Returns: the norm before, the same on all ranks.
     """
     by_mesh: dict[Any, list[nn.Parameter]] = {}
@@ -93,7 +94,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     norms = [get_total_norm([p.grad for p in group]) for group in by_mesh.values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-    for group in by_mesh.values():
+    for group in by_mesh.values() if max_norm < math.inf else ():
         clip_grads_with_norm_(group, max_norm, total)
     return total
 

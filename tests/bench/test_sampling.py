@@ -163,6 +163,7 @@ def test_a_lost_processs_ranges_are_drawn_by_the_next_run(checkpoints, tmp_path)
     assert left == [".tmp"]
     assert sample(checkpoints["pixels"], tmp_path / "lost") == 0
     assert (tmp_path / "lost/samples.npz").read_bytes() == (tmp_path / "whole/samples.npz").read_bytes()
+    assert not list((tmp_path / "lost/ranges").iterdir())
 
 
 def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch, capsys):

@@ -106,7 +106,7 @@ def judge_losses(seed: int, parallel: str | None, **settings) -> None:
         job = job_of(seed, **settings)
         if how in ("oracle", "eager", "loop"):
             return plainly(job, parts, torch.float64 if how == "oracle" else torch.float32)
-        trainer = Trainer(job, digits(), ranks, parallel, world if parallel == "ep" else 1, OURS)
+        trainer = Trainer(job, digits(), ranks, parallel, world if (parallel or "").startswith("ep") else 1, OURS)
         rows = [trainer.advance() for _ in range(STEPS)]
         return columns([(row["loss"], row["aux"], row["grad_norm"]) for row in rows], torch.float32)
 
@@ -124,6 +124,7 @@ def test_one_process_loses_what_the_oracle_loses(settings, seed):
         ("ddp", {}),
         ("fsdp", {"predicts": NOISE}),
         ("ep", {}),
+        ("ep-ddp", {"predicts": NOISE}),
         ("ddp", {"balance": "rank"}),
         ("ep", {"precision": "bf16"}),
     ],
@@ -262,7 +263,7 @@ def test_what_does_not_fit_is_told_by_the_first_rank_and_ends_all(two, tmp_path)
     refused(two, "--data: got ", f"{out} --data {data[0]}", second=["--data", data[1]])
     refused(two, "rank 1: --data", f"{out} --data {data[0]}", second=["--data", data[2]])
     refused(two, "--ep: got 3, expected a divisor of the 2 processes", f"{out} --parallel ep --ep 3")
-    refused(two, "--ep: got 2 with --parallel fsdp, expected --parallel ep", f"{out} --parallel fsdp --ep 2")
+    refused(two, "--ep: got 2 with --parallel fsdp, expected --parallel ep or ep-ddp", f"{out} --parallel fsdp --ep 2")
     refused(two, "--batch: got 1, expected at least one image for each of the 2", f"{out} --batch 1")
     refused(two, "got 'S', expected DiT-MoE-", f"{out} --model S")
     assert not (tmp_path / "new").exists()
@@ -283,11 +284,13 @@ def one_from_the_other(folder: str, seed: int) -> None:
     first = Trainer(job_of(seed, precision="fp16"), source, rank, "fsdp", backend=OURS)
     first.advance()
     path = first.save(Path(folder))
-    second = Trainer(job_of(seed + 1, precision="fp16"), source, rank, "ep", 2, OURS)
-    second.load(path)
-    assert (second.step, vars(second.scale)) == (1, vars(first.scale)) and first.scale.good == 1
-    was, now = first.gather_ema(), second.gather_ema()
-    assert was.keys() == now.keys() and all(torch.equal(now[name], t) for name, t in was.items())
+    others = [Trainer(job_of(seed + 1, precision="fp16"), source, rank, kind, 2, OURS) for kind in ("ep", "ep-ddp")]
+    for other in others:
+        other.load(path)
+        assert (other.step, vars(other.scale)) == (1, vars(first.scale)) and first.scale.good == 1
+    was, *now = [trainer.gather_ema() for trainer in (first, *others)]
+    assert all(was.keys() == ema.keys() for ema in now)
+    assert all(torch.equal(ema[name], t) for ema in now for name, t in was.items())
 
 
 def test_checkpoints_go_from_one_layout_to_another(two, seed, tmp_path):

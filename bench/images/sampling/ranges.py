@@ -63,7 +63,7 @@ class Ranges:
             os.fsync(file.fileno())
         with self._locked():  # another process of the same command may have joined all ranges meanwhile
             if self.result.exists():
-                spare.unlink()
+                spare.unlink(missing_ok=True)  # `join` sweeps
             else:
                 os.replace(spare, self._path(first))
 
@@ -80,6 +80,8 @@ class Ranges:
                 self._write_result()
                 for first in range(0, self.count, self.size):
                     self._path(first).unlink()
+            for spare in (self.folder / "ranges").glob("*.tmp"):  # of killed processes, or of one too late to matter
+                spare.unlink()
         return True
 
     def _write_result(self) -> None:

@@ -29,21 +29,20 @@ PLAIN = Problem((2, 2))
 
 
 class Record(TorchDispatchMode):
-    """The operators of collectives, in order, with the bytes of their tensors."""
+    """The operators called, in order: collectives with the bytes of what they write and read, and our own."""
 
-    def __init__(self, namespace: str = "_c10d_functional"):
+    def __init__(self):
         super().__init__()
-        self.namespace = namespace
-        self.sizes: list[tuple] = []
+        self.called: list[tuple] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         space, name = func._schema.name.split("::")
-        if space == self.namespace:
-            self.sizes.append((name, *(t.nbytes for t in args if isinstance(t, Tensor))))
+        if space in ("c10d", "moe_kernels"):
+            self.called.append((name, *(t.nbytes for t in args if isinstance(t, Tensor))))
         return func(*args, **(kwargs or {}))
 
-    def named(self, name: str) -> list[int]:
-        return [size[0] for called, *size in self.sizes if called == name]
+    def sent(self) -> list[int]:
+        return [sizes[1] for name, *sizes in self.called if name == "alltoall_base_"]
 
 
 def parallel(problem: Problem, seed: int, dispatcher=None) -> MoELayer:
@@ -66,9 +65,9 @@ def count_messages(problem: Problem, seed: int) -> None:
             y = layer(mine(problem, seed)["x"])
         with Record() as backward:
             y.sum().backward()
-        there, back = forward.named("all_to_all_single")[-2:]
-        assert forward.named("all_to_all_single")[:-2] == counts
-        assert there == expected and backward.named("all_to_all_single") == [there, back]
+        there, back = forward.sent()[-2:]
+        assert forward.sent()[:-2] == counts
+        assert there == expected and backward.sent() == [there, back]
         totals = [None] * distributed.get_world_size()
         distributed.all_gather_object(totals, (there, back))
         assert sum(t for t, _ in totals) == sum(b for _, b in totals), "what comes back is what was sent"
@@ -107,47 +106,51 @@ def count_gathers(seed: int) -> None:
     layer = PLAIN.layer(seed, BACKEND)
     parameters = sum(p.numel() for p in layer.parameters())
     sharded = fsdp.fully_shard(nn.Sequential(layer, nn.Identity()), mesh=mesh_of(dp=2))
-    with Record("c10d") as record:
+    with Record() as record:
         sharded(mine(PLAIN, seed)["x"]).sum().backward()
     expected = cost.sharded_bytes(parameters, 2, 4)
-    received = [output - own for name, output, own in record.sizes if name == "_allgather_base_"]
-    sent = [own - output for name, output, own in record.sizes if name == "_reduce_scatter_base_"]
-    assert received in ([expected], [expected] * 2) and sent == [expected], record.sizes
+    collectives = [call for call in record.called if call[0].endswith("_base_")]
+    received = [output - own for name, output, own in collectives if name == "_allgather_base_"]
+    sent = [own - output for name, output, own in collectives if name == "_reduce_scatter_base_"]
+    assert received in ([expected], [expected] * 2) and sent == [expected], collectives
 
 
 def test_fsdp_moves_the_bytes_of_the_formula(two, seed):
     two.run(count_gathers, seed=seed)
 
 
-class Watching(TorchDispatchMode):
-    """A dispatcher that remembers whether its rows were still awaited when each operator was called."""
+def overlap(problem: Problem, seed: int) -> None:
+    """What is called in front of the wait for rows, and in backward in front of what reads their gradients."""
+    layer = parallel(problem, seed)
+    waits = []
 
-    def __init__(self):
-        super().__init__()
-        self.rows, self.awaited = None, {}
+    class Late(ExactDispatcher):
+        def send(self, rows, plan, mesh):
+            arrived = super().send(rows, plan, mesh)
 
-    def send(self, rows: Tensor, plan, mesh):
-        arrived = ExactDispatcher().send(rows, plan, mesh)
-        self.rows = arrived.rows
-        return arrived
+            def received() -> Tensor:
+                waits.append(len(record.called))
+                return arrived.rows()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.rows is not None:
-            self.awaited.setdefault(func._schema.name, not self.rows.completed)
-        return func(*args, **(kwargs or {}))
+            return replace(arrived, rows=received)
 
-
-def travel(problem: Problem, seed: int) -> None:
-    watching = Watching()
-    layer = parallel(problem, seed, watching)
-    with torch.no_grad(), watching:
-        layer(mine(problem, seed)["x"])
-    assert watching.awaited["moe_kernels::experts"] and not watching.awaited["moe_kernels::combine"]
-    assert watching.rows.completed
+    layer.dispatcher = Late()
+    x = mine(problem, seed)["x"].requires_grad_()
+    with Record() as record:
+        y = layer(x)
+    names = [name for name, *_ in record.called]
+    _, rows, _ = (i for i, name in enumerate(names) if name == "alltoall_base_")
+    assert rows < names.index("experts") < waits[0] <= names.index("moe_mlp")
+    with Record() as record:
+        y.sum().backward()
+    names = [name for name, *_ in record.called]
+    on_the_way = names[names.index("moe_mlp_bwd") :]
+    assert on_the_way.index("alltoall_base_") < on_the_way.index("experts_bwd") < on_the_way.index("combine")
 
 
 def test_the_shared_expert_is_computed_while_rows_travel(two, seed):
-    two.run(travel, problem=PLAIN, seed=seed)
+    """Its backward, too: behind the call that sends the rows' gradients, in front of what reads them."""
+    two.run(overlap, problem=PLAIN, seed=seed)
 
 
 def overflow(problem: Problem, seed: int) -> None:
