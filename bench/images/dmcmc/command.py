@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,19 @@ from bench.instrument.progress import say, track
 
 FILE = "dmcmc.jsonl"
 TRACE = 50  # points of the trace of levels
+TIERS = "oracle", "trained"
 STANDARD = ("heun", "heun_churn", "dpmpp_2m", "unipc")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; the trained tier has the trajectories STANDARD."""
+    """How much of everything; the trained tier has the trajectories STANDARD.
 
-    amount: Amount
+    amounts: of each tier. The features that judge the trained one have 128 dimensions, and verdicts want more effective
+    samples than those.
+    """
+
+    amounts: Mapping[str, Amount]
     budgets: tuple[int, ...]
     seeds: int
     trajectories: tuple[str, ...] = (*INTEGRATORS, "rk45")
@@ -50,10 +55,17 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        Amount(20, 3, 3, 1), (6,), 1, ("dpmpp_2m", "heun"), ("dpmpp_2m", "heun"), ("released", "drawn level"), 100, 1
+        dict.fromkeys(TIERS, Amount(20, 3, 3, 1)),
+        (6,),
+        1,
+        ("dpmpp_2m", "heun"),
+        ("dpmpp_2m", "heun"),
+        ("released", "drawn level"),
+        100,
+        1,
     ),
-    "small": Size(Amount(60, 10, 5, 4), (5, 10, 20), 3),
-    "default": Size(Amount(100, 20, 9, 10), (5, 10, 20, 40), 3),
+    "small": Size({"oracle": Amount(60, 10, 5, 4), "trained": Amount(100, 10, 5, 4)}, (5, 10, 20), 3),
+    "default": Size(dict.fromkeys(TIERS, Amount(100, 20, 9, 10)), (5, 10, 20, 40), 3),
 }
 
 
@@ -62,9 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         choices=list(SIZES),
         default="default",
-        help="tiny: seconds; small: half an hour; default: hours",
+        help="tiny: seconds; small: an hour; default: hours",
     )
-    parser.add_argument("--tier", choices=("oracle", "trained", "both"), default="both", help="default: both")
+    parser.add_argument("--tier", choices=(*TIERS, "both"), default="both", help="default: both")
     parser.add_argument(
         "--guidance", type=arguments.positive, default=1.0,
         help="of the trained tier; other than 1 the field is no score and all of it a heuristic (default: 1)",
@@ -104,7 +116,11 @@ def main(args: argparse.Namespace) -> int:
 
 def tier(ledger: Ledger, name: str, make: Callable[[], Oracle | Trained], size: Size) -> None:
     """Run every arm at every budget with every seed; one stage each. The tier is made when a stage first needs it."""
-    ledger.stage(f"{name}: what is sampled", lambda: [store.row("dmcmc_tier", tier=name, **make().facts())])
+    amount = size.amounts[name]
+    ledger.stage(
+        f"{name}: what is sampled",
+        lambda: [store.row("dmcmc_tier", tier=name, **make().facts(), amount=asdict(amount), seeds=size.seeds)],
+    )
     jobs = [
         (arm, budget, seed)
         for seed in range(size.seeds)
@@ -113,7 +129,7 @@ def tier(ledger: Ledger, name: str, make: Callable[[], Oracle | Trained], size: 
     ]
     for arm, budget, seed in track(jobs, name, len(jobs)):
         stage = f"{name}: {arm.title}, {budget}, seed {seed}"
-        ledger.stage(stage, lambda arm=arm, budget=budget, seed=seed: measure(make(), arm, budget, size.amount, seed))
+        ledger.stage(stage, lambda arm=arm, budget=budget, seed=seed: measure(make(), arm, budget, amount, seed))
 
 
 def measure(on: Oracle | Trained, arm: Arm, budget: int, amount: Amount, seed: int) -> Iterator[dict]:

@@ -66,6 +66,7 @@ class Trained:
 
     def __init__(self, data: digits.Dataset, folder: Path, epochs: int, level_steps: int, guidance: float):
         self.model, self.guidance = load_model(data, folder), guidance
+        self.steps = {"epochs": epochs, "level_steps": level_steps}
         moe_kernels.replace_moe(self.model.model)
         self.classifier, _ = digits.train_classifier(data, epochs)
         grid = level_grid(*SIGMAS, LEVELS)
@@ -87,7 +88,7 @@ class Trained:
     def facts(self) -> dict:
         return {
             "model": self.model.identity, "guidance": self.guidance, "heuristic": self.guidance != 1.0,
-            "level_error": self.level_error, "level_loss": self.level_loss,
+            "origin": self.model.origin, **self.steps, "level_error": self.level_error, "level_loss": self.level_loss,
         }  # fmt: skip
 
     def judge(self, samples: Samples, correlated: bool) -> dict:
