@@ -17,7 +17,8 @@ NAME = "dmcmc.html"
 WIDTH, HEIGHT = 420.0, 200.0
 DECADES = 3  # of distances in a chart
 AGAINST = {
-    "evaluations": "best of as many evaluations", "time": "best of as much CPU time", "alone": "its integrator alone",
+    "evaluations": "the best of as many evaluations", "time": "the best of as much CPU time",
+    "alone": "its integrator alone",
 }  # fmt: skip
 
 
@@ -91,13 +92,13 @@ def chart(lines: Sequence[verdicts.Line]) -> dict:
         over = figure(float(value)) if value > high[1] else ""
         arms.setdefault(line.title, []).append({"x": round(x, 1), "y": round(y, 1), "over": over})
     chains = {line.title for line in lines if line.choice}
+    budgets = sorted({*(line.budget for line in lines), at[:, 0].max()})
+    at_budgets = [(x, low[1]) for x in budgets if low[0] <= x <= high[0]]
+    at_values = [(low[0], y) for y in _round_numbers(low[1], high[1])]
     ticks = [
-        [(round(float(place(np.array(point))[axis]), 1), figure(float(point[axis]))) for point in points]
-        for axis, points in enumerate((
-            [(x, low[1]) for x in sorted({*(line.budget for line in lines), high[0]}) if low[0] <= x <= high[0]],
-            [(low[0], y) for y in _round_numbers(low[1], high[1])],
-        ))
-    ]  # fmt: skip
+        [(round(float(place(np.array(point))[axis]), 1), f"{point[axis]:.3g}") for point in points]
+        for axis, points in enumerate((at_budgets, at_values))
+    ]
     return {
         "lines": [{"title": title, "chains": title in chains, "points": arm} for title, arm in arms.items()],
         "x_ticks": ticks[0], "y_ticks": ticks[1],
