@@ -38,7 +38,8 @@ def page(rows: Sequence[dict]) -> str:
     tiers = [_tier(name, facts[name], [line for line in found if line.tier == name], along) for name in facts]
     return render(
         "dmcmc.html.j2", tiers=[tier for tier in tiers if tier["lines"]], last=rows[-1], against=AGAINST, figure=figure,
-        signed=signed, size=(WIDTH, HEIGHT), recall=verdicts.RECALL, decades=DECADES,
+        signed=signed, size=(WIDTH, HEIGHT), recall=verdicts.RECALL, timing=verdicts.TIMING,
+        decades=DECADES,
     )  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def chart(lines: Sequence[verdicts.Line]) -> dict:
     ]
     return {
         "lines": [{"title": title, "chains": title in chains, "points": arm} for title, arm in arms.items()],
-        "x_ticks": ticks[0], "y_ticks": ticks[1],
+        "x_ticks": ticks[0], "y_ticks": ticks[1], "beyond": any(p["over"] for arm in arms.values() for p in arm),
     }  # fmt: skip
 
 

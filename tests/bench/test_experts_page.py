@@ -38,7 +38,7 @@ def test_the_command_writes_tables_rows_and_page(checkpoints, tmp_path, capsys):
 
 
 def test_what_holds_for_the_committed_digits_model(tmp_path):
-    """The abstract's claims as tests of direction: docs/experts.md has the figures of 200 images and 25 steps."""
+    """The abstract's claims as tests of direction: docs/experts.md has the figures of 200 images and 50 steps."""
     assert (
         main(["analyze", "--count", "32", "--steps", "6", "--batch", "32", "--guidance", "1", "--out", str(tmp_path)])
         == 0
