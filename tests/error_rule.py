@@ -33,7 +33,8 @@ def judge(op: str, compute: Compute, backend: str, dtype: torch.dtype, seed: int
     """Compare `backend` with the oracle and with plain torch in its dtype; put the worst tensor in the table.
 
     `compute(seed, how)` returns tensors by name, `how` being a backend, "oracle" (float64) or "loop" (plain torch, the
-    rival of `eager`; `eager` is the rival of every other backend). Integers and exact zeros are compared exactly.
+    rival of `eager`; `eager` is the rival of every other backend). Integers are compared exactly, and so are zeros of
+    the oracle that plain torch finds, too: where neither does, terms cancelled by chance.
 
     One draw of a rounding error can be lucky for the rival. So a breach is confirmed: over DRAWS draws, the first among
     them, the medians must keep the rule, and our worst error may be OUTLIER times the rival's worst. An error regularly
@@ -91,7 +92,7 @@ def compare_exactly(ours: Tensor, theirs: Tensor, exact: Tensor, where: str) -> 
         assert torch.equal(ours.long(), exact.long()), where
         return
     assert ours.dtype == theirs.dtype, f"{where}: dtype {ours.dtype}, expected {theirs.dtype}"
-    assert not ours[exact == 0].count_nonzero(), f"{where}: not exactly zero where the oracle is"
+    assert not ours[(exact == 0) & (theirs == 0)].count_nonzero(), f"{where}: not zero where the oracle and torch are"
 
 
 def views_of(name: str, exact: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -15,8 +15,10 @@ from bench.page.words import figure, plural, signed
 
 NAME = "dmcmc.html"
 WIDTH, HEIGHT = 420.0, 200.0
+DECADES = 3  # of distances in a chart
 AGAINST = {
-    "evaluations": "best of as many evaluations", "time": "best of as much CPU time", "alone": "its integrator alone",
+    "evaluations": "the best of as many evaluations", "time": "the best of as much CPU time",
+    "alone": "its integrator alone",
 }  # fmt: skip
 
 
@@ -32,18 +34,21 @@ def page(rows: Sequence[dict]) -> str:
     """Return the page of a run's rows."""
     found = verdicts.lines([row for row in rows if row["kind"] == "dmcmc"])
     facts = {row["tier"]: row for row in rows if row["kind"] == "dmcmc_tier"}
-    tiers = [_tier(name, facts[name], [line for line in found if line.tier == name]) for name in facts]
+    along = [row for row in rows if row["kind"] == "dmcmc_load"]
+    tiers = [_tier(name, facts[name], [line for line in found if line.tier == name], along) for name in facts]
     return render(
         "dmcmc.html.j2", tiers=[tier for tier in tiers if tier["lines"]], last=rows[-1], against=AGAINST, figure=figure,
-        signed=signed, size=(WIDTH, HEIGHT), recall=verdicts.RECALL,
+        signed=signed, size=(WIDTH, HEIGHT), recall=verdicts.RECALL, timing=verdicts.TIMING,
+        decades=DECADES,
     )  # fmt: skip
 
 
-def _tier(name: str, facts: dict, lines: list[verdicts.Line]) -> dict:
+def _tier(name: str, facts: dict, lines: list[verdicts.Line], along: Sequence[dict]) -> dict:
     compared = verdicts.comparisons(lines)
     return {
         "name": name, "facts": facts, "lines": lines, "compared": compared, "sentence": verdicts.sentence(compared),
         "what": _what(facts, lines), "chart": chart(lines), "traces": traces(lines),
+        "along": [{**row, "where": where(row)} for row in along if row["tier"] == name],
         "loads": [line for line in lines if line.row["loads"] and line.budget == max(x.budget for x in lines)],
     }  # fmt: skip
 
@@ -67,24 +72,51 @@ def _what(facts: dict, lines: Sequence[verdicts.Line]) -> str:
 
 
 def chart(lines: Sequence[verdicts.Line]) -> dict:
-    """Place distances, as they are, over evaluations, both axes logarithmic: a polyline per arm of several budgets."""
+    """Place distances, as they are, over evaluations, both axes logarithmic: points, joined for each arm.
+
+    Distances beyond DECADES above the least lie on the upper edge, as marks that say how much they are: the others keep
+    their room.
+    """
     if not lines:
         return {}
-    arms: dict[str, list[tuple[float, float]]] = {}
-    for line in lines:
-        arms.setdefault(line.title, []).append((line.figures["evaluations"], max(line.figures["fd"], 1e-9)))
-    points = np.log(np.array([p for arm in arms.values() for p in arm]))
-    low, high = points.min(0), points.max(0) + 1e-9
+    at = np.array([(line.figures["evaluations"], max(line.figures["fd"], 1e-9)) for line in lines])
+    low, high = at.min(0), at.max(0) * (1 + 1e-9)
+    high[1] = min(high[1], low[1] * 10**DECADES)
+    size = np.array((WIDTH, HEIGHT))
 
-    def place(point: tuple[float, float]) -> str:
-        x, y = (np.log(point) - low) / (high - low)
-        return f"{WIDTH * x:.1f},{HEIGHT * (1 - y):.1f}"
+    def place(points: np.ndarray) -> np.ndarray:
+        share = np.log(np.minimum(points, high) / low) / np.log(high / low)
+        return np.abs((0, 1) - share) * size  # y from the top
 
+    arms: dict[str, list[dict]] = {}
+    for line, (x, y), (_, value) in zip(lines, place(at), at, strict=True):
+        over = figure(float(value)) if value > high[1] else ""
+        arms.setdefault(line.title, []).append({"x": round(x, 1), "y": round(y, 1), "over": over})
     chains = {line.title for line in lines if line.choice}
+    budgets = sorted({*(line.budget for line in lines), at[:, 0].max()})
+    at_budgets = [(x, low[1]) for x in budgets if low[0] <= x <= high[0]]
+    at_values = [(low[0], y) for y in _round_numbers(low[1], high[1])]
+    ticks = [
+        [(round(float(place(np.array(point))[axis]), 1), f"{point[axis]:.3g}") for point in points]
+        for axis, points in enumerate((at_budgets, at_values))
+    ]
     return {
-        "lines": [{"title": t, "chains": t in chains, "points": " ".join(map(place, p))} for t, p in arms.items()],
-        **{axis: [figure(float(np.exp(v[i]))) for v in (low, high)] for i, axis in enumerate("xy")},
+        "lines": [{"title": title, "chains": title in chains, "points": arm} for title, arm in arms.items()],
+        "x_ticks": ticks[0], "y_ticks": ticks[1], "beyond": any(p["over"] for arm in arms.values() for p in arm),
     }  # fmt: skip
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times the powers of ten between two numbers, the powers alone where they are many."""
+    powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    steps = (1,) if high / low > 100 else (1, 2, 5)
+    return [float(step * power) for power in powers for step in steps if low <= step * power <= high]
+
+
+def where(row: dict) -> str:
+    """Say at which levels chains were: `35 % at sigma 0.58 to 1.82, ...`, the least noise last."""
+    parts = zip(row["slices"], row["visits"], strict=True)
+    return ", ".join(f"{100 * v:.0f} % at sigma {figure(a)} to {figure(b)}" for (a, b), v in parts if v >= 0.005)
 
 
 def traces(lines: Sequence[verdicts.Line]) -> list[dict]:

@@ -144,7 +144,8 @@ def curve(steps: Sequence[dict], name: str, title: str, width: int = 300, height
 
 
 def said(finding: Mapping) -> str:
-    """Write a finding's number, as `0.12 [0.10, 0.14] bits ...`."""
-    low, high = finding["low"], finding["high"]
+    """Write a finding's number, as `0.12 [0.10 to 0.14] bits ...`, and what it has to pass where that is not 0."""
+    low, high, least = finding["low"], finding["high"], finding.get("least", 0)  # rows of before had none
     interval = "too few images for an interval" if low is None else f"{low:.3f} to {high:.3f}"
-    return f"{finding['value']:.3f} [{interval}] {finding['statistic']}"
+    passes = f", at least {least:.3f} to count" if least else ""
+    return f"{finding['value']:.3f} [{interval}] {finding['statistic']}{passes}"

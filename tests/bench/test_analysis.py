@@ -230,16 +230,21 @@ def test_load_pairs_and_degrees_of_known_answers():
     ).sum() == pytest.approx(1)
 
 
-def made_tables(deep_share: float, early_share: float, seed: int = 0) -> dict[str, np.ndarray]:
-    """48 images, 2 layers, 10 steps, 8 positions, 4 experts: how often position (in the deep layer), and in early steps
-    expert 0, decide a pick. The rest is drawn evenly; the class decides nothing."""
+def made_tables(position=(0.0, 0.0), early=(0.0, 0.0), late=(0.0, 0.0), klass=0.0, seed=0) -> dict[str, np.ndarray]:
+    """48 images of 3 classes, 2 layers, 10 steps, 8 positions, 4 experts: which share of picks is decided by what.
+
+    position, early (expert 0 in the first two steps), late (in the last two): by layer. The rest is drawn evenly.
+    """
     rng = np.random.default_rng(seed)
     shape = (2, 10, 48, 8)
-    expert = rng.integers(4, size=shape)
-    position = np.broadcast_to(np.arange(8) % 4, shape)
-    share = np.array([0.8, deep_share])[:, None, None, None]
-    expert = np.where(rng.random(shape) < share, position, expert)
-    expert[:, :2] = np.where(rng.random((2, 2, 48, 8)) < early_share, 0, expert[:, :2])
+
+    def decided(share: tuple[float, float]) -> np.ndarray:
+        return rng.random(shape) < np.array(share)[:, None, None, None]
+
+    expert = np.where(decided(position), np.arange(8) % 4, rng.integers(4, size=shape))
+    expert = np.where(decided((klass, klass)), (np.arange(48) % 3)[:, None], expert)
+    for steps, share in ((slice(2), early), (slice(8, 10), late)):
+        expert[:, steps] = np.where(decided(share), 0, expert)[:, steps]
     counter = Counter(2, 10, 48)
     counter.begin(0, torch.arange(48) % 3, False)
     for step in range(10):
@@ -249,16 +254,49 @@ def made_tables(deep_share: float, early_share: float, seed: int = 0) -> dict[st
     return counter.result().arrays()
 
 
-def test_findings_hold_where_they_are_built_in_and_not_elsewhere():
-    verdicts = [finding.verdict for finding in findings.findings(made_tables(0.2, 0.9))]
-    assert verdicts == [findings.HOLDS] * 6
-    reverse = findings.findings(made_tables(1.0, 0.0))
-    assert [f.verdict for f in reverse[:1] + reverse[4:5]] == [findings.HOLDS, findings.OPPOSITE]
-    assert reverse[1].verdict != findings.HOLDS and reverse[5].verdict != findings.HOLDS
+H, F, U = findings.HOLDS, findings.FAILS, findings.UNSURE
+
+
+@pytest.mark.parametrize(
+    "world, verdicts",
+    [
+        (dict(position=(0.8, 0.2), early=(0.9, 0.5)), [H, H, H, H, H, H, H, H]),
+        (dict(position=(0.2, 0.8), late=(0.5, 0.9)), [H, H, H, H, F, F, F, F]),
+        (dict(klass=0.8), [F, F, F, F, U, U, U, U]),
+        (dict(), [F, F, U, U, U, U, U, U]),
+    ],
+    ids=["the paper's", "the reverse", "the class alone", "nothing"],
+)
+def test_findings_say_what_is_built_in_and_what_is_not(world, verdicts):
+    found = findings.findings(made_tables(**world))
+    assert [f.verdict for f in found] == verdicts
+    assert all(f.low < f.value < f.high for f in found)
+
+
+@pytest.mark.parametrize("count, effect", [(20, 0.0), (20, 0.2), (60, 0.0), (60, 0.05)])
+def test_total_variation_of_known_loads(count, effect):
+    """Images of unlike habits by label, the same in both loads, and `effect` moved in each of three parts: 20 times."""
+    rng, labels = np.random.default_rng(5), np.arange(count) % 10
+    found = []
+    for _ in range(20):
+        gamma = rng.standard_gamma(60 * rng.dirichlet(np.full(8, 20), 10)[labels], (2, count, 8))
+        a, b = np.repeat((gamma / gamma.sum(-1, keepdims=True))[:, None], 3, 1)
+        a[..., 0] += effect
+        a[..., 1] -= effect
+        found.append(statistics.total_variation(1000 * a, 700 * b, labels))
+    assert sum(f.low <= effect <= f.high for f in found) >= 17, "95 % is 19; of so few, fewer than 17 are 1 in 60"
+    assert sum(f.p < 0.05 for f in found) == sum(f.low > 0 for f in found)
+    assert sum(f.p < 0.05 for f in found) >= 17 if effect else sum(f.p < 0.05 for f in found) <= 3
+    assert all(0 < f.chance < f.value - f.low or f.low == 0 for f in found)
+
+
+def test_total_variation_wants_two_images_of_a_label():
+    with pytest.raises(ValueError, match="labels: got 1 image of label 9, expected at least 2 of each"):
+        statistics.total_variation(np.ones((1, 3, 2)), np.ones((1, 3, 2)), np.array([0, 0, 9]))
 
 
 def test_rows_say_what_was_not_counted():
-    tables = made_tables(0.5, 0.5)
+    tables = made_tables((0.8, 0.5), (0.5, 0.5))
     (first, _), steps = findings.by_layer(tables), findings.by_step(tables)
     assert (
         first["overlap"] is None

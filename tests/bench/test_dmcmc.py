@@ -15,6 +15,7 @@ from bench.images.dmcmc import command, verdicts
 from bench.images.dmcmc.arms import Amount, Arm, Problem, run, split
 from bench.images.dmcmc.judge import Reference, effective, figures, precision_recall
 from bench.images.dmcmc.levels import level_error, train_levels
+from bench.images.dmcmc.loads import SLICES, LevelLoads, compare, count_chains, count_trajectories
 from bench.images.dmcmc.tiers import Oracle
 from bench.images.fid import Moments
 from bench.images.sampling.integrators import INTEGRATORS, rk45
@@ -22,6 +23,7 @@ from bench.instrument import store
 from bench.page import chains
 from reference.dmcmc import level_grid
 from reference.mixture import GaussianMixture
+from reference.samplers import karras_sigmas
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.rand(40, 1, 4, 4, generator=GENERATOR) * 2 - 1
@@ -151,6 +153,62 @@ def test_chains_meet_the_best_rival_of_as_many_evaluations_and_of_as_much_time()
     assert seeds.fd == 2.0 and seeds.error == pytest.approx(1 / 3**0.5), "seeds differ by more than each one's error"
 
 
+EDGES = torch.tensor([0.3, 1.0, 3.0], dtype=torch.float64)
+
+
+class Router(torch.nn.Module):
+    """Denoises as the mixture does; its one routed layer takes the expert by `of(y, sigma)`, an id for each image."""
+
+    def __init__(self, of, E: int = 4):
+        super().__init__()
+        self.experts, self.gate = torch.nn.ModuleList(torch.nn.Identity() for _ in range(E)), torch.nn.Identity()
+        self.gate.weight, self.of = torch.zeros(E, 1), of
+
+    def denoise(self, y, sigma, labels):
+        ids = self.of(y, sigma.double().expand(len(y))).long().view(-1, 1)
+        self.gate((ids, torch.ones(ids.shape)))
+        return ORACLE.mixture.denoise(y, sigma)
+
+
+def along(of, choice: str = "drawn level", chains: int = 40) -> tuple[LevelLoads, LevelLoads, dict]:
+    amount, model, labels = Amount(chains, 1, 5, 3), Router(of), np.arange(chains) % 4
+    problem = dataclasses.replace(ORACLE.problem, denoise=model.denoise, classes=4)
+    ours = count_chains(model, problem, choice, amount, 0)
+    ordinary = count_trajectories(model, problem, amount, 0)
+    return ours, ordinary, compare(ours, ordinary, labels)
+
+
+def test_load_by_level_alone_is_no_difference_at_the_same_levels():
+    """A router that looks at the level: chains differ from a trajectory by where they are, and by nothing else."""
+    grid = ORACLE.problem.grid
+    chains, trajectories, row = along(lambda y, sigma: torch.bucketize(sigma.contiguous(), EDGES))
+    assert (trajectories.visits == 1).all() and (chains.visits.sum(0) == len(grid)).all()
+    assert torch.equal(chains.picks.sum((2, 3)), chains.visits)
+    expert = torch.bucketize(grid, EDGES)
+    assert all((chains.picks[:, :, 0, e].sum(1) > 0).le(expert == e).all() for e in range(4)), "counted where it was"
+    (layer,) = row["layers"]
+    assert layer["same_levels"]["value"] == 0 and layer["whole"]["low"] > 0.2
+    assert sum(row["visits"]) == pytest.approx(1) and len(row["slices"]) == len(row["visits"]) == SLICES
+    nodes = torch.bucketize(karras_sigmas(20, 20.0, float(grid[-1]))[:-1], EDGES)
+    assert layer["trajectories"] == pytest.approx(torch.bincount(nodes).max() / 5)
+
+
+def test_load_of_states_that_no_trajectory_has_is_one():
+    """A router that knows chains: at every level one image of four takes the second expert, of a trajectory's two."""
+    calls = []
+
+    def of(y, sigma):
+        calls.append(1)
+        chains = len(calls) <= 5 + 3 + len(ORACLE.problem.grid)  # the start, the burn-in, the steps
+        return torch.arange(len(y)) % 4 < (1 if chains else 2)
+
+    layer = along(of)[2]["layers"][0]
+    same, whole = layer["same_levels"], layer["whole"]
+    assert [whole["value"], whole["low"], same["value"]] == pytest.approx([0.25] * 3), "chains of a label are alike"
+    assert same["low"] > 0.1 and same["p"] == whole["p"] == 0.001
+    assert (layer["chains"], layer["trajectories"]) == (3.0, 2.0)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dmcmc")
@@ -165,13 +223,35 @@ def test_the_command_writes_rows_goes_on_and_makes_a_page(finished, capsys):
     assert store.read(finished / command.FILE) == rows, "nothing is measured twice"
     assert "a guided field is the score of no density" in out and out.count("chains against") == 2
     measured = [r for r in rows if r["kind"] == "dmcmc"]
+    assert [r["choice"] for r in rows if r["kind"] == "dmcmc_load"] == ["released", "drawn level"]
     assert {r["tier"] for r in measured} == {"oracle", "trained"} and all(r["trace"] for r in measured if r["choice"])
     assert all(len(r["loads"]["per_call"]) == 4 and min(r["loads"]["per_call"]) >= 1 for r in measured if r["loads"])
     assert main(["report", str(finished)]) == 0
     page = (finished / chains.NAME).read_text()
-    for text in ("DPM-Solver++(2M)", "chains (drawn level)", "Heuristic:", "Experts", "sent twice", 'class="chart"'):
+    for text in (
+        "DPM-Solver++(2M)",
+        "chains (drawn level)",
+        "Heuristic:",
+        "load along chains",
+        "sent twice",
+        'class="chart"',
+    ):
         assert text in page, text
     assert not re.search(r"(src|href)\s*=", page) and page.count("<table") == page.count('<div class="scroll"><table')
+
+
+def test_an_outlier_leaves_the_others_their_room():
+    """Three decades above the least distance are drawn; what lies above is a mark that says so."""
+    fds = {"good": (0.2, 0.1), "fair": (20.0, 2.0), "wild": (3.9e6, 0.3)}
+    rows = [row(t, budget=b, fd=fd, evaluations=b) for t in fds for b, fd in zip((5, 20), fds[t], strict=True)]
+    drawn = {line["title"]: line["points"] for line in chains.chart(verdicts.lines(rows))["lines"]}
+    assert [p["over"] for p in drawn["wild"]] == ["3.9e+06", ""] and drawn["wild"][0]["y"] == 0
+    assert not any(p["over"] for title in ("good", "fair") for p in drawn[title])
+    heights = [(chains.HEIGHT - drawn[t][0]["y"]) / chains.HEIGHT for t in ("good", "fair")]
+    assert heights == pytest.approx(np.log10([2, 200]) / 3, abs=1e-3)
+    assert [x for x, _ in chains.chart(verdicts.lines(rows))["x_ticks"]] == [0, chains.WIDTH]
+    alone = chains.chart(verdicts.lines(rows[:1]))
+    assert alone["lines"][0]["points"] == [{"x": 0.0, "y": chains.HEIGHT, "over": ""}], "a single point has its place"
 
 
 def test_a_nan_of_the_model_keeps_the_rows(finished, tmp_path, monkeypatch, capsys):

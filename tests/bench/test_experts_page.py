@@ -37,10 +37,24 @@ def test_the_command_writes_tables_rows_and_page(checkpoints, tmp_path, capsys):
     assert "nan" not in page and "http" not in page
 
 
+def test_what_holds_for_the_committed_digits_model(tmp_path):
+    """The abstract's claims as tests of direction: docs/experts.md has the figures of 200 images and 50 steps."""
+    assert (
+        main(["analyze", "--count", "32", "--steps", "6", "--batch", "32", "--guidance", "1", "--out", str(tmp_path)])
+        == 0
+    )
+    (row,) = store.read(tmp_path / "experts.jsonl")
+    found = {f["claim"]: f["verdict"] for f in row["findings"]}
+    assert found["position tells where a token goes"] == found["so does the sampling step"] == "holds"
+    assert found["the class tells less than position"] == "holds" and found["deeper layers spread"] == "does not hold"
+    page = (tmp_path / "experts.html").read_text()
+    assert page.index("the class tells less than position") < page.index("<h2>Layers</h2>")
+
+
 def test_few_images_decide_nothing_and_bad_models_stop(checkpoints, tmp_path, capsys):  # noqa: F811
     assert analyze(checkpoints["pixels"], tmp_path, "--count", "2", "--guidance", "1") == 0
     (row,) = store.read(tmp_path / "experts.jsonl")
-    assert {f["verdict"] for f in row["findings"]} == {"undecided"} and row["findings"][0]["low"] is None
+    assert {f["verdict"] for f in row["findings"]} == {"cannot say"} and row["findings"][0]["low"] is None
     assert row["layers"][0]["overlap"] is None and "too few images" in capsys.readouterr().out
     assert analyze(checkpoints["bad"], tmp_path / "bad") == 1
     assert "image 3 (label 3)" in capsys.readouterr().out

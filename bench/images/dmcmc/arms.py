@@ -136,7 +136,7 @@ def _trajectories(
     for batch in range(amount.windows):
         first = seed * 1_000_003 + batch * amount.chains
         generators = sample_generators(range(first, first + amount.chains))
-        y = problem.sigma_max * _noise(problem, amount, generators)
+        y = problem.sigma_max * noise(problem, amount, generators)
         if arm.integrator == "rk45":
             images.append(rk45(denoise, y, sigma, problem.sigma_min))
         else:
@@ -149,14 +149,8 @@ def _trajectories(
 def _chains(
     arm: Arm, budget: int, problem: Problem, amount: Amount, seed: int, denoise: Counted, levels: Counted
 ) -> tuple[list[Tensor], list[State], dict]:
-    kernel, options = CHOICES[arm.choice]
     down, shares = INTEGRATORS[arm.integrator], split(arm, budget, amount)
-    states = LangevinGibbs(denoise, levels, problem.grid, kernel, **options)
-    generators = sample_generators(range(seed * 1_000_003, seed * 1_000_003 + amount.chains))
-    sigma = torch.full((amount.chains,), problem.sigma_max, dtype=torch.float64)
-    y = problem.sigma_max * _noise(problem, amount, generators)
-    first = INTEGRATORS[START](denoise, y, sigma, problem.sigma_min, amount.start)
-    state = states.begin(first, 0.5, amount.burn, generators)
+    states, state, generators = begin(arm.choice, problem, amount, seed, denoise, levels)
     images, sent = [], []
     for x, where in states.run(
         state, amount.windows, shares["skip"],
@@ -169,5 +163,24 @@ def _chains(
     return images, sent, shares
 
 
-def _noise(problem: Problem, amount: Amount, generators: list[torch.Generator]) -> Tensor:
+def begin(
+    choice: str,
+    problem: Problem,
+    amount: Amount,
+    seed: int,
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    levels: Callable[[Tensor], Tensor],
+) -> tuple[LangevinGibbs, State, list[torch.Generator]]:
+    """Start chains of a choice: START's images with noise, and the burn-in; chain i depends on (seed, i) alone."""
+    kernel, options = CHOICES[choice]
+    states = LangevinGibbs(denoise, levels, problem.grid, kernel, **options)
+    generators = sample_generators(range(seed * 1_000_003, seed * 1_000_003 + amount.chains))
+    sigma = torch.full((amount.chains,), problem.sigma_max, dtype=torch.float64)
+    y = problem.sigma_max * noise(problem, amount, generators)
+    first = INTEGRATORS[START](denoise, y, sigma, problem.sigma_min, amount.start)
+    return states, states.begin(first, 0.5, amount.burn, generators), generators
+
+
+def noise(problem: Problem, amount: Amount, generators: list[torch.Generator]) -> Tensor:
+    """Draw a batch of standard noise (chains, ...), one generator for each."""
     return draw_noise(torch.zeros(amount.chains, *problem.shape, dtype=problem.dtype), generators)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bench.images import digits
-from bench.images.dmcmc import verdicts
+from bench.images.dmcmc import loads, verdicts
 from bench.images.dmcmc.arms import CHOICES, Amount, Arm, Samples, run
-from bench.images.dmcmc.tiers import Oracle, Trained, watch_loads
+from bench.images.dmcmc.tiers import Oracle, Trained
 from bench.images.sampling.integrators import INTEGRATORS
 from bench.instrument import arguments, store
 from bench.instrument.ledger import Ledger, source_digest
@@ -23,14 +23,19 @@ from bench.instrument.progress import say, track
 
 FILE = "dmcmc.jsonl"
 TRACE = 50  # points of the trace of levels
+TIERS = "oracle", "trained"
 STANDARD = ("heun", "heun_churn", "dpmpp_2m", "unipc")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; the trained tier has the trajectories STANDARD."""
+    """How much of everything; the trained tier has the trajectories STANDARD.
 
-    amount: Amount
+    amounts: of each tier. The features that judge the trained one have 128 dimensions, and verdicts want more effective
+    samples than those.
+    """
+
+    amounts: Mapping[str, Amount]
     budgets: tuple[int, ...]
     seeds: int
     trajectories: tuple[str, ...] = (*INTEGRATORS, "rk45")
@@ -50,10 +55,17 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        Amount(20, 3, 3, 1), (6,), 1, ("dpmpp_2m", "heun"), ("dpmpp_2m", "heun"), ("released", "drawn level"), 100, 1
+        dict.fromkeys(TIERS, Amount(20, 3, 3, 1)),
+        (6,),
+        1,
+        ("dpmpp_2m", "heun"),
+        ("dpmpp_2m", "heun"),
+        ("released", "drawn level"),
+        100,
+        1,
     ),
-    "small": Size(Amount(60, 10, 5, 4), (5, 10, 20), 3),
-    "default": Size(Amount(100, 20, 9, 10), (5, 10, 20, 40), 3),
+    "small": Size({"oracle": Amount(60, 10, 5, 4), "trained": Amount(100, 10, 5, 4)}, (5, 10, 20), 3),
+    "default": Size(dict.fromkeys(TIERS, Amount(100, 20, 9, 10)), (5, 10, 20, 40), 3),
 }
 
 
@@ -62,9 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         choices=list(SIZES),
         default="default",
-        help="tiny: seconds; small: half an hour; default: hours",
+        help="tiny: seconds; small: an hour; default: hours",
     )
-    parser.add_argument("--tier", choices=("oracle", "trained", "both"), default="both", help="default: both")
+    parser.add_argument("--tier", choices=(*TIERS, "both"), default="both", help="default: both")
     parser.add_argument(
         "--guidance", type=arguments.positive, default=1.0,
         help="of the trained tier; other than 1 the field is no score and all of it a heuristic (default: 1)",
@@ -103,22 +115,32 @@ def main(args: argparse.Namespace) -> int:
 
 
 def tier(ledger: Ledger, name: str, make: Callable[[], Oracle | Trained], size: Size) -> None:
-    """Run every arm at every budget with every seed; one stage each. The tier is made when a stage first needs it."""
-    ledger.stage(f"{name}: what is sampled", lambda: [store.row("dmcmc_tier", tier=name, **make().facts())])
+    """Run every arm at every budget with every seed, one stage each, small budgets first.
+
+    The tier is made when a stage first needs it.
+    """
+    amount = size.amounts[name]
+    ledger.stage(
+        f"{name}: what is sampled",
+        lambda: [store.row("dmcmc_tier", tier=name, **make().facts(), amount=asdict(amount), seeds=size.seeds)],
+    )
+    if name == "trained":
+        ledger.stage(f"{name}: load along chains", lambda: along_chains(make(), size.choices, amount))
     jobs = [
         (arm, budget, seed)
+        for budget in size.budgets
         for seed in range(size.seeds)
         for arm in size.arms(name)
-        for budget in (size.budgets[-1:] if arm.integrator == "rk45" else size.budgets)
+        if arm.integrator != "rk45" or budget == size.budgets[-1]
     ]
     for arm, budget, seed in track(jobs, name, len(jobs)):
         stage = f"{name}: {arm.title}, {budget}, seed {seed}"
-        ledger.stage(stage, lambda arm=arm, budget=budget, seed=seed: measure(make(), arm, budget, size.amount, seed))
+        ledger.stage(stage, lambda arm=arm, budget=budget, seed=seed: measure(make(), arm, budget, amount, seed))
 
 
 def measure(on: Oracle | Trained, arm: Arm, budget: int, amount: Amount, seed: int) -> Iterator[dict]:
     """Sample by an arm and judge the samples; one row."""
-    with watch_loads(on.model.model) if isinstance(on, Trained) else nullcontext() as loads:
+    with loads.watch_loads(on.model.model) if isinstance(on, Trained) else nullcontext() as seen:
         samples = run(arm, budget, on.problem, amount, seed)
     found = on.judge(samples, bool(arm.choice))
     took = {
@@ -129,9 +151,24 @@ def measure(on: Oracle | Trained, arm: Arm, budget: int, amount: Amount, seed: i
         "dmcmc", tier=on.name, arm=arm.title, title=arm.title, integrator=arm.integrator, choice=arm.choice,
         budget=budget, seed=seed, samples=amount.samples, chains=amount.chains if arm.choice else 0,
         distance=on.distance, dimension=on.reference.features.shape[1], split=samples.split,
-        sent_twice=samples.sent_twice, trace=trace(samples), loads=loads.summary() if loads else None,
+        sent_twice=samples.sent_twice, trace=trace(samples), loads=seen.summary() if seen else None,
         figures={**took, **found},
     )  # fmt: skip
+
+
+def along_chains(on: Trained, choices: Sequence[str], amount: Amount) -> Iterator[dict]:
+    """Compare the experts' load along chains with that of trajectories; a row for each choice whose chains differ."""
+    net, halves = on.model.model, 1 + (on.guidance != 1.0)
+    labels = np.arange(amount.chains) % on.problem.classes
+    trajectories = loads.count_trajectories(net, on.problem, amount, 0, halves)
+    for choice in choices:
+        if "least" in CHOICES[choice][1]:  # what is sent down makes no difference to the chains
+            continue
+        chains = loads.count_chains(net, on.problem, choice, amount, 0, halves)
+        yield store.row(
+            "dmcmc_load", tier=on.name, choice=choice, chains=amount.chains, steps=len(on.problem.grid),
+            ordinary=loads.ORDINARY, **loads.compare(chains, trajectories, labels),
+        )  # fmt: skip
 
 
 def trace(samples: Samples) -> list[list[float]]:

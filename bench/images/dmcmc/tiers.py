@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import moe_kernels
 from bench.images import checkpoints, digits, fid, training
-from bench.images.analysis.watch import routed_layers, watch
 from bench.images.dmcmc.arms import Problem, Samples
 from bench.images.dmcmc.judge import Reference, figures
 from bench.images.dmcmc.levels import level_error, train_levels
@@ -66,6 +63,7 @@ class Trained:
 
     def __init__(self, data: digits.Dataset, folder: Path, epochs: int, level_steps: int, guidance: float):
         self.model, self.guidance = load_model(data, folder), guidance
+        self.steps = {"epochs": epochs, "level_steps": level_steps}
         moe_kernels.replace_moe(self.model.model)
         self.classifier, _ = digits.train_classifier(data, epochs)
         grid = level_grid(*SIGMAS, LEVELS)
@@ -87,7 +85,7 @@ class Trained:
     def facts(self) -> dict:
         return {
             "model": self.model.identity, "guidance": self.guidance, "heuristic": self.guidance != 1.0,
-            "level_error": self.level_error, "level_loss": self.level_loss,
+            "origin": self.model.origin, **self.steps, "level_error": self.level_error, "level_loss": self.level_loss,
         }  # fmt: skip
 
     def judge(self, samples: Samples, correlated: bool) -> dict:
@@ -109,34 +107,3 @@ def load_model(data: digits.Dataset, folder: Path) -> checkpoints.Trained:
         found = training.train(recipe, data, folder / "training.pt")
         checkpoints.save_checkpoint(own, found, {})
     return found
-
-
-class Loads:
-    """Largest load of an expert over the mean, by layer: of every call, summed, and of all calls together.
-
-    Takes picks as analysis.counts.Counter does, so that `watch` can hand them over, whatever routes.
-    """
-
-    def __init__(self, layers: int):
-        self.L, self.calls = layers, 0
-        self.counts: list[Tensor | int] = [0] * layers
-        self.per_call = [0.0] * layers
-
-    def take(self, layer: int, T: int, E: int, cells: Tensor, weights: Tensor) -> None:
-        """Take a layer's picks: cells (R,) = token * E + expert."""
-        count = torch.bincount(cells.flatten() % E, minlength=E)
-        self.counts[layer] = self.counts[layer] + count
-        self.per_call[layer] += float(count.max() / count.double().mean())
-        self.calls += layer == 0
-
-    def summary(self) -> dict:
-        whole = [float(c.max() / c.double().mean()) for c in self.counts]
-        return {"per_call": [x / self.calls for x in self.per_call], "whole": whole}
-
-
-@contextmanager
-def watch_loads(model: nn.Module) -> Iterator[Loads]:
-    """Count the picks of a model's routed layers, whatever calls it."""
-    loads = Loads(len(routed_layers(model)))
-    with watch(model, loads):
-        yield loads
