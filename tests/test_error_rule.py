@@ -48,6 +48,14 @@ def test_slices_by_themselves_show_what_is_no_number(seed):
     assert not keeps_the_rule(*errors(lambda t: t.flatten(1), "out", [draw]))
 
 
+@pytest.mark.parametrize(("theirs", "kept"), [(0.0, False), (1e-9, True)])
+def test_a_zero_of_the_oracle_is_one_unless_terms_cancelled_by_chance(theirs, kept):
+    exact, ours, torchs = torch.tensor([[0.0, 1.0]], dtype=torch.float64), torch.tensor([[1e-9, 1.0]]), torch.ones(1, 2)
+    torchs[0, 0] = theirs
+    with nullcontext() if kept else pytest.raises(AssertionError, match="not zero"):
+        error_rule.compare_exactly(ours, torchs, exact, "rule")
+
+
 @pytest.mark.parametrize(("units", "kept"), [(1, True), (5, False)])
 def test_a_single_number_may_be_a_unit_off_where_a_rival_was_lucky(units, kept):
     exact = torch.ones((), dtype=torch.float64)
