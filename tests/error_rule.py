@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.instrument.verify import BOUND, NARROW
 
 Compute = Callable[[int, str], dict[str, Tensor]]
-DRAWS, OUTLIER = (5, 15), 8
+DRAWS, OUTLIER = (5, 15, 60), 8
 TABLE: dict[tuple[str, str, str, float], Verdict] = {}
 
 
