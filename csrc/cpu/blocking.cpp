@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
 #include <sstream>
 #include <string>
 
@@ -19,6 +20,14 @@ int64_t reported(int name, int64_t otherwise) {
   return bytes > 0 ? bytes : otherwise;
 }
 
+// The part that the first core shares: on AMD's processors sysconf sums all parts of the socket, 384 MiB of 32 each.
+int64_t last_level() {
+  std::ifstream size("/sys/devices/system/cpu/cpu0/cache/index3/size");
+  int64_t kib = 0;
+  char unit = 0;
+  return size >> kib >> unit && kib > 0 && unit == 'K' ? kib * kKiB : reported(_SC_LEVEL3_CACHE_SIZE, 16 * kMiB);
+}
+
 }  // namespace
 
 Caches caches() {
@@ -31,8 +40,7 @@ Caches caches() {
               "MOE_KERNELS_CACHES=", given, ", expected the KiB of L1, L2 and L3, as in 32,512,32768");
     return {c.l1 * kKiB, c.l2 * kKiB, c.l3 * kKiB};
   }
-  return {reported(_SC_LEVEL1_DCACHE_SIZE, 32 * kKiB), reported(_SC_LEVEL2_CACHE_SIZE, 512 * kKiB),
-          reported(_SC_LEVEL3_CACHE_SIZE, 16 * kMiB)};
+  return {reported(_SC_LEVEL1_DCACHE_SIZE, 32 * kKiB), reported(_SC_LEVEL2_CACHE_SIZE, 512 * kKiB), last_level()};
 }
 
 Blocking blocking_for(const Caches& caches) {

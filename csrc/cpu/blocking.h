@@ -9,7 +9,7 @@ struct Caches {
   int64_t l1, l2, l3;
 };
 
-// What this machine says (sysconf); MOE_KERNELS_CACHES="32,512,32768", in KiB, overrides it.
+// What this machine says (sysconf, /sys); MOE_KERNELS_CACHES="32,512,32768", in KiB, overrides it.
 Caches caches();
 
 struct Blocking {

@@ -297,7 +297,10 @@ void test_blocking() {
     expect_error([] { caches(); }, "caches: " + std::string(wrong));
   }
   unsetenv("MOE_KERNELS_CACHES");
-  expect(caches().l2 > 0, "caches of this machine");
+  expect(caches().l2 > 0 && caches().l3 > 0, "caches of this machine");
+  int64_t part_kib = 0;
+  std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> part_kib;
+  expect(part_kib <= 0 || caches().l3 == part_kib << 10, "L3 is the part that a core shares, not all of the socket");
 }
 
 // Without MOE_KERNELS_ISA: this program once for every level the CPU runs.
