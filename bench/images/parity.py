@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +63,7 @@ class Baseline:
     ties: int
     samples: Tensor
     routing: Tensor
-    features: np.ndarray
+    distance: fid.Estimate
 
 
 class Ladder:
@@ -103,8 +102,11 @@ class Ladder:
             clear = clear_images(exact(model, layer), x, call)
             ties += int((~clear).sum()) * x.shape[1]
             probes.append((layer, x[clear], take(call, clear)))
-        rival, found = self.replaced(model, "eager"), features(self.classifier, samples)
-        return Baseline(dtype, model, rival, probes, ties, samples, routing, found)
+        rival, distance = self.replaced(model, "eager"), self._distance(samples)
+        return Baseline(dtype, model, rival, probes, ties, samples, routing, distance)
+
+    def _distance(self, samples: Tensor) -> fid.Estimate:
+        return fid.estimate(features(self.classifier, samples), self.moments)
 
     def _some(self, seed: int, x: Tensor, call: Call) -> tuple[Tensor, Call]:
         """Keep as many random images of a call as make up the case's number of tokens."""
@@ -141,9 +143,7 @@ class Ladder:
         plans, layers = self.plans(model, baseline), self.layers(model, baseline)
         samples, routing = self.draw(model)
         flips = (routing != baseline.routing).flatten(3)
-        paired = fid.paired_difference(
-            baseline.features, features(self.classifier, samples), self.moments, self.case.margin
-        )
+        paired = fid.compare(baseline.distance, self._distance(samples), self.case.margin)
         verdict = fid.DIFFERENT if FAIL in (plans["plans"], layers["layers"]) else paired.verdict
         rungs = {"plans": plans["plans"], "layers": layers["layers"], "dfd": paired.verdict}
         record = {
