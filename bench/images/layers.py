@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,6 +91,17 @@ def plan_of(layer: nn.Module, x: Tensor, **call: Any) -> RoutingPlan:
     return router.plan(RouterCall(x.flatten(0, 1), gate_weight, backend_of(layer), **how))[0]
 
 
+def reroute(layer: nn.Module, subclass: Callable[[type[Router]], type[Router]]) -> Callable[[], None]:
+    """Let a layer of ours route by a subclass of its router's class; return what puts the old router back."""
+    if isinstance(layer, MoELayer):
+        router, layer.router = layer.router, copy.copy(layer.router)
+        object.__setattr__(layer.router, "__class__", subclass(type(router)))
+        return partial(setattr, layer, "router", router)
+    config = layer.moe_config
+    layer.moe_config = dataclasses.replace(config, router_class=subclass(config.router_class))
+    return partial(setattr, layer, "moe_config", config)
+
+
 def backend_of(layer: nn.Module) -> str:
     return layer.backend if isinstance(layer, MoELayer) else layer.moe_config.backend
 
@@ -113,12 +125,8 @@ def expert_weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _renormalise(model: nn.Module) -> nn.Module:
     """Let a token's weights sum to one: what most MoE kernels do, and DiT-MoE does not."""
-    for layer in (block.moe for block in model.blocks):
-        if isinstance(layer, MoELayer):
-            object.__setattr__(layer.router, "__class__", _renormalised(type(layer.router)))
-        else:
-            router = _renormalised(layer.moe_config.router_class)
-            layer.moe_config = dataclasses.replace(layer.moe_config, router_class=router)
+    for block in model.blocks:
+        reroute(block.moe, _renormalised)
     return model
 
 
