@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ class Baseline:
     ties: int
     samples: Tensor
     routing: Tensor
-    distance: fid.Estimate
+    features: np.ndarray
 
 
 class Ladder:
@@ -102,11 +103,8 @@ class Ladder:
             clear = clear_images(exact(model, layer), x, call)
             ties += int((~clear).sum()) * x.shape[1]
             probes.append((layer, x[clear], take(call, clear)))
-        rival, distance = self.replaced(model, "eager"), self._distance(samples)
-        return Baseline(dtype, model, rival, probes, ties, samples, routing, distance)
-
-    def _distance(self, samples: Tensor) -> fid.Estimate:
-        return fid.estimate(features(self.classifier, samples), self.moments)
+        rival = self.replaced(model, "eager")
+        return Baseline(dtype, model, rival, probes, ties, samples, routing, features(self.classifier, samples))
 
     def _some(self, seed: int, x: Tensor, call: Call) -> tuple[Tensor, Call]:
         """Keep as many random images of a call as make up the case's number of tokens."""
@@ -143,7 +141,8 @@ class Ladder:
         plans, layers = self.plans(model, baseline), self.layers(model, baseline)
         samples, routing = self.draw(model)
         flips = (routing != baseline.routing).flatten(3)
-        paired = fid.compare(baseline.distance, self._distance(samples), self.case.margin)
+        pair = (fid.estimate(x, self.moments) for x in (baseline.features, features(self.classifier, samples)))
+        paired = fid.compare(*pair, self.case.margin)
         verdict = fid.DIFFERENT if FAIL in (plans["plans"], layers["layers"]) else paired.verdict
         rungs = {"plans": plans["plans"], "layers": layers["layers"], "dfd": paired.verdict}
         record = {
