@@ -34,6 +34,7 @@ PEER_CLASSES = {
 GUIDANCE = 1.5
 Named = dict[str, Tensor]
 Run = Callable[[], Sequence[Tensor]]
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # x0, noise, t, y of images
 
 
 @dataclass
@@ -96,8 +97,7 @@ def build(case: Case, how: str | None = None) -> Workload:
     expect_model(case)
     if case.level in OPS:
         return _build_op(case, how)
-    builders = {"block": _build_block, "train_step": _build_train_step, "sampling_step": _build_sampling_step}
-    return builders[case.level](case, how)
+    return (_build_block if case.level == "block" else _build_step)(case, how)
 
 
 def expect_model(case: Case) -> None:
@@ -289,8 +289,9 @@ def group_parameters(named: Named) -> Named:
     return {kind: torch.cat(parts) for kind, parts in groups.items()}
 
 
-def latents(case: Case, how: str, B: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw (x0, noise, t, y) of B images."""
+def latents(case: Case, how: str) -> Batch:
+    """Draw x0, noise, t, y of as many images as a step has."""
+    B = case.T // case.shape.tokens_per_image // (2 if case.level == "sampling_step" else 1)
     config, generator = _config(case), torch.Generator().manual_seed(1)
     size = (B, config.in_channels, config.input_size, config.input_size)
     dtype = _dtype(case, how)
@@ -299,32 +300,43 @@ def latents(case: Case, how: str, B: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return x0, noise, t, torch.randint(config.num_classes, (B,), generator=generator).to(case.device)
 
 
-def _build_train_step(case: Case, how: str) -> Workload:
-    """Rectified-flow loss, backward, AdamW: its learning rate 0 does all the work and leaves the weights alone."""
-    model = build_model(DiTMoE, case, how)
-    x0, noise, t, y = latents(case, how, case.T // case.shape.tokens_per_image)
+def _build_step(case: Case, how: str) -> Workload:
+    model, batch = build_model(DiTMoE, case, how), latents(case, how)
+    if case.level == "sampling_step":
+        return sampling_step(case, model, batch)
+    return train_step(case, model, batch, adamw(model), _needs_autocast(case, how))
+
+
+def adamw(model: nn.Module, **options: bool) -> torch.optim.Optimizer:
+    """Return an optimizer whose learning rate 0 does all the work and leaves the weights alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True, **options)
+
+
+def train_step(case: Case, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, low: bool) -> Workload:
+    """Rectified-flow loss (low: under autocast), backward, AdamW; the result is the loss, named are the gradients."""
+    x0, noise, t, y = batch
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=0.0, fused=True)
 
     def run() -> Sequence[Tensor]:
         optimizer.zero_grad()
-        with _autocast(case, how):
+        with torch.autocast(case.device, case.torch_dtype if low else None, enabled=low):
             loss = RectifiedFlow.loss(model, x0, y, t=t, noise=noise)
         loss.backward()
         optimizer.step()
-        return [p.grad for p in trained.values()]
+        return [loss.detach()]
 
-    def named(result: Sequence[Tensor]) -> Named:
-        pairs = zip(trained.items(), result, strict=True)
-        return group_parameters({f"d{n}": torch.zeros_like(p) if g is None else g for (n, p), g in pairs})
+    def named(_: Sequence[Tensor]) -> Named:
+        return group_parameters(
+            {f"d{n}": torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
+        )
 
     return Workload(case, run, named)
 
 
-def _build_sampling_step(case: Case, how: str) -> Workload:
-    model = build_model(DiTMoE, case, how)
-    _, noise, t, y = latents(case, how, case.T // (2 * case.shape.tokens_per_image))
-    return timed(case, how, lambda: [model.forward_with_guidance(noise, t, y, GUIDANCE)], ("velocity",), {})
+def sampling_step(case: Case, model: nn.Module, batch: Batch) -> Workload:
+    _, noise, t, y = batch
+    return timed(case, "", lambda: [model.forward_with_guidance(noise, t, y, GUIDANCE)], ("velocity",), {})
 
 
 def check(case: Case, named: Named, bound: float = BOUND) -> Check:
