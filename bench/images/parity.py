@@ -222,11 +222,11 @@ def take(call: Call, images: Tensor) -> Call:
 @torch.no_grad()
 def clear_images(block: nn.Module, x: Tensor, call: Call) -> Tensor:
     """Mark the images (B,) whose picks stay when all that is scored is moved by TIE of its size."""
-    generator = torch.Generator().manual_seed(0)
     picks = []
-    for sign in (0.0, 1.0, -1.0):
+    for sign in (0.0, 1.0, -1.0):  # the same noise both ways: one of them turns a tie over
+        generator = torch.Generator().manual_seed(0)
 
-        def moved(t: Tensor, sign: float = sign) -> Tensor:
+        def moved(t: Tensor, sign: float = sign, generator: torch.Generator = generator) -> Tensor:
             t = t.double()
             return t + sign * TIE * t.std() * torch.randn(t.shape, generator=generator, dtype=t.dtype)
 
