@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.instrument import stats
+from bench.instrument import stats, store
 
 QUIET_SHARE = 0.9  # cpu / (threads x wall) of a round in which the threads had their cores
 MIN_QUIET = 5
@@ -321,7 +321,7 @@ def ceilings(n_threads: int = 1, seconds: float = 0.2) -> dict[str, float | None
         fma_fp32_gflops, fma_bf16_gflops: register-only multiply-add loops of the extension, None without it;
         mm_fp32_gflops, mm_bf16_gflops: torch.mm of 1024 x 1024; copy_gbps: read and write of 64 MiB.
     """
-    out = {f"fma_{short}_gflops": peak_gflops(name, n_threads, seconds) for short, name in _PEAK_DTYPES.items()}
+    out = {f"fma_{dtype}_gflops": peak_gflops(dtype, n_threads, seconds) for dtype in _PEAK_DTYPES}
     size = 1024
     tasks: dict[str, Callable[[], Any]] = {}
     for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -340,9 +340,6 @@ _PEAK_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def peak_gflops(dtype: str, n_threads: int = 1, seconds: float = 0.2) -> float | None:
-    """Return GFLOP/s of the extension's register-only loop for "float32" or "bfloat16"; None where it is not built."""
-    try:
-        from moe_kernels import _C
-    except ImportError:
-        return None
-    return float(_C.peak_gflops(dtype, n_threads, seconds)) if hasattr(_C, "peak_gflops") else None
+    """Return GFLOP/s of the extension's register-only loop; None without the extension, or of a dtype without one."""
+    measure = getattr(store.extension(), "peak_gflops", None)
+    return float(measure(_PEAK_DTYPES[dtype], n_threads, seconds)) if measure and dtype in _PEAK_DTYPES else None
