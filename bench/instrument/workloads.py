@@ -25,6 +25,7 @@ from bench.instrument.verify import BOUND, Check, judge
 from moe_kernels.backends import base, registry
 from reference.diffusion import RectifiedFlow
 from reference.dit import DiTBlock, DiTMoE, DiTMoEConfig
+from reference.moe import SparseMoeBlock
 
 PEER_CLASSES = {
     "sorted_loop": (loops.SortedLoopMoE, 1),
@@ -211,16 +212,16 @@ def _peer_layer(case: Case, how: str, p: SimpleNamespace) -> loops.PeerMoE:
     """Make a peer whose parameters are views of the stacked weights."""
     s, (cls, tp) = case.shape, PEER_CLASSES[how]
     with torch.device("meta"):
-        peer = cls(s.H, s.I, s.E, s.K, s.Is, pretraining_tp=tp)
-    peer.gate.weight = nn.Parameter(p.gate_weight)
-    experts = list(zip(peer.experts, p.gate_up_proj, p.down_proj, strict=True))
+        block = SparseMoeBlock(s.H, s.I, s.E, s.K, s.Is)
+    block.gate.weight = nn.Parameter(p.gate_weight)
+    experts = list(zip(block.experts, p.gate_up_proj, p.down_proj, strict=True))
     if s.Is:
-        experts.append((peer.shared_experts, p.shared_gate_up_proj, p.shared_down_proj))
+        experts.append((block.shared_experts, p.shared_gate_up_proj, p.shared_down_proj))
     for mlp, gate_up_proj, down_proj in experts:
         gate, up = gate_up_proj.chunk(2)
         for linear, weight in ((mlp.gate_proj, gate), (mlp.up_proj, up), (mlp.down_proj, down_proj)):
             linear.weight = nn.Parameter(weight)
-    return peer.train(case.mode != "fwd")
+    return cls(block, tp).train(case.mode != "fwd")
 
 
 def _stack_experts(named: Named) -> Named:
