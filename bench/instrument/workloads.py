@@ -347,12 +347,9 @@ def check(case: Case, named: Named, bound: float = BOUND) -> Check:
     From the block up gates may pick differently in different precision: whole tensors are judged.
     """
     rival = "eager" if case.backend in BACKENDS and case.backend != "eager" else "plain"
-    expected = (_expected(_key(case), how) for how in ("oracle", rival))
+    key = replace(case, backend="", threads=1, mode="fwd" if case.mode == "fwd" else "fwdbwd")
+    expected = (_expected(key, how) for how in ("oracle", rival))
     return judge(named, *expected, slices=case.level in OPS, bound=bound)
-
-
-def _key(case: Case) -> Case:
-    return replace(case, backend="", threads=1, mode="fwd" if case.mode == "fwd" else "fwdbwd")
 
 
 @lru_cache(maxsize=3)
