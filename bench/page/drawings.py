@@ -1,4 +1,4 @@
-"""What the pages draw: values as lines, the loss of a training, the experts' load."""
+"""What the report draws of training and of the experts' load."""
 
 from __future__ import annotations
 
