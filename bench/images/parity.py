@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from reference.moe import moe
 PASS, FAIL = "pass", "fail"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TIE = 1e-5  # router logits nearer than this (relative to the largest) may fall either way in float32
+TRIED = 32  # samples by which the pace is taken
 NO_NUMBER = 1e30  # in place of NaN and infinity, which the rows' JSON does not know
 
 
@@ -63,6 +65,11 @@ class Baseline:
     routing: Tensor
     features: np.ndarray
 
+    def first(self, count: int) -> Baseline:
+        """Return the baseline of the first `count` samples."""
+        parts = {"samples": self.samples[:count], "features": self.features[:count]}
+        return dataclasses.replace(self, routing=self.routing[:, :, :count], **parts)
+
 
 class Ladder:
     """The rungs for one trained model: `baseline` once per dtype, then `climb` once per candidate.
@@ -86,12 +93,21 @@ class Ladder:
         self.labels = torch.arange(case.samples) % model.config.num_classes
         self.moments = fid.moments(features(classifier, images))
 
-    def baseline(self, dtype: torch.dtype) -> Baseline:
-        """Sample the oracle in `dtype`, keep its layer inputs as probes and its routing."""
+    def baseline(self, dtype: torch.dtype, count: int | None = None) -> Baseline:
+        """Draw `count` samples (all) of the oracle in `dtype`, keep its layer inputs as probes and its routing."""
         model = copy.deepcopy(self.model).to(dtype)
-        samples, routing, probes, ties = self._probed(model)
+        samples, routing, probes, ties = self._probed(model, count)
         rival = self.replaced(model, "eager")
         return Baseline(dtype, model, rival, probes, ties, samples, routing, features(self.classifier, samples))
+
+    def pace(self, dtype: torch.dtype) -> float:
+        """Return the seconds that a sample takes the oracle in `dtype`: of two single steps the second counts."""
+        model, noise, labels = copy.deepcopy(self.model).to(dtype), self.noise[:TRIED], self.labels[:TRIED]
+        for _ in range(2):
+            start = time.perf_counter()
+            sample(model, noise, labels, 1, self.case.guidance, time_scale=self.time_scale)
+            seconds = time.perf_counter() - start
+        return seconds * self.case.steps / len(noise)
 
     @property
     def _calls(self) -> set[int]:
@@ -99,10 +115,10 @@ class Ladder:
         last = self.case.steps - 1
         return {0, last // 2, last}
 
-    def _probed(self, model: nn.Module) -> tuple[Tensor, Tensor, list, int]:
+    def _probed(self, model: nn.Module, count: int | None) -> tuple[Tensor, Tensor, list, int]:
         """Return samples, routing, probes and how many were left out for a near tie."""
         with capture_inputs(model, self._calls, self.case.probe_tokens // 3) as inputs:
-            samples, routing = self.draw(model)
+            samples, routing = self.draw(model, count)
         probes, ties = [], 0
         for layer, block in enumerate(model.blocks):
             x = torch.cat(inputs[layer])
@@ -111,23 +127,25 @@ class Ladder:
             probes.append((layer, x[clear]))
         return samples, routing, probes, ties
 
-    def draw(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return samples, and routing (calls, layers, samples, tokens) as bit masks of experts."""
+    def draw(self, model: nn.Module, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first `count` samples (all), and routing (calls, layers, samples, tokens) as masks of experts."""
+        noise, labels = self.noise[:count], self.labels[:count]
         with self._recording(model) as masks:
-            samples = sample(
-                model, self.noise, self.labels, self.case.steps, self.case.guidance, time_scale=self.time_scale
-            )
+            samples = sample(model, noise, labels, self.case.steps, self.case.guidance, time_scale=self.time_scale)
         depth = len(model.blocks)
-        calls = torch.stack(masks).view(len(masks) // depth, depth, -1, len(self.noise), masks[0].shape[-1])
+        calls = torch.stack(masks).view(len(masks) // depth, depth, -1, len(noise), masks[0].shape[-1])
         return samples, calls.transpose(2, 3).flatten(3)
 
     def _recording(self, model: nn.Module) -> AbstractContextManager[list[Tensor]]:
         return record_routing(model)
 
     def climb(self, model: nn.Module, baseline: Baseline) -> tuple[dict, Tensor]:
-        """Run the five rungs; returns a flat record (each rung's figures, `failed`, `verdict`) and the samples."""
+        """Run the five rungs, with as many samples as the baseline has.
+
+        Returns: a flat record (each rung's figures, `failed`, `verdict`) and the samples.
+        """
         plans, layers = self.plans(model, baseline), self.layers(model, baseline)
-        samples, routing = self.draw(model)
+        samples, routing = self.draw(model, len(baseline.samples))
         flips = (routing != baseline.routing).flatten(3)
         paired = fid.paired_difference(
             baseline.features, features(self.classifier, samples), self.moments, self.case.margin
@@ -142,7 +160,7 @@ class Ladder:
             **agreement(samples, baseline.samples),
             "flipped_samples": float(flips.any(-1).any(0).any(0).double().mean()),
             "flipped_tokens": float(flips.double().mean()),
-            "recognised": recognised(self.classifier, samples, self.labels),
+            "recognised": recognised(self.classifier, samples, self.labels[: len(samples)]),
             **{("dfd" if k == "difference" else k): v for k, v in dataclasses.asdict(paired).items() if k != "verdict"},
             "dfd_verdict": paired.verdict,
         }

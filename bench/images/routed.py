@@ -113,7 +113,7 @@ class RoutedLadder(parity.Ladder):
     def replaced(self, model: nn.Module, backend: str) -> nn.Module:
         return replaced(model, backend)
 
-    def _probed(self, model: nn.Module) -> tuple[Tensor, Tensor, list, int]:
+    def _probed(self, model: nn.Module, count: int | None) -> tuple[Tensor, Tensor, list, int]:
         seen, kept = [0] * len(model.blocks), []
         calls = self._calls
 
@@ -123,7 +123,7 @@ class RoutedLadder(parity.Ladder):
             seen[layer] += 1
 
         with looking_at((block.moe for block in model.blocks), look):
-            samples, routing = self.draw(model)
+            samples, routing = self.draw(model, count)
         probes, ties = [], 0
         for layer, x, call in kept:
             clear = clear_images(exact_of(model, layer), x, call)
