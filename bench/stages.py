@@ -71,15 +71,16 @@ def plan(size: str, backends: Sequence[str], threads: int) -> list[Race]:
     width, T=4096, steps through all twelve.
     """
     if size == "tiny":
-        return list(_races(DIGITS, DIGITS, 128, ("fp32",), backends, threads, 3, 0.2))
+        tiny = DIGITS, 128
+        return [*_races(*tiny, ("fp32",), backends, threads, 3, 0.2), *_step_races(*tiny, backends, threads, 3, 0.2)]
     deep, T = (S2, 4096) if size == "full" else (S2_SHALLOW, 1024)
     seconds = 10.0 if size == "full" else 4.0
-    races = _races(S2, deep, T, ("fp32", "bf16"), backends, threads, 15, seconds)
     steps = _step_races(DIGITS, 2048, backends, threads, 15, seconds)
-    return [*steps, *races]
+    deeper = _step_races(deep, min(T, 1024), backends, threads, 9, seconds)
+    return [*steps, *deeper, *_races(S2, T, ("fp32", "bf16"), backends, threads, 15, seconds)]
 
 
-def _races(shape, deep, T, dtypes, backends, threads, rounds, seconds) -> Iterator[Race]:
+def _races(shape, T, dtypes, backends, threads, rounds, seconds) -> Iterator[Race]:
     base = Case("layer", "any", shape, "position_skewed", T, "fp32", "fwd", threads)
     for dtype in dtypes:
         for room in ROOMS:
@@ -89,7 +90,6 @@ def _races(shape, deep, T, dtypes, backends, threads, rounds, seconds) -> Iterat
         for mode in ("fwd", "fwdbwd"):
             yield Race(replace(base, dtype=dtype, mode=mode), (*backends, *PEERS), rounds, seconds)
         yield Race(replace(base, level="block", routing="gate", dtype=dtype), (*backends, LOOP), rounds, seconds)
-    yield from _step_races(deep, min(T, 1024), backends, threads, min(rounds, 9), seconds)
 
 
 def _step_races(shape, T, backends, threads, rounds, seconds) -> Iterator[Race]:

@@ -207,8 +207,8 @@ def interleave(
             other processes. min_call_s: shorter calls are repeated within a round (MIN_CALL_S, or MIN_EVENTS_S).
         begin: told the name of a contender before it is called, so that one that never returns is known.
         until: on the clock of time.monotonic; behind it no round is run but the first LEAST_ROUNDS.
-        hopeless: a contender whose first call takes more than this many times that of the fastest, and whose rounds
-            would take more than max_seconds by themselves, is not called again: Samples.once says so.
+        hopeless: a contender whose first call takes more than this many times the CPU time of the least, and whose
+            rounds would take more than max_seconds by themselves, is not called again: Samples.once says so.
     Returns:
         Samples per contender, in the given order.
     Raises: ValueError for no contenders, min_rounds < 1 or threads < 1.
@@ -250,14 +250,17 @@ def _first(
 def _call_once(
     samples: Mapping[str, Samples], first: Mapping[str, tuple[float, float]], times: float, round_s: float
 ) -> None:
-    """Keep the first call of those that are right and that many times slower than the fastest of them."""
-    right = {name: wall for name, (wall, _) in first.items() if not samples[name].wrong}
-    fastest = min(right, key=right.get, default=None)
-    for name, wall in right.items():
-        if wall > max(round_s, times * right[fastest]):
+    """Keep the first call of those that are right and that many times slower than the fastest of them.
+
+    By CPU time, which other programs do not stretch.
+    """
+    right = {name: (wall, max(cpu, 1e-9)) for name, (wall, cpu) in first.items() if not samples[name].wrong}
+    fastest, least = min(((name, cpu) for name, (_, cpu) in right.items()), key=lambda item: item[1], default=("", 0.0))
+    for name, (wall, cpu) in right.items():
+        if wall > round_s and cpu > times * least:
             s = samples[name]
-            s.wall_s, s.cpu_s = [wall], [first[name][1]]
-            s.once = f"called once: {wall:.3g} s, {wall / right[fastest]:.3g} times as long as {fastest}"
+            s.wall_s, s.cpu_s = [wall], [cpu]
+            s.once = f"called once: {wall:.3g} s, {cpu / least:.3g} times the CPU time of {fastest}"
 
 
 def _set_calls(s: Samples, fn: Callable[[], Any], timer: Timer, min_call_s: float) -> None:

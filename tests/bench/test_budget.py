@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from functools import partial
 from types import MappingProxyType, SimpleNamespace
 
@@ -17,6 +16,7 @@ from bench.instrument.cases import Case
 from bench.instrument.contender import Contender
 from bench.instrument.race import race
 from bench.instrument.workloads import build
+from tests.bench.test_measure import spin
 
 
 class Clock:
@@ -77,7 +77,7 @@ def test_hopeless_contenders_are_called_once_and_have_no_ratio(taking):
     samples = measure.interleave(make(slow=1.0, fast=0.05), 5, 1.0, hopeless=10.0)
     assert calls.count("slow") == 1 and calls.count("fast") > 5
     assert samples["slow"].n == 1 and samples["fast"].once is None
-    assert samples["slow"].once == "called once: 1 s, 20 times as long as fast"
+    assert samples["slow"].once == "called once: 1 s, 20 times the CPU time of fast"
     assert samples["slow"].figures()["time_us_median"] == pytest.approx(1e6)
 
 
@@ -108,7 +108,7 @@ CASE = Case("layer", "any", stages.DIGITS, "position_skewed", 32, "fp32", "fwd",
 
 def slow_build(case: Case):
     work = build(dataclasses.replace(case, backend="eager"))
-    return dataclasses.replace(work, run=lambda: (time.sleep(0.3), work.run())[1])
+    return dataclasses.replace(work, run=lambda: (spin(0.3)(), work.run())[1])
 
 
 def test_rows_say_who_was_called_once_and_later_races_of_the_dtype_do_without(monkeypatch):
@@ -117,7 +117,7 @@ def test_rows_say_who_was_called_once_and_later_races_of_the_dtype_do_without(mo
     monkeypatch.setattr(stages, "by_name", known.get)
     first = stages.Race(CASE, tuple(known), 2, 0.05)
     native, once = first.run(rows=[])
-    assert once["figures"]["n"] == 1 and once["once"].endswith("times as long as native") and not once["wrong"]
+    assert once["figures"]["n"] == 1 and once["once"].endswith("the CPU time of native") and not once["wrong"]
     assert once["errors"], "it was verified"
     assert not native["speedups"] and not once["speedups"] and native["once"] is None
     later = stages.Race(dataclasses.replace(CASE, mode="fwdbwd"), tuple(known), 2, 0.05)
