@@ -40,13 +40,13 @@ THRESHOLDS = {"classifier": 0.97, "guided": 0.95, "plain": 0.85}
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: minutes, recipe changes, the parity case and its dtypes, classifier epochs."""
+    """How much of everything: the parity case and its dtypes, classifier epochs, recipe changes, minutes."""
 
     parity: parity.Case
-    minutes: float = 10.0
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     epochs: int = 40
     recipe: dict = field(default_factory=dict)
+    minutes: float = 10.0
 
 
 SIZES = {
