@@ -228,15 +228,15 @@ class Job:
 
     def _images(self, dtype: str) -> None:
         """Draw in one dtype as many samples as time allows, through everybody; in the first judge the oracle's, too."""
-        first = dtype == self.size.dtypes[0]
+        ladder, first = self.ladder, dtype == self.size.dtypes[0]
         draws = 1 + len(self.backends) + (1.5 if first else 0)  # without guidance it is half a draw
         seconds = self.budget.share(f"parity {dtype}", *(["figures"] if first else []))
-        (pace,) = self.ledger.stage(f"pace: {dtype}", lambda: [climbs.pace(self.ladder, dtype, seconds, draws)])
+        (pace,) = self.ledger.stage(f"pace: {dtype}", lambda: [climbs.pace(ladder, dtype, seconds, draws)])
         count = pace["samples"]
         if first:
             self._within("figures", lambda until: self._figures(count), count > 0)
         until = self.budget.begin(f"parity {dtype}")
-        climbs.Climbs(self.ladder, dtype, count, self.budget, until, self._picture).run(self.ledger, self.backends)
+        climbs.Climbs(ladder, dtype, count, self.budget, until, self._picture).run(self.ledger, self.backends)
 
     def exit_code(self) -> int:
         wrong = [r for r in self.ledger.rows if r["kind"] == "parity" and r["verdict"] == fid.DIFFERENT]
