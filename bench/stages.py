@@ -77,7 +77,8 @@ def plan(size: str, backends: Sequence[str], threads: int) -> list[Race]:
     seconds = 10.0 if size == "full" else 4.0
     steps = _step_races(DIGITS, 2048, backends, threads, 15, seconds)
     deeper = _step_races(deep, min(T, 1024), backends, threads, 9, seconds)
-    return [*steps, *deeper, *_races(S2, T, ("fp32", "bf16"), backends, threads, 15, seconds)]
+    races = _races(S2, T, ("fp32", "bf16"), backends, threads, 15, seconds)
+    return [*steps, *deeper, *sorted(races, key=lambda race: race.case.level in ROOMS)]  # what time cuts are the last
 
 
 def _races(shape, T, dtypes, backends, threads, rounds, seconds) -> Iterator[Race]:
