@@ -58,7 +58,7 @@ class Race:
 
 def hopeless(rows: Sequence[dict], case: Case) -> dict[str, str]:
     """Return who was called only once in the dtype of a case that rests on products, and why."""
-    once = [row for row in rows if row["kind"] == "time" and row["once"] and row["dtype"] == case.dtype]
+    once = [row for row in rows if row["kind"] == "time" and row.get("once") and row["dtype"] == case.dtype]
     if case.level not in PRODUCTS:
         return {}
     return {row["contender"]: f"hopeless in {case.dtype}: {row['level']} {row['mode']} {row['once']}" for row in once}

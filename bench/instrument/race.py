@@ -184,7 +184,7 @@ def row(
         version=version,
         bound=contender.bound,
         **outcome,
-        once=s.once if timed else None,
+        **({"once": s.once} if timed and s.once else {}),
         figures={**s.figures(case.flops, case.bytes), **rates(case, s), **figures} if timed else {},
         speedups={o.name: asdict(measure.ratio(s, o)) for o in others},
         errors=check.errors if check else {},

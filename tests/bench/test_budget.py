@@ -119,14 +119,14 @@ def test_rows_say_who_was_called_once_and_later_races_of_the_dtype_do_without(mo
     native, once = first.run(rows=[])
     assert once["figures"]["n"] == 1 and once["once"].endswith("the CPU time of native") and not once["wrong"]
     assert once["errors"], "it was verified"
-    assert not native["speedups"] and not once["speedups"] and native["once"] is None
+    assert not native["speedups"] and not once["speedups"] and "once" not in native
     later = stages.Race(dataclasses.replace(CASE, mode="fwdbwd"), tuple(known), 2, 0.05)
     native, untried = later.run(rows=[native, once])
     assert native["figures"]["n"] >= 2 and not untried["figures"]
     assert untried["reason"] == f"hopeless in fp32: layer fwd {once['once']}"
     other = dataclasses.replace(CASE, level="gating"), dataclasses.replace(CASE, dtype="bf16")
     assert not any(stages.hopeless([once], case) for case in other)
-    assert [row["once"] for row in race(CASE, list(known.values()), 2, 0.05)] == [None, None], "only where asked for"
+    assert not any("once" in row for row in race(CASE, list(known.values()), 2, 0.05)), "only where asked for"
 
 
 class Paced:
