@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from reference import rooms
 PASS, FAIL = "pass", "fail"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TIE = 1e-5  # what moves picks when all that is scored moves by this share of its size may fall either way in float32
+TRIED = 32  # samples by which the pace is taken
 NO_NUMBER = 1e30  # in place of NaN and infinity, which the rows' JSON does not know
 Call = dict[str, Any]
 Probe = tuple[int, Tensor, Call]  # a layer's number, images x (B, L, H), what else it was called with
@@ -66,6 +68,11 @@ class Baseline:
     routing: Tensor
     features: np.ndarray
 
+    def first(self, count: int) -> Baseline:
+        """Return the baseline of the first `count` samples."""
+        parts = {"samples": self.samples[:count], "features": self.features[:count]}
+        return dataclasses.replace(self, routing=self.routing[:, :, :count], **parts)
+
 
 class Ladder:
     """The rungs for one trained model: `baseline` once per dtype, then `climb` once per candidate."""
@@ -86,8 +93,8 @@ class Ladder:
         """Return a copy of the model whose MoE layers run on `backend`."""
         return replaced(model, backend)
 
-    def baseline(self, dtype: torch.dtype) -> Baseline:
-        """Sample the oracle in `dtype`; keep inputs of its layers in the first, middle and last call as probes."""
+    def baseline(self, dtype: torch.dtype, count: int | None = None) -> Baseline:
+        """Draw `count` samples (all) of the oracle in `dtype`; its layers' inputs in three calls are the probes."""
         model, kept, seen = copy.deepcopy(self.model).to(dtype), [], [0] * len(self.model.blocks)
         last = self.case.steps - 1
 
@@ -97,7 +104,7 @@ class Ladder:
             seen[layer] += 1
 
         with looking_at((block.moe for block in model.blocks), look):
-            samples, routing = self.draw(model)
+            samples, routing = self.draw(model, count)
         probes, ties = [], 0
         for layer, x, call in kept:
             clear = clear_images(exact(model, layer), x, call)
@@ -106,20 +113,28 @@ class Ladder:
         rival = self.replaced(model, "eager")
         return Baseline(dtype, model, rival, probes, ties, samples, routing, features(self.classifier, samples))
 
+    def pace(self, dtype: torch.dtype) -> float:
+        """Return the seconds that a sample takes the oracle in `dtype`: of two single steps the second counts."""
+        model, noise, labels = copy.deepcopy(self.model).to(dtype), self.noise[:TRIED], self.labels[:TRIED]
+        for _ in range(2):
+            start = time.perf_counter()
+            sample(model, noise, labels, 1, self.case.guidance, time_scale=self.time_scale)
+            seconds = time.perf_counter() - start
+        return seconds * self.case.steps / len(noise)
+
     def _some(self, seed: int, x: Tensor, call: Call) -> tuple[Tensor, Call]:
         """Keep as many random images of a call as make up the case's number of tokens."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(x), generator=generator)[: max(1, self.case.probe_tokens // 3 // x.shape[1])]
         return x[chosen].detach(), take(call, chosen)
 
-    def draw(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return samples, and routing (calls, layers, samples, tokens) as bit masks of experts."""
+    def draw(self, model: nn.Module, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first `count` samples (all), and routing (calls, layers, samples, tokens) as masks of experts."""
+        noise, labels = self.noise[:count], self.labels[:count]
         with self.recording(model) as masks:
-            samples = sample(
-                model, self.noise, self.labels, self.case.steps, self.case.guidance, time_scale=self.time_scale
-            )
+            samples = sample(model, noise, labels, self.case.steps, self.case.guidance, time_scale=self.time_scale)
         depth = len(model.blocks)
-        calls = torch.stack(masks).view(len(masks) // depth, depth, -1, len(self.noise), masks[0].shape[-1])
+        calls = torch.stack(masks).view(len(masks) // depth, depth, -1, len(noise), masks[0].shape[-1])
         return samples, calls.transpose(2, 3).flatten(3)
 
     @contextmanager
@@ -137,9 +152,12 @@ class Ladder:
             yield masks
 
     def climb(self, model: nn.Module, baseline: Baseline) -> tuple[dict, Tensor]:
-        """Run the five rungs; returns a flat record (each rung's figures, `failed`, `verdict`) and the samples."""
+        """Run the five rungs, with as many samples as the baseline has.
+
+        Returns: a flat record (each rung's figures, `failed`, `verdict`) and the samples.
+        """
         plans, layers = self.plans(model, baseline), self.layers(model, baseline)
-        samples, routing = self.draw(model)
+        samples, routing = self.draw(model, len(baseline.samples))
         flips = (routing != baseline.routing).flatten(3)
         pair = (fid.estimate(x, self.moments) for x in (baseline.features, features(self.classifier, samples)))
         paired = fid.compare(*pair, self.case.margin)
@@ -153,7 +171,7 @@ class Ladder:
             **agreement(samples, baseline.samples),
             "flipped_samples": float(flips.any(-1).any(0).any(0).double().mean()),
             "flipped_tokens": float(flips.double().mean()),
-            "recognised": recognised(self.classifier, samples, self.labels),
+            "recognised": recognised(self.classifier, samples, self.labels[: len(samples)]),
             **{("dfd" if k == "difference" else k): v for k, v in dataclasses.asdict(paired).items() if k != "verdict"},
             "dfd_verdict": paired.verdict,
         }

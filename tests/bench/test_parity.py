@@ -57,6 +57,16 @@ def test_sabotaged_models_fail(ladder, baseline, name, rung):
     assert record["verdict"] == "DIFFERENT" and rung in record["failed"], record
 
 
+def test_few_samples_are_the_first_of_all(ladder, baseline):
+    few = baseline.first(20)
+    record, samples = ladder.climb(replaced(baseline.model, "eager"), few)
+    assert record["verdict"] == "PARITY" and record["count"] == 20, record
+    assert samples.shape == (20, 1, 8, 8) and torch.equal(few.samples, baseline.samples[:20])
+    drawn = ladder.baseline(baseline.dtype, 20)
+    assert drawn.samples.shape == (20, 1, 8, 8) and drawn.routing.shape == few.routing.shape
+    assert 0 < ladder.pace(baseline.dtype) < 60
+
+
 def test_gross_faults_show_in_the_distance_itself(ladder, baseline):
     record, _ = ladder.climb(SABOTAGES["dropped shared expert"](replaced(baseline.model, "eager")), baseline)
     assert "dfd" in record["failed"] and record["dfd_verdict"] == "DIFFERENT"
