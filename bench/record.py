@@ -1,4 +1,4 @@
-"""Keep a run, a contest, chains or a GPU run: rows under results/, and what they prove in moe_kernels/verified.json."""
+"""Keep what was measured: rows under results/, and what a run or a GPU proves in moe_kernels/verified.json."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.command import SOURCES, bad
+from bench.images import routers
 from bench.images.dmcmc.command import FILE as CHAINS
 from bench.instrument import ledger, store
 
 GPU_ROWS = "rows_cuda_default.jsonl"
+ROWS = {"peers.jsonl": "peers", CHAINS: "dmcmc", routers.FILE: "routers", "family.jsonl": "family"}  # as they are
 ROOT = store.ROOT
 
 
@@ -42,38 +44,21 @@ def record(report: Path, root: Path = ROOT) -> Path:
     return target
 
 
-def record_contest(report: Path, root: Path = ROOT) -> Path:
-    """Copy report/peers.jsonl to results/DATE_CPU-ISA_COMMIT_peers.jsonl and return that path.
+def record_rows(path: Path, root: Path = ROOT) -> Path:
+    """Copy one of the files of ROWS to results/DATE_CPU-ISA_COMMIT_NAME.jsonl and return that path.
 
     Raises: ValueError for rows of a dirty tree, of no commit or of several, and where one of ours is wrong; other
         people's wrong results are part of the answer.
     """
-    rows = _of_one_commit(report / "peers.jsonl", "peers --fresh")
-    wrong = [row["case"] for row in rows if row["wrong"] and row["ours"]]
-    if wrong:
-        raise ValueError(f"{report}/peers.jsonl: {wrong[0]} is wrong, expected only verified cases of ours")
-    target = root / "results" / f"{_name(rows[0])}_peers.jsonl"
-    target.write_text((report / "peers.jsonl").read_text())
-    return target
-
-
-def record_chains(report: Path, root: Path = ROOT) -> Path:
-    """Copy what `bench dmcmc` wrote to results/DATE_CPU-ISA_COMMIT_dmcmc.jsonl and return that path.
-
-    Raises: ValueError for rows of a dirty tree, of no commit or of several.
-    """
-    rows = _of_one_commit(report / CHAINS, "another --out")
-    target = root / "results" / f"{_name(rows[0])}_dmcmc.jsonl"
-    target.write_text((report / CHAINS).read_text())
-    return target
-
-
-def _of_one_commit(path: Path, mend: str) -> list[dict]:
-    rows = store.read(path)
+    name, rows = ROWS[path.name], store.read(path)
     commits = {row["commit"] for row in rows}
     if any(row["dirty"] for row in rows) or None in commits or len(commits) > 1:
-        raise ValueError(f"{path}: expected rows of one commit and a clean checkout ({mend})")
-    return rows
+        raise ValueError(f"{path}: expected rows of one commit and a clean checkout: measure again, with another --out")
+    if wrong := [row["case"] for row in rows if row.get("wrong") and row["ours"]]:
+        raise ValueError(f"{path}: {wrong[0]} is wrong, expected only verified cases of ours")
+    target = root / "results" / f"{_name(rows[0])}_{name}.jsonl"
+    target.write_text(path.read_text())
+    return target
 
 
 def record_gpu(folder: Path, root: Path = ROOT) -> Path:
@@ -125,19 +110,17 @@ def _note(path: Path, passed: list[dict[str, Any]], where: str) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `python -m bench record`."""
     parser.add_argument(
-        "report", type=Path, nargs="?", default=Path("report"), help="folder of a finished run, contest or GPU run"
+        "report", type=Path, nargs="?", default=Path("report"), help="folder of what was measured (default: report)"
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Record the run, the contest, the chains, what a GPU gave, or all of them, and print where."""
-    contest, chains, gpu = ((args.report / name).exists() for name in ("peers.jsonl", CHAINS, GPU_ROWS))
-    if (args.report / "rows.jsonl").exists() or not (contest or chains or gpu):
+    """Record the run, the files of ROWS, what a GPU gave, or all of them, and print where."""
+    kept, gpu = [args.report / name for name in ROWS if (args.report / name).exists()], args.report / GPU_ROWS
+    if (args.report / "rows.jsonl").exists() or not (kept or gpu.exists()):
         print(f"recorded in {record(args.report)}")
-    if contest:
-        print(f"recorded in {record_contest(args.report)}")
-    if chains:
-        print(f"recorded in {record_chains(args.report)}")
-    if gpu:
+    for path in kept:
+        print(f"recorded in {record_rows(path)}")
+    if gpu.exists():
         print(f"recorded in {record_gpu(args.report)}")
     return 0

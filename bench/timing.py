@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         choices=list(families.MODELS),
-        help="instead of --shapes: layer or block of this model, its router included, as its package has it and after "
-        "replace_moe; float32 on a CPU",
+        help="instead of --shapes: layer or block of this model, its router included, as its package has it (where "
+        "there is none: our stand-in in plain torch) and after replace_moe; float32 on a CPU",
     )
     parser.add_argument("--depth", type=arguments.count, help="blocks of the model in a step (default: all)")
     parser.add_argument(

@@ -42,7 +42,7 @@ SIZES = {
         dict(hidden_size=16, depth=1, num_heads=2, steps=4, batch=8, warmup=1), parity.Case(samples=20, steps=2), 1, 2
     ),
     "small": Size(
-        dict(hidden_size=64, depth=2, num_heads=2, steps=250, batch=64), parity.Case(samples=200, steps=10), 15, 9
+        dict(hidden_size=64, depth=2, num_heads=2, steps=400, batch=64), parity.Case(samples=1000, steps=10), 40, 9
     ),
     "default": Size(),
 }  # fmt: skip
@@ -50,7 +50,7 @@ SIZES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--size", choices=list(SIZES), default="default", help="tiny: seconds; small: minutes; default: an hour"
+        "--size", choices=list(SIZES), default="default", help="tiny: seconds; small: minutes a seed; default: an hour"
     )
     parser.add_argument("--routers", help=f"comma-separated, some of {', '.join(routed.ROUTERS)} (default: all)")
     parser.add_argument("--seeds", type=arguments.count, default=1, help="trainings of each rule (default: 1)")

@@ -56,7 +56,12 @@ MODEL_SHAPES: dict[str, MoEShape] = {
         # arXiv 2604.12163: experts take 2 tokens of theirs per token of an image on average
         MoEShape("Nucleus-Image", "NucleusImage", 2048, 1344, 1344, 64, 2, depth=29, tokens_per_image=4096),
         MoEShape("DSMoE-S-E48", "DSMoESE48", 384, 128, 128, 48, 5, depth=12),  # arXiv 2512.01252: many narrow experts
+        MoEShape("DSMoE-L-E48", "DSMoELE48", 1024, 448, 448, 48, 5, depth=24),
+        MoEShape("JiTMoE-B-E16", "JiTMoEBE16", 768, 1536, 1536, 16, 2, depth=10),
         MoEShape("ProMoE-B", "ProMoEB", 768, 1536, 1536, 12, 1, depth=12, activation="gelu"),  # arXiv 2510.24711
+        # arXiv 2503.14487: experts take a token each per token on average; its repository has EC-DiT, too
+        MoEShape("DiffMoE-L-E8", "DiffMoELE8", 1024, 4096, 0, 8, 1, depth=24, activation="gelu"),
+        MoEShape("EC-DiT-L-E8", "ECDiTLE8", 1024, 4096, 0, 8, 1, depth=24, activation="gelu"),
         MoEShape("digits", "digits", 96, 384, 192, 8, 2, depth=4, num_heads=4, tokens_per_image=16),  # the main job's
     )
 }

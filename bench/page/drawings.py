@@ -1,4 +1,4 @@
-"""What the report draws of training and of the experts' load."""
+"""What the report draws of training, of the experts' load and of the rules."""
 
 from __future__ import annotations
 
@@ -51,3 +51,21 @@ def load_maps(counts: np.ndarray) -> list[dict]:
             }
         )
     return maps
+
+
+def intervals(rows: Sequence[dict]) -> dict | None:
+    """Place the FD-cls of each rule and seed, with its interval, on one axis in percent from the left."""
+    rows = [row for row in rows if row["kind"] == "router"]
+    if not rows:
+        return None
+    low, high = min(row["fd_low"] for row in rows), max(row["fd_high"] for row in rows)
+
+    def place(value: float) -> float:
+        return 2 + 96 * (value - low) / max(high - low, 1e-9)
+
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        left, at, right = (place(row[key]) for key in ("fd_low", "fd", "fd_high"))
+        name = row["router"].replace("_", " ")
+        lines.setdefault(name, []).append({"left": left, "width": max(0.4, right - left), "at": at, "row": row})
+    return {"lines": lines, "low": low, "high": high}

@@ -27,16 +27,16 @@ def headline(rows: Sequence[dict]) -> str:
     where it is not."""
     found = gains(rows)
     best = found[found["against"] == BEST]
-    sentences = [_verdicts(rows), _controls(rows)]
+    main_job = len(found) or any(row["kind"] in ("run", "parity") for row in rows)
+    sentences = [_verdicts(rows) if main_job else "", _controls(rows)]
     for backend, cases in best.groupby("backend", sort=False):
-        won, lost = int((cases["low"] > 1).sum()), int((cases["high"] < 1).sum())
-        open_ = len(cases) - won - lost
-        sentences.append(
-            f"{backend} is faster than everything else in {won} of {plural(len(cases), 'case')}, slower in {lost}"
-            + (f", {open_} undecided" if open_ else "") + " (95 % intervals)."
-        )  # fmt: skip
+        sentences.append(f"{backend} is faster than everything else in {standing(cases['low'], cases['high'])}.")
         sentences.append(_not_faster(cases[cases["low"] <= 1]))
     sentences.append(_alone(rows))
+    own = [row["speedups"].get(best) for race in of_families(rows) for row, best in _ours_and_best(race)]
+    if own := [r for r in own if r]:
+        found = standing(*(np.array([r[end] for r in own]) for end in ("low", "high")))
+        sentences.append(f"Other people's models: ours are faster than the fastest code of their own in {found}.")
     wrong = [row for row in rows if row["kind"] == "time" and row["wrong"]]
     if wrong:
         who = listed(sorted({name(row["contender"]) for row in wrong}))
@@ -44,6 +44,14 @@ def headline(rows: Sequence[dict]) -> str:
     if len(best) and best["disturbed"].mean() > 0.5:
         sentences.append("Other programs used the cores during most of these cases: the ratios are worth little.")
     return " ".join(filter(None, sentences))
+
+
+def standing(low: np.ndarray, high: np.ndarray) -> str:
+    """Say in how many cases the 95 % intervals of a ratio lie above 1, below, or around it."""
+    won, lost = int((low > 1).sum()), int((high < 1).sum())
+    open_ = len(low) - won - lost
+    text = f"{won} of {plural(len(low), 'case')}, slower in {lost}"
+    return text + (f", {open_} undecided" if open_ else "") + " (95 % intervals)"
 
 
 def _not_faster(cases: pd.DataFrame) -> str:
@@ -97,11 +105,8 @@ def gains(rows: Sequence[dict]) -> pd.DataFrame:
     """
     lines = []
     for race in races.of([row for row in rows if row["kind"] == "time" and row["routing"] != OWN]):
-        right = [row for row in race["rows"] if not row["wrong"]]
-        others = [row for row in right if not _ours(row)]
-        best = min(others, key=lambda row: row["figures"]["time_us_median"], default={"contender": None})
-        for row in filter(_ours, right):
-            rivals = {title: base for base, title in BASELINES.items()} | {BEST: best["contender"]}
+        for row, best in _ours_and_best(race):
+            rivals = {title: base for base, title in BASELINES.items()} | {BEST: best}
             what = (race["level"], f"{race['title']}, {row['model']}", row["contender"], row["figures"]["disturbed"])
             lines += [
                 (*what, title, rival, *(r[key] for key in ("value", "low", "high")))
@@ -116,11 +121,24 @@ def gains(rows: Sequence[dict]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=GAIN_COLUMNS)
 
 
+def _ours_and_best(race: dict) -> list[tuple[dict, str | None]]:
+    """Return our right rows of a race, each with the name of the fastest contender that is not ours."""
+    right = [row for row in race["rows"] if not row["wrong"]]
+    others = [row for row in right if not _ours(row)]
+    best = min(others, key=lambda row: row["figures"]["time_us_median"], default={"contender": None})
+    return [(row, best["contender"]) for row in right if _ours(row)]
+
+
+def of_families(rows: Sequence[dict]) -> list[dict]:
+    """Return the races at layers and blocks of other people's models."""
+    return races.of([row for row in rows if row["kind"] == "time" and row["routing"] == OWN])
+
+
 def families(rows: Sequence[dict]) -> list[tuple[str, str, str, str]]:
     """Return a line per layer or block of another family's model: what, how, the time of ours, and how many times
     faster it is than each other way, with intervals. A case of ours that is wrong says so."""
     lines = []
-    for race in races.of([row for row in rows if row["kind"] == "time" and row["routing"] == OWN]):
+    for race in of_families(rows):
         first = race["rows"][0]
         what = f"{first['model']}, {LEVELS[first['level']].removeprefix('MoE ')}"
         how = f"{MODES[first['mode']]}, {first['dtype']}, T={first['T']}, {plural(first['threads'], 'thread')}"

@@ -82,6 +82,7 @@ def view_of(rows: Sequence[dict], images: dict[str, np.ndarray]) -> dict:
         **pictures_of(images, training, of["load"]), "experts": of["experts"][-1] if of["experts"] else None,
         "samplers": of["sampler"], "nearest": samplers.sentence(of["sampler"]),
         "families": overview.families(rows), "routers": routers.table(rows), "routers_head": routers.HEAD,
+        "intervals": drawings.intervals(rows),
         "contest": tables.view(of["contest"]) if of["contest"] else None, "inner_loops": inner,
         "loops": [loop_cells(loop) for loop in inner_loops.widest(inner["loops"])] if inner else [],
         "loop_names": LOOP_FIGURES, **gates(),

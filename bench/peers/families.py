@@ -1,7 +1,8 @@
 """Layers and blocks of the family's models: as their packages compute them, and after replace_moe.
 
-A case of a family (routing "own") is the module of the model's own package with its router, at the published sizes.
-The oracle is that module in float64, plain torch the module itself in float32. All contenders share its parameters.
+A case of a family (routing "own") is the module of the model's own package with its router, at the published sizes; of
+a model without a package it is our stand-in for it, in plain torch (standins.py). The oracle is that module in float64,
+plain torch the module itself in float32. All contenders share its parameters.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from bench.instrument.contender import Contender, by_name
 from bench.instrument.race import InProcess, race
 from bench.instrument.shapes import MODEL_SHAPES, MoEShape
 from bench.instrument.verify import Check, judge
+from bench.peers import standins
 from moe_kernels.adapters.family import family_of
 
 TEXT_TOKENS = 256  # that a block attends to beside the image
 SEEDS = 20  # drawn until float32 and float64 pick the same
+CALIBRATION = 8192  # tokens
+ORIGINAL = "original"
 HIDREAM = "diffusers.models.transformers.transformer_hidream_image"
 NUCLEUS = "diffusers.models.transformers.transformer_nucleusmoe_image"
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -43,11 +47,33 @@ class Part:
 
 @dataclass(frozen=True)
 class Model:
-    """One member of the family. variants: other ways of its package to compute the same, by contender."""
+    """One member of the family. variants: other ways of its package to compute the same, by contender.
+
+    package: whose code the module is; torch where it is our stand-in.
+    """
 
     shape: MoEShape
     parts: Mapping[str, Part]
     variants: Mapping[str, tuple[str, Callable[[nn.Module], None]]] = field(default_factory=dict)
+    package: str = "diffusers"
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Return the other ways to compute it than ours, by contender."""
+        own = "its structure in plain torch" if self.package == "torch" else f"{self.package}' own"
+        return {ORIGINAL: own, **{variant: title for variant, (title, _) in self.variants.items()}}
+
+    def missing(self) -> str | None:
+        """Say what is not installed."""
+        try:
+            import_module(self.package)
+        except ImportError:
+            return f'not installed: pip install "dit-moe-kernels[{self.package}]"'
+        return None
+
+
+def _tokens(draw: Callable[..., Tensor], s: MoEShape, B: int, L: int) -> Inputs:
+    return (draw(B, L, s.H),), {}
 
 
 def _side(L: int) -> tuple[int, int]:
@@ -106,13 +132,32 @@ def _grouped(module: nn.Module) -> None:
             inner.use_grouped_mm = True
 
 
+def _promoe_inputs(draw: Callable[..., Tensor], s: MoEShape, B: int, L: int) -> Inputs:
+    """As under guidance: every second image has no label."""
+    return (draw(B, L, s.H), torch.where(torch.arange(B) % 2 > 0, 1000, torch.arange(B))), {}
+
+
+def _diffmoe(s: MoEShape) -> nn.Module:
+    """Set the thresholds such that its experts take in eval what they take in training."""
+    module = standins.DiffMoE(s.K, s=s)
+    with torch.no_grad():
+        module.expert_threshold.zero_()
+        module.update_threshold(module.capacity_predictor(torch.randn(CALIBRATION, s.H)))
+    module.expert_threshold /= 1 - module.ema_decay
+    return module
+
+
+def _standin(name: str, make: Callable[[MoEShape], nn.Module], inputs: Callable[..., Inputs] = _tokens) -> Model:
+    return Model(MODEL_SHAPES[name], {"layer": Part(make, inputs)}, package="torch")
+
+
 MODELS = {
     model.shape.name: model
     for model in (
         Model(
             MODEL_SHAPES["HiDream-I1"],
             {
-                "layer": Part(_hidream_layer, lambda draw, s, B, L: ((draw(B, L, s.H),), {})),
+                "layer": Part(_hidream_layer, _tokens),
                 "block": Part(_hidream_block, _hidream_block_inputs),
             },
         ),
@@ -127,9 +172,14 @@ MODELS = {
             },
             {"original_grouped": ("diffusers' own, grouped_mm", _grouped)},
         ),
+        _standin("DSMoE-S-E48", lambda s: standins.DSMoE(s=s)),
+        _standin("DSMoE-L-E48", lambda s: standins.DSMoE(s=s)),
+        _standin("JiTMoE-B-E16", lambda s: standins.JiTMoE(s=s)),
+        _standin("ProMoE-B", lambda s: standins.ProMoE(s=s), _promoe_inputs),
+        _standin("EC-DiT-L-E8", lambda s: standins.SparseMoEBlock(s.K, "tanh", s)),
+        _standin("DiffMoE-L-E8", _diffmoe),
     )
 }
-ORIGINAL = "original"
 
 
 def images(case: Case) -> tuple[int, int]:
@@ -146,7 +196,7 @@ def _made(case: Case) -> tuple[nn.Module, Inputs]:
     part, shape = MODELS[case.shape.name].parts[case.level], case.shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = part.make(shape)
+        module = part.make(shape).train(case.mode != "fwd")
         for seed in range(SEEDS):
             generator = torch.Generator().manual_seed(seed)
             given = part.inputs(partial(_randn, generator), shape, *images(case))
@@ -162,7 +212,10 @@ def _randn(generator: torch.Generator, *size: int) -> Tensor:
 @torch.no_grad()
 def _same_picks(module: nn.Module, given: Inputs) -> bool:
     router, wide = copy.copy(module), _cast(given, torch.float64)
-    router._modules = module._modules | {"gate": copy.deepcopy(module.gate).double()}
+    own = {name: inner for name, inner in module._modules.items() if "expert" not in name}  # which are large
+    router._modules = module._modules | {name: copy.deepcopy(inner).double() for name, inner in own.items()}
+    for kind in ("_parameters", "_buffers"):
+        setattr(router, kind, _cast(getattr(module, kind), torch.float64))
     plans = [family_of(m).route(m, "eager", *g[0], **g[1]).plan for m, g in ((module, given), (router, wide))]
     return all(torch.equal(getattr(plans[0], n), getattr(plans[1], n)) for n in ("row_token", "expert_offsets"))
 
@@ -179,12 +232,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def build(case: Case, how: str | None = None) -> workloads.Workload:
     """Build a case of a family: how, by default the case's backend, is a backend of ours, "original" or one of the
     model's variants, or "oracle"."""
-    how, (module, given) = how or case.backend, _made(replace(case, backend="", mode="", threads=1))
+    how, (module, given) = how or case.backend, _made(replace(case, backend="", threads=1))
     if how == "oracle":
         module, given = copy.deepcopy(module).double(), _cast(given, torch.float64)
     else:
         module = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-    module.train(case.mode != "fwd")
     if how in backends_on("cpu"):
         moe_kernels.replace_moe(module, how)
     elif variant := MODELS[case.shape.name].variants.get(how):
@@ -192,7 +244,15 @@ def build(case: Case, how: str | None = None) -> workloads.Workload:
     (x, *args), more = given
     x = x.clone()
     leaves = {"x": x, **dict(module.named_parameters())}
-    return workloads.timed(case, how, lambda: [module(x, *args, **more)], ("out",), leaves, workloads.group_parameters)
+    run = partial(_outputs, module, case.mode, x, *args, **more)
+    return workloads.timed(case, how, run, ("out",), leaves, workloads.group_parameters)
+
+
+def _outputs(module: nn.Module, mode: str, *args: Any, **more: Any) -> list[Tensor]:
+    """Return what a module gives: some return a loss or predictions beside y, in training."""
+    out = module(*args, **more)
+    tensors = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
+    return tensors if mode == "fwd" else [t for t in tensors if t.requires_grad]
 
 
 @lru_cache(maxsize=2)
@@ -216,23 +276,15 @@ def contenders(name: str, asked: str | None = None) -> list[Contender]:
 
     Raises: ValueError naming one that is unknown.
     """
-    variants = MODELS[name].variants
-    titles = {ORIGINAL: "diffusers' own", **{variant: title for variant, (title, _) in variants.items()}}
+    model = MODELS[name]
+    titles = model.titles
     known = (*backends_on("cpu"), *titles)
     names = asked.split(",") if asked else ("native", *titles)
     if unknown := [word for word in names if word not in known]:
         raise ValueError(f"--backends: got {unknown[0]!r}, expected some of {', '.join(known)}")
     about = {"build": build, "dtypes": ("fp32",), "modes": ("fwd", "fwdbwd")}
-    foreign = {n: Contender(n, titles[n], package="diffusers", missing=_missing, **about) for n in titles}
+    foreign = {n: Contender(n, titles[n], package=model.package, missing=model.missing, **about) for n in titles}
     return [foreign.get(n) or replace(by_name(n), **about) for n in names]
-
-
-def _missing() -> str | None:
-    try:
-        import_module("diffusers")
-    except ImportError:
-        return 'not installed: pip install "dit-moe-kernels[diffusers]"'
-    return None
 
 
 @dataclass(frozen=True)
@@ -260,7 +312,7 @@ def races(
     model = MODELS[name]
     if level not in model.parts:
         raise ValueError(f"--model {name}: got level {level!r}, expected {' or '.join(model.parts)}")
-    if reason := _missing():
+    if reason := model.missing():
         raise ValueError(f"--model {name}: {reason}")
     for T in tokens:
         for mode in modes:

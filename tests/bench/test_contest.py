@@ -284,10 +284,10 @@ def test_contest_rows_can_be_compared_recorded_and_reported(tiny, tmp_path):
         (tmp_path / name).mkdir()
         for row in clean:
             store.append(tmp_path / name / "peers.jsonl", {**row, **(changes if row["kind"] == "contest" else {})})
-    assert re.search(r"_c0ffeec0ff_peers\.jsonl$", str(record.record_contest(tmp_path / "clean", tmp_path)))
+    assert record.record_rows(tmp_path / "clean" / "peers.jsonl", tmp_path).name.endswith("_c0ffeec0ff_peers.jsonl")
     for name in ("dirty", "wrong"):
         with pytest.raises(ValueError, match="expected"):
-            record.record_contest(tmp_path / name, tmp_path)
+            record.record_rows(tmp_path / name / "peers.jsonl", tmp_path)
 
 
 def test_best_peer_errors_and_charts_are_computed_from_the_rows():

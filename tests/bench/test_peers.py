@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,3 +125,16 @@ def test_install_refuses_what_it_cannot_swap():
         install(layer())
     with pytest.raises(ValueError, match="pretraining_tp must divide"):
         layer(pretraining_tp=3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_diffusers_layer_of_hidream_is_the_authors_loop(training):
+    """Why it is no contender of its own: the same ATen calls, but for a view of the loss that it drops."""
+    hidream = pytest.importorskip("diffusers.models.transformers.transformer_hidream_image")
+    calls = []
+    for moe in (layer(), hidream.MOEFeedForwardSwiGLU(16, 64, 8, 2)):
+        with CallCounter() as counter:
+            moe.train(training)(torch.randn(2, 256, 16))
+        calls.append(Counter(counter.calls))
+    ours, theirs = calls
+    assert not theirs - ours and ours - theirs == Counter({"aten.view": 1} if training else {})

@@ -61,16 +61,16 @@ def test_what_proves_nothing_is_refused(checkout, changes):
         record.record(checkout / "report", checkout)
 
 
-def test_chains_are_kept_where_one_commit_made_them(checkout):
-    lines = [row | {"kind": "dmcmc"} for row in rows()]
-    path = checkout / "report" / record.CHAINS
+@pytest.mark.parametrize(("file", "name"), record.ROWS.items())
+def test_other_rows_are_kept_where_one_commit_made_them(checkout, file, name):
+    lines, path = rows(), checkout / "report" / file
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    kept = record.record_chains(checkout / "report", checkout)
-    assert kept.name == "2026-01-02_Test-CPU-avx2_c0ffeec0ff_dmcmc.jsonl" and kept.read_text() == path.read_text()
-    with path.open("a") as file:
-        file.write(json.dumps(lines[0] | {"commit": "other"}) + "\n")
+    kept = record.record_rows(path, checkout)
+    assert kept.name == f"2026-01-02_Test-CPU-avx2_c0ffeec0ff_{name}.jsonl" and kept.read_text() == path.read_text()
+    with path.open("a") as more:
+        more.write(json.dumps(lines[0] | {"commit": "other"}) + "\n")
     with pytest.raises(ValueError, match="rows of one commit"):
-        record.record_chains(checkout / "report", checkout)
+        record.record_rows(path, checkout)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.jsonl")), ids=lambda path: path.name)

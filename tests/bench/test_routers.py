@@ -129,6 +129,7 @@ def test_rules_are_compared_and_the_comparison_goes_on(tmp_path, monkeypatch, fr
     assert (
         "<h2>Routers</h2>" in page and "expert race" in page and "expert race" in (tmp_path / "report.md").read_text()
     )
+    assert page.count('class="axis" title="seed 0: FD-cls') == 2
     assert compare(tmp_path, "--routers", "zork") == 2
     assert "--routers: got 'zork', expected some of token_choice" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.peers import standins as timed
 from moe_kernels import replace_moe
 from moe_kernels.adapters.family import family_of
 from tests.contenders import BACKENDS
@@ -99,44 +100,44 @@ BLOCKS = [
         x_and(padding_mask=lambda: torch.arange(B * S, device=DEVICE) % 4 > 0),
         call=by_position,
     ),
-    Case("DSMoE", standins.DSMoE, x_and(), call=by_position),
-    Case("DSMoE alone", lambda: standins.DSMoE(False), x_and(), call=by_position),
-    Case("DSMoE biases", lambda: standins.DSMoE(bias=True), x_and(), call=by_position),
-    Case("JiTMoE", standins.JiTMoE, x_and(), call=by_position),
+    Case("DSMoE", timed.DSMoE, x_and(), call=by_position),
+    Case("DSMoE alone", lambda: timed.DSMoE(False), x_and(), call=by_position),
+    Case("DSMoE biases", lambda: timed.DSMoE(bias=True), x_and(), call=by_position),
+    Case("JiTMoE", timed.JiTMoE, x_and(), call=by_position),
     Case("MAGI-2", standins.CoreMultiHeadMoE, heads),
-    Case("ProMoE", standins.ProMoE, LABELLED, call=all_results),
+    Case("ProMoE", timed.ProMoE, LABELLED, call=all_results),
     Case(
         "ProMoE 2, in training",
-        lambda: standins.ProMoE("softmax", 2, alpha=0.1, use_top_k_for_routing_contrastive=False),
+        lambda: timed.ProMoE("softmax", 2, alpha=0.1, use_top_k_for_routing_contrastive=False),
         LABELLED,
         call=all_results,
         training=True,
     ),
     Case(
         "ProMoE without, in training",
-        lambda: standins.ProMoE("sigmoid", 2, null=False, shared=False, alpha=0.1, seq_aux=True),
+        lambda: timed.ProMoE("sigmoid", 2, null=False, shared=False, alpha=0.1, seq_aux=True),
         x_and(labels=lambda: torch.arange(B, device=DEVICE)),
         call=all_results,
         training=True,
     ),
-    Case("ProMoE by expert", lambda: standins.ProMoEByExpert("softmax", 2), LABELLED, call=all_results),
+    Case("ProMoE by expert", lambda: timed.ProMoEByExpert("softmax", 2), LABELLED, call=all_results),
     Case(
         "ProMoE by expert, in training",
-        standins.ProMoEByExpert,
+        timed.ProMoEByExpert,
         LABELLED,
         call=all_results,
         training=True,
     ),
-    Case("DiffMoE", standins.DiffMoE, x_and(), call=all_results),
+    Case("DiffMoE", timed.DiffMoE, x_and(), call=all_results),
     Case(
         "DiffMoE in training",
-        lambda: standins.DiffMoE(form=None),
+        lambda: timed.DiffMoE(form=None),
         x_and(),
         call=all_results,
         training=True,
     ),
-    Case("EC-DiT", standins.SparseMoEBlock, x_and()),
-    Case("EC-DiT MLP", lambda: standins.SparseMoEBlock(form="tanh"), x_and()),
+    Case("EC-DiT", timed.SparseMoEBlock, x_and()),
+    Case("EC-DiT MLP", lambda: timed.SparseMoEBlock(form="tanh"), x_and()),
     Case("Hunyuan", standins.HunyuanMoE, x_and(), call=by_position),
     Case("transposed", lambda: standins.TransposedExperts(True), picks),
     Case("transposed gelu", lambda: standins.TransposedExperts(False), picks),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bench.peers.standins import DiffMoE, DSMoE, JiTMoE, ProMoE, SparseMoEBlock
 from moe_kernels import replace_moe
 from moe_kernels.adapters import Family, experts_forward, known_families, register_family
 from moe_kernels.adapters.families.transformers import TransformersExperts
@@ -16,15 +17,10 @@ from moe_kernels.adapters.family import family_of
 from tests.product.families.cases import BLOCKS, MODELS, build, hidream_block, nucleus_block
 from tests.product.families.standins import (
     CoreMultiHeadMoE,
-    DiffMoE,
-    DSMoE,
     H,
     HunyuanMoE,
     I,
-    JiTMoE,
     LingBotVideoSparseMoeBlock,
-    ProMoE,
-    SparseMoEBlock,
     TransposedExperts,
 )
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from bench.peers.standins import JiTMoE
 from moe_kernels import replace_moe, restore_moe
 from moe_kernels.adapters.family import family_of
 from moe_kernels.adapters.replace import lay_out
 from tests.contenders import BACKENDS
 from tests.product.families.cases import BLOCKS, MODELS, blocks_of, build, differentiable
-from tests.product.families.standins import JiTMoE
 from tests.trap_cases import DEVICE
 
 # Each compilation takes seconds: of ProMoE those in training, which do all that eval does.
