@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 from torch.nn.utils import get_total_norm
 
 
@@ -42,12 +43,14 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
-    by_groups: dict[tuple, list[Tensor]] = {}
+    alike: dict[Any, list[Tensor]] = {}
     for grad in grads:
-        summed = isinstance(grad, DTensor) and any(placement.is_partial() for placement in grad.placements)
-        by_groups.setdefault(_sharded_over(grad), []).append(grad.full_tensor() if summed else grad)
+        alike.setdefault((grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None, []).append(grad)
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device)  # squares of fp32 overflow
-    for groups, tensors in by_groups.items():
+    for where, tensors in alike.items():
+        groups = _sharded_over(*where) if where else ()
+        if where and any(placement.is_partial() for placement in where[1]):
+            tensors, groups = [t.full_tensor() for t in tensors], ()
         square = get_total_norm(own_parts(tensors)).double().square()
         for group in groups:
             distributed.all_reduce(square, group=group)
@@ -64,10 +67,7 @@ def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def _sharded_over(grad: Tensor) -> tuple[distributed.ProcessGroup, ...]:
-    """Return the groups whose ranks have parts of a tensor, not copies; none for partial sums, which are gathered."""
-    if not isinstance(grad, DTensor) or any(placement.is_partial() for placement in grad.placements):
-        return ()
-    mesh = grad.device_mesh
-    dims = [dim for dim, placement in enumerate(grad.placements) if not placement.is_replicate() and mesh.size(dim) > 1]
-    return tuple(mesh.get_group(dim) for dim in dims)
+def _sharded_over(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> list[distributed.ProcessGroup]:
+    """Return the groups whose ranks have parts of a tensor, and not copies."""
+    dims = [dim for dim, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(dim) > 1]
+    return [mesh.get_group(dim) for dim in dims]

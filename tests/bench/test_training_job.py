@@ -172,15 +172,20 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+def struck(accident: str, words: list[str], restarts: int = 0) -> subprocess.CompletedProcess:
+    """Run the tiny job under torchrun with an accident of one rank in the sixth step."""
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts {restarts}".split()
+    command = [sys.executable, *launch, "-m", "tests.bench.training_jobs", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCIDENT": accident}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def test_a_killed_process_is_started_again_and_changes_nothing(two, tmp_path):
     """torchrun starts all again; they go on from the last checkpoint, to the bits of an undisturbed run."""
     words = ["--steps", "7", "--parallel", "ep", "--clip", "1"]
     codes = [code for code, *_ in two.run(training_jobs.train, words=[*words, "--out", str(tmp_path / "calm")])]
     assert codes == [0, 0]
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 -m tests.bench.training_jobs"
-    command = [sys.executable, *launch.split(), *words, "--resume", "--out", str(tmp_path / "killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = struck("1 killed", [*words, "--resume", "--out", str(tmp_path / "killed")], restarts=1)
     assert done.returncode == 0, done.stderr
     assert "training resumes at step 4 of 7" in done.stdout and "exitcode: -9" in done.stderr
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "calm") and len(rows_of(tmp_path / "calm")) == 7
@@ -188,6 +193,20 @@ def test_a_killed_process_is_started_again_and_changes_nothing(two, tmp_path):
     assert weights[0] == weights[1] and names(tmp_path / "killed") == ["step_00000006", "step_00000007"]
     path = tmp_path / "calm/model.safetensors"
     assert predicts(path) == "velocity" and load_any(path).model.config.num_heads == TINY["num_heads"]
+
+
+@pytest.mark.parametrize(
+    ("accident", "said"),
+    [
+        ("0 full", ["rank 0 stopped: [Errno 27] File too large"]),
+        ("1 hangs", ["rank 0 stopped: another process ended, or was waited for too long: "]),
+    ],
+)
+def test_an_accident_of_one_process_ends_all_with_its_reason(accident, said, tmp_path):
+    """Its log cannot be written, or it does not come to a collective; what was saved is named."""
+    done = struck(accident, ["--steps", "7", "--parallel", "ep", "--timeout", "8", "--out", str(tmp_path)])
+    assert done.returncode == 1 and all(reason in done.stdout for reason in said), (done.stdout, done.stderr)
+    assert "step_00000004 is the last checkpoint" in done.stdout and names(tmp_path)[-1] == "step_00000004"
 
 
 def test_a_full_disk_stops_all_and_keeps_what_was_good(two, tmp_path):
