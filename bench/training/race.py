@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from bench.images.checkpoints import Recipe
-from bench.instrument import arguments, stats, store
+from bench.instrument import arguments, measure, stats, store
 from bench.instrument.progress import say
 from bench.instrument.verify import Check, judge
 from bench.training import layouts, plain, processes
@@ -68,23 +70,25 @@ def compete(args: argparse.Namespace, model: str, ranks: Ranks) -> list[dict]:
         trainers[name] = Trainer(job, source, ranks, name, sharing, args.backend)
     checks = verify(trainers, job, source, ranks)
     racing = {name: trainer for name, trainer in trainers.items() if not checks[name].wrong}
-    wall, cpu = take_turns(racing, 3 if args.size == "tiny" else args.rounds, ranks)
+    steps = take_turns(racing, 3 if args.size == "tiny" else args.rounds, ranks)
+    quiet, disturbed = quiet_rounds(steps)
     recipe, first = job.recipe, contenders[0]
     sizes = {name: getattr(recipe, name) for name in ("hidden_size", "depth", "num_experts", "batch")}
     rows = []
     for name in contenders:
         figures, speedups = {}, {}
         if name in racing:
+            wall = {other: [steps[other][i].wall_s for i in quiet] for other in racing}
             s = stats.summarise(wall[name])
             figures = {"time_us_median": s.median * 1e6, "time_us_p20": s.p20 * 1e6, "time_us_p80": s.p80 * 1e6}
-            figures |= {"n": s.n, "cpu_us": stats.summarise(cpu[name]).median * 1e6}
-            figures["images_per_s"] = recipe.batch / s.median
+            figures |= {"n": s.n, "disturbed": disturbed, "images_per_s": recipe.batch / s.median}
+            figures["cpu_us"] = stats.summarise([step.cpu_s for step in steps[name]]).median * 1e6
             if first in racing and name != first:
                 speedups[first] = vars(stats.by_round(wall[first], wall[name]))
         case = f"{model}-{name}-W{ranks.world}-B{recipe.batch}-fp32"
         told = {"case": case, "layout": name, "world": ranks.world, "threads": torch.get_num_threads(), **sizes}
         kept = {"errors": checks[name].errors, "wrong": checks[name].wrong}
-        samples = [round(t * 1e6, 1) for t in store.thin(wall.get(name, []))]
+        samples = [round(step.wall_s * 1e6, 1) for step in store.thin(steps.get(name, []))]
         rows.append(store.row("layout", **told, figures=figures, speedups=speedups, **kept, samples_us=samples))
     return rows
 
@@ -123,25 +127,55 @@ def _by_module(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def take_turns(
-    trainers: dict[str, Trainer], rounds: int, ranks: Ranks
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return the seconds of the steps of each, A B C, then C B A, and so on, and those of all ranks' CPUs. Collective.
+class Step(NamedTuple):
+    """wall_s: until every rank has taken it; cpu_s: of all ranks; others: share of the machine that others had."""
 
-    A step lasts until every rank has taken it.
-    """
-    wall, cpu = ({name: [] for name in trainers} for _ in range(2))
+    wall_s: float
+    cpu_s: float
+    others: float
+
+
+def take_turns(trainers: Mapping[str, Trainer], rounds: int, ranks: Ranks) -> dict[str, list[Step]]:
+    """Return the steps of each, A B C, then C B A, and so on. Collective."""
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in trainers}
     order = list(trainers)
     for done in range(rounds):
         for name in order if done % 2 == 0 else order[::-1]:
             distributed.barrier()
-            start, spent = time.perf_counter(), time.process_time()
+            start, spent, busy = time.perf_counter(), time.process_time(), _busy_s()
             trainers[name].advance()
-            cpu[name].append(time.process_time() - spent)
+            spent = time.process_time() - spent
             distributed.barrier()
-            wall[name].append(time.perf_counter() - start)
-    everyone = ranks.gather(cpu)
-    return wall, {name: [sum(steps) for steps in zip(*(of[name] for of in everyone), strict=True)] for name in trainers}
+            found[name].append((time.perf_counter() - start, spent, _busy_s() - busy))
+    everyone = ranks.gather(found)
+    cores = os.cpu_count() or 1
+
+    def step(wall: float, busy: float, cpu: float) -> Step:
+        return Step(wall, cpu, max(0.0, busy - cpu) / (wall * cores))
+
+    return {
+        name: [
+            step(wall, busy, sum(of[name][i][1] for of in everyone)) for i, (wall, _, busy) in enumerate(found[name])
+        ]
+        for name in trainers
+    }
+
+
+def quiet_rounds(steps: Mapping[str, list[Step]]) -> tuple[list[int], bool]:
+    """Return the rounds in which others left the machine alone; all of them, and True, where those are too few."""
+    rounds = list(zip(*steps.values(), strict=True))
+    quiet = [i for i, taken in enumerate(rounds) if all(step.others <= 1 - measure.QUIET_SHARE for step in taken)]
+    disturbed = len(quiet) < min(measure.MIN_QUIET, len(rounds))
+    return (list(range(len(rounds))), True) if disturbed else (quiet, False)
+
+
+def _busy_s() -> float:
+    """Return for how long the machine's processors have worked so far, for whomever; 0 where Linux is not there."""
+    try:
+        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+    except OSError:
+        return 0.0
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 def line(row: dict) -> str:
@@ -150,6 +184,7 @@ def line(row: dict) -> str:
         return f"{row['case']}: wrong: {row['wrong']}"
     figures = row["figures"]
     shown = f"{row['case']}: {figures['images_per_s']:.1f} images/s, {figures['cpu_us'] / 1e3:.0f} ms of CPUs a step"
+    shown += ", disturbed" * figures["disturbed"]
     for other, r in row["speedups"].items():
         shown += f", {r['value']:.3f}x [{r['low']:.3f}, {r['high']:.3f}] of {other}"
     return shown
