@@ -101,22 +101,23 @@ def job_of(model: str, size: str, source: InMemory) -> Job:
 
 def verify(trainers: dict[str, Trainer], job: Job, source: Source, ranks: Ranks) -> dict[str, Check]:
     """Judge the gradients of the last of some first steps, which depend on all that was done before. Collective."""
-    found = {}
+    exact, theirs = (
+        ({}, {}) if ranks.rank else (_plainly(job, source, dtype) for dtype in (torch.float64, torch.float32))
+    )
+    checks = {}
     for name, trainer in trainers.items():
         for _ in range(VERIFIED):
             trainer.advance()
         grads = {name: p.grad for name, p in trainer.named.items() if p.grad is not None}
         grads = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
-        found[name] = _by_module(unstack_dit_moe(grads))
+        grads = _by_module(unstack_dit_moe(grads))
+        checks[name] = ranks.first(lambda grads=grads: judge(grads, exact, theirs, slices=False))
+    return checks
 
-    def judged() -> dict[str, Check]:
-        models = [plain.train(job, source, VERIFIED, dtype)[1] for dtype in (torch.float64, torch.float32)]
-        exact, theirs = (
-            _by_module({name: p.grad for name, p in model.named_parameters() if p.requires_grad}) for model in models
-        )
-        return {name: judge(grads, exact, theirs, slices=False) for name, grads in found.items()}
 
-    return ranks.first(judged)
+def _plainly(job: Job, source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
+    _, model = plain.train(job, source, VERIFIED, dtype)
+    return _by_module({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
 
 
 def _by_module(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
