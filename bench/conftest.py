@@ -43,5 +43,4 @@ def rates(case: Case, seconds: float) -> dict[str, float | None]:
 
 @cache
 def peak(dtype: str, threads: int) -> float | None:
-    name = {"fp32": "float32", "bf16": "bfloat16"}.get(dtype)
-    return measure.peak_gflops(name, threads, 0.1) if name else None
+    return measure.peak_gflops(dtype, threads, 0.1)

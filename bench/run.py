@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,26 +23,30 @@ from torch import Tensor
 
 import moe_kernels
 from bench import stages
-from bench.images import checkpoints, digits, expert_load, fid, parity, pictures, routed, training
+from bench.images import checkpoints, climbs, digits, expert_load, fid, parity, pictures, routed, training
 from bench.images.analysis.counts import Counter
 from bench.images.analysis.watch import watch
-from bench.images.sampling.contest import compete
+from bench.images.sampling.contest import compete, entries
 from bench.instrument import arguments, cases, ledger, outputs, progress, shapes, store
+from bench.instrument.budget import Budget
 from bench.machine_code import inner_loops
 from bench.page import experts, report, samplers
 
 SAMPLED = 200  # images of each sampler
+PARTS = {"figures": 25, "samplers": 25, "parity fp32": 65, "parity bf16": 45}  # seconds on two cores of Zen 5
+OUTSIDE = ("start", "inner loops", "training")  # of the budget
 THRESHOLDS = {"classifier": 0.97, "guided": 0.95, "plain": 0.85}
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: recipe changes, the parity case and its dtypes, classifier epochs."""
+    """How much of everything: the parity case and its dtypes, classifier epochs, recipe changes, minutes."""
 
     parity: parity.Case
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     epochs: int = 40
     recipe: dict = field(default_factory=dict)
+    minutes: float = 10.0
 
 
 SIZES = {
@@ -51,13 +55,19 @@ SIZES = {
         recipe=dict(hidden_size=32, depth=2, num_heads=2, steps=60, batch=32, warmup=5),
     ),
     "default": Size(parity.Case()),
-    "full": Size(parity.Case(samples=2000, steps=25, margin=0.0005)),
+    "full": Size(parity.Case(samples=2000, steps=25, margin=0.0005), minutes=120.0),
 }  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--size", choices=list(SIZES), default="default", help="tiny: a minute; default: some; full: more"
+        "--size", choices=list(SIZES), default="default", help="tiny: a minute; default: ten; full: up to two hours"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=arguments.positive,
+        help="how long it may take, without the training of a model (default: 10; of size full 120); what does not fit "
+        "is measured in fewer rounds or samples, or left out, as the report says",
     )
     parser.add_argument(
         "--data",
@@ -151,7 +161,8 @@ class Job:
         self.foreign = checkpoints.load_foreign(args.ckpt, self.data) if args.ckpt else None
         identity = f"{self.foreign.identity}-{self.data.digest()}" if self.foreign else self.recipe.hash
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings = {"identity": identity, "size": args.size, "threads": self.threads}
+        self.minutes = args.minutes or self.size.minutes
+        settings = {"identity": identity, "size": args.size, "threads": self.threads, "minutes": self.minutes}
         code = {"commit": store.commit()["commit"], "source": ledger.source_digest()}
         self.ledger = ledger.Ledger(self.folder / "rows.jsonl", settings, code, args.fresh)
         if args.fresh:  # behind the lock: nothing of a run that still goes on is forgotten
@@ -185,11 +196,8 @@ class Job:
 
     @cached_property
     def ladder(self) -> parity.Ladder:
-        return self._ladder(self.case)
-
-    def _ladder(self, case: parity.Case) -> parity.Ladder:
         trained = self.trained
-        return routed.ladder(trained.model, self.classifier[0], self.data.images, case, trained.time_scale)
+        return routed.ladder(trained.model, self.classifier[0], self.data.images, self.case, trained.time_scale)
 
     def run(self) -> None:
         infos = [info._asdict() for info in moe_kernels.backends()]
@@ -198,20 +206,37 @@ class Job:
         )
         self.ledger.stage("inner loops", lambda: [inner_loops.row()])
         self.ledger.stage("training", self._training)
-        self.ledger.stage("figures", self._figures)
-        self.ledger.stage("samplers", self._samplers)
-        (roof,) = self.ledger.stage(
-            "ceilings", lambda: [store.row("ceilings", **stages.ceilings(self.args.size, self.threads))]
-        )
-        slow = stages.hopeless(roof, self.size.dtypes)
-        for dtype, what in slow.items():
-            progress.say(f"  {what}")
-            self.ledger.stage(f"left out: {dtype}", lambda what=what: [store.row("left_out", what=what)])
+        races = stages.plan(self.args.size, self.backends, self.threads)
+        self.budget = self._budget(races)
+        self.ledger.stage("ceilings", lambda: [store.row("ceilings", **stages.ceilings(self.args.size, self.threads))])
         for dtype in self.size.dtypes:
-            self._parity(dtype, dtype in slow)
-        races = stages.plan(self.args.size, self.backends, self.threads, slow)
+            self._images(dtype)
+        self._within("samplers", self._samplers)
         for race in progress.track(races, "timing", len(races)):
-            self.ledger.stage(f"time {race.name}", race.run)
+            self._within(f"time {race.name}", lambda until, race=race: race.run(until, self.ledger.rows))
+
+    def _budget(self, races: list[stages.Race]) -> Budget:
+        """Share the minutes among what is to come; what an earlier run kept has taken its time."""
+        parts = {name: PARTS[name] for name in ("figures", "samplers", *(f"parity {d}" for d in self.size.dtypes))}
+        spent = {row["stage"]: row["stage_s"] for row in self.ledger.rows if row["stage"] not in OUTSIDE}
+        return Budget(60 * self.minutes, parts | {f"time {r.name}": r.part for r in races}, sum(spent.values()))
+
+    def _within(self, stage: str, produce: Callable[[float], Iterable[dict]], fits: bool = True) -> None:
+        """Run a stage that is told when it has to end, or, where no time is left, write down that it was left out."""
+        until, fits = self.budget.begin(stage), fits and self.budget.left > 0
+        self.ledger.stage(stage, lambda: produce(until) if fits else [self.budget.left_out(stage)])
+
+    def _images(self, dtype: str) -> None:
+        """Draw in one dtype as many samples as time allows, through everybody; in the first judge the oracle's, too."""
+        ladder, first = self.ladder, dtype == self.size.dtypes[0]
+        draws = 1 + len(self.backends) + (1.5 if first else 0)  # without guidance it is half a draw
+        seconds = self.budget.share(f"parity {dtype}", *(["figures"] if first else []))
+        (pace,) = self.ledger.stage(f"pace: {dtype}", lambda: [climbs.pace(ladder, dtype, seconds, draws)])
+        count = pace["samples"]
+        if first:
+            self._within("figures", lambda until: self._figures(count), count > 0)
+        until = self.budget.begin(f"parity {dtype}")
+        climbs.Climbs(ladder, dtype, count, self.budget, until, self._picture).run(self.ledger, self.backends)
 
     def exit_code(self) -> int:
         wrong = [r for r in self.ledger.rows if r["kind"] == "parity" and r["verdict"] == fid.DIFFERENT]
@@ -242,28 +267,29 @@ class Job:
         fields = dict(origin=trained.origin, recipe=recipe, steps=len(trained.losses), seconds=trained.seconds)
         return [store.row("training", text=text, losses=losses, **fields)]
 
-    def _figures(self) -> list[dict]:
-        """Judge the oracle's samples with and without guidance, look for copies, count where the gates send tokens."""
+    def _figures(self, count: int) -> list[dict]:
+        """Judge samples of the oracle with and without guidance, look for copies, count where gates send tokens."""
         trained, case, ladder = self.trained, self.case, self.ladder
         model, accuracy = self.classifier
         inner = (case.steps // 4, case.steps // 2, 3 * case.steps // 4)
-        counter = Counter(len(trained.model.blocks), case.steps, case.samples)
-        counter.begin(0, ladder.labels, guided=True)
+        labels = ladder.labels[:count]
+        counter = Counter(len(trained.model.blocks), case.steps, count)
+        counter.begin(0, labels, guided=True)
         by_token = trained.model.config.router == "token_choice"
         traced = expert_load.trace_picks(trained.model, inner, guided=True) if by_token else nullcontext()
         with watch(trained.model, counter), traced as trace:
-            guided = self._sample(case.guidance)
-        plain = self._sample(1.0)
+            guided = self._sample(count, case.guidance)
+        plain = self._sample(count, 1.0)
         copies = digits.nearest_neighbours(torch.cat([guided, plain]), self.data)
         if self.args.size != "tiny" and by_token:
             ids, weights = (torch.cat(parts) for parts in zip(*trace, strict=True))
             shapes.save_routing(ids, weights, trained.model.config.num_experts)
         self._picture("real images", self.data.held, self.data.held_labels)
-        self._picture("oracle, no guidance", plain, ladder.labels)
+        self._picture("oracle, no guidance", plain, labels)
         tables = counter.result().arrays()
         self._keep(counts=tables["load"][:, :, 0])
         np.savez_compressed(self.folder / experts.TABLES, **tables)
-        sampled = dict(sampler="rf_euler", steps=case.steps, guidance=case.guidance, count=case.samples)
+        sampled = dict(sampler="rf_euler", steps=case.steps, guidance=case.guidance, count=count)
         found = experts.row(tables, sampled | {"checkpoint": trained.identity})
         fid.save_moments(self.folder / "moments_data.npz", ladder.moments)
         fid.save_moments(self.folder / "moments_oracle.npz", fid.moments(digits.features(model, guided)))
@@ -273,8 +299,8 @@ class Job:
         }
         came = {
             "classifier": accuracy,
-            "guided": digits.recognised(model, guided, ladder.labels),
-            "plain": digits.recognised(model, plain, ladder.labels),
+            "guided": digits.recognised(model, guided, labels),
+            "plain": digits.recognised(model, plain, labels),
         }
         if trained.origin == "trained":
             checkpoints.save_checkpoint(self.folder / "model.safetensors", trained, {**came, **fd})
@@ -285,8 +311,8 @@ class Job:
         load = store.row("load", layers=experts.load(found))
         return [store.row("figures", thresholds=thresholds, **shown, **fd), load, found]
 
-    def _samplers(self) -> list[dict]:
-        """Let every sampler draw from the same noise, and judge by the classifier what `bench sample` would write."""
+    def _samplers(self, until: float) -> list[dict]:
+        """Let every sampler draw from the same noise, while there is time; judge what `bench sample` would write."""
         model, moments = self.classifier[0], self.ladder.moments
 
         def distance(images: Tensor) -> float:
@@ -295,44 +321,21 @@ class Job:
         count = min(self.case.samples, SAMPLED)
         held = self.data.held[:count]
         floor = {"held": len(held), "fd_held": distance(held)}
-        found = list(
-            compete(
-                self.trained, count,
-                lambda x, y: {"fd": distance(x), "recognised": digits.recognised(model, x, y), **floor},
-            )
+        judged = compete(
+            self.trained, count,
+            lambda x, y: {"fd": distance(x), "recognised": digits.recognised(model, x, y), **floor},
         )  # fmt: skip
+        found = []
+        for pair in judged:
+            found.append(pair)
+            if self.budget.clock() > until:
+                break
         np.savez_compressed(self.folder / samplers.STRIPS, **{samplers.key(row): strip for row, strip in found})
-        progress.say(f"  nearest to the data: {samplers.sentence([row for row, _ in found])}")
-        return [row for row, _ in found]
-
-    def _parity(self, dtype: str, slow: bool) -> None:
-        """Climb the ladder with every backend, and with the sabotaged models, which must fall.
-
-        slow: with kernels of our own alone, and with few samples.
-        """
-        few = dataclasses.replace(self.case, samples=min(self.case.samples, stages.FEW_SAMPLES))
-        ladder = self._ladder(few) if slow else self.ladder
-        backends = [name for name in self.backends if not slow or name in cases.kernels_on("cpu")]
-        sabotages = {} if slow else ladder.sabotages
-        baseline: list[parity.Baseline] = []
-
-        def climb(kind: str, name: str, build: Callable[[parity.Baseline], torch.nn.Module]) -> list[dict]:
-            if not baseline:
-                baseline.append(ladder.baseline(parity.DTYPES[dtype]))
-                self._picture(f"oracle {dtype}", baseline[0].samples, ladder.labels)
-            record, samples = ladder.climb(build(baseline[0]), baseline[0])
-            if kind == "parity":
-                self._picture(f"{name} {dtype}", samples, ladder.labels)
-            label = {"backend": name} if kind == "parity" else {"control": name}
-            progress.say(f"  {name} {dtype}: {record['verdict']}")
-            return [store.row(kind, **label, dtype=dtype, **record)]
-
-        builders = {("parity", name): lambda base, name=name: ladder.replaced(base.model, name) for name in backends}
-        for name, sabotage in sabotages.items():
-            builders["control", name] = lambda base, sabotage=sabotage: sabotage(ladder.replaced(base.model, "eager"))
-        for (kind, name), build in builders.items():
-            stage = f"{kind}: {name}, {dtype}"
-            self.ledger.stage(stage, lambda kind=kind, name=name, build=build: climb(kind, name, build))
+        rows, settings = [row for row, _ in found], len(entries())
+        progress.say(f"  nearest to the data: {samplers.sentence(rows)}")
+        if len(rows) < settings:
+            rows.append(self.budget.left_out(f"{settings - len(rows)} of {settings} settings of samplers"))
+        return rows
 
     def _picture(self, name: str, images: Tensor, labels: Tensor) -> None:
         """Keep a sheet of five images in each of up to ten classes, or of the first fifty."""
@@ -346,8 +349,6 @@ class Job:
         np.savez_compressed(path.with_suffix(".tmp.npz"), **{**report.load_pictures(path), **arrays})
         os.replace(path.with_suffix(".tmp.npz"), path)
 
-    def _sample(self, guidance: float) -> Tensor:
-        ladder, trained = self.ladder, self.trained
-        return training.sample(
-            trained.model, ladder.noise, ladder.labels, self.case.steps, guidance, time_scale=trained.time_scale
-        )
+    def _sample(self, count: int, guidance: float) -> Tensor:
+        noise, labels, trained = self.ladder.noise[:count], self.ladder.labels[:count], self.trained
+        return training.sample(trained.model, noise, labels, self.case.steps, guidance, time_scale=trained.time_scale)

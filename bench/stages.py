@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from bench.instrument import measure
-from bench.instrument.cases import EXPERT_CHOICE, PEERS, ROOMS, Case, kernels_on
+from bench.instrument.cases import EXPERT_CHOICE, PEERS, ROOMS, Case
 from bench.instrument.contender import by_name
-from bench.instrument.race import race
+from bench.instrument.race import race, untried
 from bench.instrument.shapes import MODEL_SHAPES
 
 DIGITS = MODEL_SHAPES["digits"]
 S2 = MODEL_SHAPES["S/2-8E2A"]
 LOOP = "authors_tp1"  # the faster of the two ways to run the authors' loop
-HOPELESS = 0.1  # of torch's rate in fp32: its bf16 products reach 0.02 with AVX2 alone, 2 with bf16 instructions
-FEW_SAMPLES = 100  # for parity in such a dtype
+HOPELESS = 10.0  # times the fastest's first call: torch's bf16 products with AVX2 alone take 40 times those in fp32
+PRODUCTS = ("experts", "layer", "block", "train_step", "sampling_step")  # the other levels multiply next to nothing
+PARTS = dict.fromkeys(ROOMS, 2) | {"experts": 3, "layer": 8, "block": 7, "train_step": 10, "sampling_step": 8}
 S2_SHALLOW = replace(S2, name="S/2 width in 2 blocks", model="S2x2", depth=2)
 
 
@@ -32,59 +34,63 @@ class Race:
     def name(self) -> str:
         return self.case.id
 
-    def run(self) -> Iterator[dict]:
-        """Yield the rows, of kind "time"; those that cannot run here have none."""
+    @property
+    def part(self) -> float:
+        """How long it takes beside the others."""
+        return PARTS[self.case.level] * (3 if self.case.mode == "fwdbwd" else 1)
+
+    def run(self, until: float = math.inf, rows: Sequence[dict] | None = None) -> Iterator[dict]:
+        """Yield the rows, of kind "time"; those that cannot run here have none.
+
+        Args:
+            until: see `measure.interleave`. rows: of races before this one. With them a contender that is hopeless is
+                called once, and in later races of its dtype not at all: its row says why.
+        """
         able = [by_name(name) for name in self.contenders]
         able = [c for c in able if not c.why_not(replace(self.case, backend=c.name))]
-        return race(self.case, able, self.min_rounds, self.max_seconds)
+        known = hopeless(rows or (), self.case)
+        limits = {"until": until, "hopeless": math.inf if rows is None else HOPELESS}
+        yield from race(
+            self.case, [c for c in able if c.name not in known], self.min_rounds, self.max_seconds, **limits
+        )
+        yield from (untried(self.case, c, known[c.name]) for c in able if c.name in known)
 
 
-def hopeless(roof: Mapping, dtypes: Collection[str]) -> dict[str, str]:
-    """Return the dtypes in which what rests on torch's products would take the job from minutes to most of an hour.
-
-    Args: roof: a row of `ceilings`. Returns: dtype -> what is left out therefore, as the report says it.
-    """
-    rates = {dtype: roof[f"mm_{dtype}"] / 1e9 for dtype in {"fp32", *dtypes}}
-    return {
-        dtype: f"left out in {dtype}, in which torch's products reach {rate:.2g} GFLOP/s here (fp32: "
-        f"{rates['fp32']:.2g}): eager, grouped and other people's code in the experts and the layer, the block, and "
-        f"parity of eager, grouped and the deliberate faults; that of our kernels rests on {FEW_SAMPLES} samples"
-        for dtype, rate in rates.items()
-        if rate < HOPELESS * rates["fp32"]
-    }
+def hopeless(rows: Sequence[dict], case: Case) -> dict[str, str]:
+    """Return who was called only once in the dtype of a case that rests on products, and why."""
+    once = [row for row in rows if row["kind"] == "time" and row.get("once") and row["dtype"] == case.dtype]
+    if case.level not in PRODUCTS:
+        return {}
+    return {row["contender"]: f"hopeless in {case.dtype}: {row['level']} {row['mode']} {row['once']}" for row in once}
 
 
-def plan(size: str, backends: Sequence[str], threads: int, slow: Collection[str] = ()) -> list[Race]:
+def plan(size: str, backends: Sequence[str], threads: int) -> list[Race]:
     """Return the races of a size.
 
     tiny: the digits' shape, few rounds, one dtype; default: S/2 width, T=1024, steps through two blocks; full: S/2
-    width, T=4096, steps through all twelve. slow: dtypes of `hopeless`.
+    width, T=4096, steps through all twelve.
     """
     if size == "tiny":
-        return list(_races(DIGITS, DIGITS, 128, ("fp32",), backends, threads, 3, 0.2))
+        tiny = DIGITS, 128
+        return [*_races(*tiny, ("fp32",), backends, threads, 3, 0.2), *_step_races(*tiny, backends, threads, 3, 0.2)]
     deep, T = (S2, 4096) if size == "full" else (S2_SHALLOW, 1024)
     seconds = 10.0 if size == "full" else 4.0
-    races = _races(S2, deep, T, ("fp32", "bf16"), backends, threads, 15, seconds, slow)
     steps = _step_races(DIGITS, 2048, backends, threads, 15, seconds)
-    return [race for race in (*steps, *races) if race.contenders]
+    deeper = _step_races(deep, min(T, 1024), backends, threads, 9, seconds)
+    races = _races(S2, T, ("fp32", "bf16"), backends, threads, 15, seconds)
+    return [*steps, *deeper, *sorted(races, key=lambda race: race.case.level in ROOMS)]  # what time cuts are the last
 
 
-def _races(shape, deep, T, dtypes, backends, threads, rounds, seconds, slow=()) -> Iterator[Race]:
-    own = [name for name in backends if name in kernels_on("cpu")]
+def _races(shape, T, dtypes, backends, threads, rounds, seconds) -> Iterator[Race]:
     base = Case("layer", "any", shape, "position_skewed", T, "fp32", "fwd", threads)
     for dtype in dtypes:
-        hopeless = dtype in slow
         for room in ROOMS:
-            able = own if hopeless and room == "experts" else backends  # the other rooms multiply next to nothing
-            yield Race(replace(base, level=room, dtype=dtype), able, rounds, seconds / 3)
+            yield Race(replace(base, level=room, dtype=dtype), backends, rounds, seconds / 3)
         if dtype == dtypes[0]:  # scores are fp32 in every dtype
             yield Race(replace(base, level="dispatch", routing=EXPERT_CHOICE), backends, rounds, seconds / 3)
         for mode in ("fwd", "fwdbwd"):
-            able = own if hopeless else (*backends, *PEERS)
-            yield Race(replace(base, dtype=dtype, mode=mode), able, rounds, seconds)
-        able = () if hopeless else (*backends, LOOP)
-        yield Race(replace(base, level="block", routing="gate", dtype=dtype), able, rounds, seconds)
-    yield from _step_races(deep, min(T, 1024), backends, threads, min(rounds, 9), seconds)
+            yield Race(replace(base, dtype=dtype, mode=mode), (*backends, *PEERS), rounds, seconds)
+        yield Race(replace(base, level="block", routing="gate", dtype=dtype), (*backends, LOOP), rounds, seconds)
 
 
 def _step_races(shape, T, backends, threads, rounds, seconds) -> Iterator[Race]:

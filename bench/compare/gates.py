@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from bench.machine_code import inner_loops
 
@@ -25,9 +25,6 @@ class Change:
 
     def __str__(self) -> str:
         return f"`{self.case}`: {self.figure} {self.base:.10g} -> {self.head:.10g}{' (worse)' * self.worse}"
-
-    def to_json(self) -> dict:
-        return asdict(self)
 
 
 def figures_of(row: Mapping) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from bench.compare.gates import Change, ordered
 from bench.instrument import stats
@@ -80,19 +80,8 @@ class Report:
         return any(found[name] for name in names[: names.index(condition) + 1])
 
     def to_json(self) -> dict:
-        return {
-            "headline": self.headline,
-            "counts": self.counts,
-            "rows": [v.to_json() for v in self.verdicts],
-            "new": self.new,
-            "removed": self.removed,
-            "broken": self.broken,
-            "skipped": self.skipped,
-            "reasons": self.reasons,
-            "inner_loops": self.inner_loops,
-            "fixed": [change.to_json() for change in ordered(self.fixed)],
-            "notes": self.notes,
-        }
+        fields = asdict(replace(self, fixed=ordered(self.fixed)))
+        return {"headline": self.headline, "counts": self.counts, "rows": fields.pop("verdicts"), **fields}
 
     def split(self) -> tuple[list[stats.Verdict], list[stats.Verdict]]:
         """Return the verdicts to show first, slowest on top, and the rest."""

@@ -65,10 +65,6 @@ def grouped_mm(p: SimpleNamespace) -> Compute:
     return compute
 
 
-def compiled_grouped_mm(p: SimpleNamespace) -> Compute:
-    return torch.compile(grouped_mm(p))
-
-
 def liger(p: SimpleNamespace) -> Compute:
     """Liger-Kernel's fused experts: (x, gate_up (E, 2I, H) as [gate; up], down (E, H, I), int32 picks, weights)."""
     from liger_kernel.ops import LigerFusedMoEFunction
@@ -103,16 +99,10 @@ def _rows_apart(named: workloads.Named) -> workloads.Named:
     return {**named, "dgate_up_proj": both.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)}
 
 
-def _sonic_layer(case: Case) -> workloads.Workload:
-    return workloads.build_layer(case, with_shared(sonic), _rows_apart)
-
-
-def _layer(routed: Callable[[SimpleNamespace], Compute]) -> Callable[[Case], workloads.Workload]:
-    return lambda case: workloads.build_layer(case, with_shared(routed))
-
-
-def _compiled_loop(case: Case) -> workloads.Workload:
-    return workloads.build_loop(case, "authors_tp1", torch.compile)
+def _layer(
+    routed: Callable[[SimpleNamespace], Compute], *merge: Callable[[workloads.Named], workloads.Named]
+) -> Callable[[Case], workloads.Workload]:
+    return lambda case: workloads.build_layer(case, with_shared(routed), *merge)
 
 
 _ROOMS, _LAYER = (*ROOMS, "layer"), ("layer",)
@@ -125,11 +115,17 @@ CONTENDERS = (
         dtypes=("bf16", "fp16", "fp32"), device="cuda",
     ),
     Contender(
-        "sonic", build=_sonic_layer, package="sonic-moe", missing=_needs("sonicmoe"), levels=_LAYER,
+        "sonic", build=_layer(sonic, _rows_apart), package="sonic-moe", missing=_needs("sonicmoe"), levels=_LAYER,
         dtypes=("bf16", "fp16"), device="cuda",
     ),
-    Contender("authors_compiled", build=_compiled(_compiled_loop), levels=_LAYER, compiles=True),
-    Contender("grouped_mm_compiled", build=_compiled(_layer(compiled_grouped_mm)), levels=_LAYER, compiles=True),
+    Contender(
+        "authors_compiled", build=_compiled(lambda case: workloads.build_loop(case, "authors_tp1", torch.compile)),
+        levels=_LAYER, compiles=True,
+    ),
+    Contender(
+        "grouped_mm_compiled", build=_compiled(_layer(lambda p: torch.compile(grouped_mm(p)))), levels=_LAYER,
+        compiles=True,
+    ),
 )  # fmt: skip
 RACED_WITH_COMPILED = ("triton", "cuda", "native", "authors_tp1", "grouped_mm")
 

@@ -24,13 +24,12 @@ from bench.instrument.cases import Case, backends_on
 from bench.instrument.contender import Contender, by_name
 from bench.instrument.race import Begin, race, short
 from bench.instrument.verify import Check
-from reference.diffusion import RectifiedFlow
 from reference.dit import DiTMoE
 
 AUTHORS = "authors_tp1"
 VERIFIED_BLOCKS = 2
 LOST = "a run of these sources lost the GPU, perhaps by a capture"
-Step = Callable[[], Tensor]
+Step = workloads.Run
 
 
 @dataclass
@@ -50,11 +49,11 @@ class SharedParameters:
                 self.checks[contender.name] = _verify(case, contender)
         right = [c.name for c in cases if not self.checks[c.name].wrong]
         if right:
-            self.steps = {name: step for name, (step, _) in _steps(next(iter(cases.values())), right).items()}
+            self.steps = {name: work.run for name, work in _steps(next(iter(cases.values())), right).items()}
         return self.steps
 
-    def judge(self, contender: Contender, case: Case, result: Tensor) -> Check:
-        finite = bool(result.isfinite().all())
+    def judge(self, contender: Contender, case: Case, result: Sequence[Tensor]) -> Check:
+        finite = all(bool(value.isfinite().all()) for value in result)
         return replace(self.checks[contender.name], wrong=None if finite else "the result is not finite")
 
     def timing(self, case: Case) -> dict[str, Any]:
@@ -131,34 +130,24 @@ def _verify(case: Case, contender: Contender) -> Check:
     shape = replace(case.shape, model=f"{case.shape.model}x{VERIFIED_BLOCKS}", depth=VERIFIED_BLOCKS)
     shallow = replace(case, shape=shape)
     try:
-        step, named = _steps(shallow, [contender.name])[contender.name]
-        tensors = {key: value.clone() for key, value in named(step()).items()}
+        work = _steps(shallow, [contender.name])[contender.name]
+        tensors = {key: value.clone() for key, value in work.named(work.run()).items()}
         return workloads.check(shallow, tensors, contender.bound)
     except Exception as error:
         return Check({}, f"raised {short(error)}")
 
 
-def _steps(case: Case, names: Sequence[str]) -> dict[str, tuple[Step, Callable[[Tensor], dict[str, Tensor]]]]:
-    """Build the steps of some contenders on the same parameters, each with what makes its result comparable."""
-    if not names:
-        return {}
-    model = workloads.build_model(DiTMoE, case, AUTHORS)
-    if case.device == "cuda":
+def _steps(case: Case, names: Sequence[str]) -> dict[str, workloads.Workload]:
+    """Build the steps of some contenders on the same parameters."""
+    model, on_gpu = workloads.build_model(DiTMoE, case, AUTHORS), case.device == "cuda"
+    if on_gpu:
         model._check = _trust  # it reads the labels, which waits for the device and cannot be captured
-    halves = 2 if case.level == "sampling_step" else 1
-    batch = workloads.latents(case, AUTHORS, case.T // (halves * case.shape.tokens_per_image))
+    batch = workloads.latents(case, AUTHORS)
     models = {name: model if name == AUTHORS else _twin(model, name) for name in names}
     if case.level == "sampling_step":
-        return {name: (partial(_sample, twin, batch), lambda out: {"velocity": out}) for name, twin in models.items()}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    on_gpu = case.device == "cuda"
-    optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=0.0, fused=True, capturable=on_gpu)
-
-    def gradients(_: Tensor) -> dict[str, Tensor]:
-        named = {f"d{n}": torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
-        return workloads.group_parameters(named)
-
-    return {name: (partial(_train, case, twin, batch, optimizer), gradients) for name, twin in models.items()}
+        return {name: workloads.sampling_step(case, twin, batch) for name, twin in models.items()}
+    how = workloads.adamw(model, capturable=on_gpu), case.torch_dtype.itemsize == 2
+    return {name: workloads.train_step(case, twin, batch, *how) for name, twin in models.items()}
 
 
 def _trust(*_: Any) -> None:
@@ -170,24 +159,6 @@ def _twin(model: nn.Module, backend: str) -> nn.Module:
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     moe_kernels.replace_moe(twin, backend)
     return twin
-
-
-def _sample(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    _, noise, t, y = batch
-    with torch.no_grad():
-        return model.forward_with_guidance(noise, t, y, workloads.GUIDANCE)
-
-
-def _train(case: Case, model: nn.Module, batch: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Tensor:
-    """Take a step of learning rate 0, which does all the work and leaves the weights alone; return the loss."""
-    x0, noise, t, y = batch
-    optimizer.zero_grad()
-    low = case.torch_dtype.itemsize == 2
-    with torch.autocast(case.device, case.torch_dtype if low else None, enabled=low):
-        loss = RectifiedFlow.loss(model, x0, y, t=t, noise=noise)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
 
 
 def _graph(case: Case, step: Step, host_syncs: float | None) -> Step | str:
@@ -209,7 +180,7 @@ def _graph(case: Case, step: Step, host_syncs: float | None) -> Step | str:
     except Exception as error:  # torch says what it cannot capture, or that memory ran out
         return short(error)
 
-    def replay() -> Tensor:
+    def replay() -> Sequence[Tensor]:
         graph.replay()
         return out
 

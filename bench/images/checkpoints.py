@@ -125,14 +125,15 @@ def load_foreign(path: Path, data: Dataset) -> Trained:
 
     Raises: ValueError naming the file, when it is no DiT-MoE, or does not make images of the data's shape and classes.
     """
-    state, config, recipe = _read(path)
+    found = load_any(path)
+    config = found.model.config
     made = (config.in_channels, config.input_size, config.input_size)
     if made != data.shape or config.num_classes < data.num_classes:
         raise ValueError(
             f"--ckpt {path}: makes {made} images of {config.num_classes} classes, but the data is {data.shape} with "
             f"{data.num_classes} classes; pass --data with images or latents of the model's shape"
         )
-    return _trained(path, state, config, recipe)
+    return found
 
 
 def load_any(path: Path, dtype: torch.dtype = torch.float32) -> Trained:
@@ -142,23 +143,13 @@ def load_any(path: Path, dtype: torch.dtype = torch.float32) -> Trained:
     written here carries them in its metadata.
     Raises: ValueError naming the file, when it is no DiT-MoE.
     """
-    return _trained(path, *_read(path), dtype)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], DiTMoEConfig, dict]:
     try:
         state = load_state_dict(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"--ckpt {path}: {error}") from None
     recipe = _recipe_of(path)
-    return state, infer_config(path, state, recipe), recipe
-
-
-def _trained(
-    path: Path, state: dict[str, Tensor], config: DiTMoEConfig, recipe: dict, dtype: torch.dtype = torch.float32
-) -> Trained:
     with torch.device("meta"):
-        model = DiTMoE(config)
+        model = DiTMoE(infer_config(path, state, recipe))
     check_layout(model, state, f"--ckpt {path}")
     digest = hashlib.sha256()
     for value in state.values():

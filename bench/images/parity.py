@@ -1,11 +1,12 @@
-"""The parity ladder: does a backend route, compute and sample like the oracle?
+"""The parity ladder: does a backend route, compute and sample like the oracle, by whatever rule a model routes?
 
-1. plans: the same picks and plan as the oracle's float64 router; tokens whose picks are a near tie are left out.
+1. plans: a valid plan with the picks of the oracle's float64 router; images with a near tie are left out.
 2. layers: outputs, token rows and expert slices within twice plain PyTorch's error against float64.
 3. samples: same weights, noise and labels; cosine, PSNR, share of samples in which some token was routed otherwise.
 4. distance: paired difference of FD-cls with its 90 % interval against a margin fixed here.
 5. figures: FD-cls itself and the share of samples recognised as their label.
 The verdict is DIFFERENT when 1 or 2 fails or 4 says so, else it is 4's. Three sabotaged models must come out DIFFERENT.
+Rules route an image by itself in eval mode, so a probe is whole images with all that the layer was called with.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,17 +28,19 @@ import moe_kernels
 from bench.images import fid
 from bench.images.digits import Classifier, features, recognised
 from bench.images.hooks import looking_at
+from bench.images.layers import SABOTAGES, backend_of, dense, exact, expert_weights, plan_of, replaced, route
 from bench.images.training import sample
 from bench.instrument.verify import slice_error, whole_error
-from moe_kernels import RouterCall, RoutingPlan, TokenChoice
-from moe_kernels.weights import stack_dit_moe
+from moe_kernels import RoutingPlan
 from reference import rooms
-from reference.moe import moe
 
 PASS, FAIL = "pass", "fail"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TIE = 1e-5  # router logits nearer than this (relative to the largest) may fall either way in float32
+TIE = 1e-5  # what moves picks when all that is scored moves by this share of its size may fall either way in float32
+TRIED = 32  # samples by which the pace is taken
 NO_NUMBER = 1e30  # in place of NaN and infinity, which the rows' JSON does not know
+Call = dict[str, Any]
+Probe = tuple[int, Tensor, Call]  # a layer's number, images x (B, L, H), what else it was called with
 
 
 @dataclass(frozen=True)
@@ -57,18 +62,27 @@ class Baseline:
     dtype: torch.dtype
     model: nn.Module
     rival: nn.Module
-    probes: list  # of what the ladder's rungs are held on: layer and input
+    probes: list[Probe]
     ties: int
     samples: Tensor
     routing: Tensor
     features: np.ndarray
 
+    def first(self, count: int) -> Baseline:
+        """Return the baseline of the first `count` samples."""
+        parts = {"samples": self.samples[:count], "features": self.features[:count]}
+        return dataclasses.replace(self, routing=self.routing[:, :, :count], **parts)
+
 
 class Ladder:
-    """The rungs for one trained model: `baseline` once per dtype, then `climb` once per candidate.
+    """The rungs for one trained model: `baseline` once per dtype, then `climb` once per candidate."""
 
-    For DiT-MoE's token choice; bench/images/routed.py has them for the family's other rules.
-    """
+    def __init__(self, model: nn.Module, classifier: Classifier, images: Tensor, case: Case, time_scale: float):
+        self.model, self.classifier, self.case, self.time_scale = model, classifier, case, time_scale
+        generator = torch.Generator().manual_seed(case.seed)
+        self.noise = torch.randn(case.samples, *images.shape[1:], generator=generator)
+        self.labels = torch.arange(case.samples) % model.config.num_classes
+        self.moments = fid.moments(features(classifier, images))
 
     @property
     def sabotages(self) -> dict[str, Callable[[nn.Module], nn.Module]]:
@@ -79,59 +93,74 @@ class Ladder:
         """Return a copy of the model whose MoE layers run on `backend`."""
         return replaced(model, backend)
 
-    def __init__(self, model: nn.Module, classifier: Classifier, images: Tensor, case: Case, time_scale: float):
-        self.model, self.classifier, self.case, self.time_scale = model, classifier, case, time_scale
-        generator = torch.Generator().manual_seed(case.seed)
-        self.noise = torch.randn(case.samples, *images.shape[1:], generator=generator)
-        self.labels = torch.arange(case.samples) % model.config.num_classes
-        self.moments = fid.moments(features(classifier, images))
+    def baseline(self, dtype: torch.dtype, count: int | None = None) -> Baseline:
+        """Draw `count` samples (all) of the oracle in `dtype`; its layers' inputs in three calls are the probes."""
+        model, kept, seen = copy.deepcopy(self.model).to(dtype), [], [0] * len(self.model.blocks)
+        last = self.case.steps - 1
 
-    def baseline(self, dtype: torch.dtype) -> Baseline:
-        """Sample the oracle in `dtype`, keep its layer inputs as probes and its routing."""
-        model = copy.deepcopy(self.model).to(dtype)
-        samples, routing, probes, ties = self._probed(model)
+        def look(layer: int, args: tuple[Tensor, ...], _: object, **call: Any) -> None:
+            if seen[layer] in {0, last // 2, last}:
+                kept.append((layer, *self._some(layer + seen[layer], args[0], call)))
+            seen[layer] += 1
+
+        with looking_at((block.moe for block in model.blocks), look):
+            samples, routing = self.draw(model, count)
+        probes, ties = [], 0
+        for layer, x, call in kept:
+            clear = clear_images(exact(model, layer), x, call)
+            ties += int((~clear).sum()) * x.shape[1]
+            probes.append((layer, x[clear], take(call, clear)))
         rival = self.replaced(model, "eager")
         return Baseline(dtype, model, rival, probes, ties, samples, routing, features(self.classifier, samples))
 
-    @property
-    def _calls(self) -> set[int]:
-        """Calls of the model whose layers' inputs are kept: first, middle, last."""
-        last = self.case.steps - 1
-        return {0, last // 2, last}
+    def pace(self, dtype: torch.dtype) -> float:
+        """Return the seconds that a sample takes the oracle in `dtype`: of two single steps the second counts."""
+        model, noise, labels = copy.deepcopy(self.model).to(dtype), self.noise[:TRIED], self.labels[:TRIED]
+        for _ in range(2):
+            start = time.perf_counter()
+            sample(model, noise, labels, 1, self.case.guidance, time_scale=self.time_scale)
+            seconds = time.perf_counter() - start
+        return seconds * self.case.steps / len(noise)
 
-    def _probed(self, model: nn.Module) -> tuple[Tensor, Tensor, list, int]:
-        """Return samples, routing, probes and how many were left out for a near tie."""
-        with capture_inputs(model, self._calls, self.case.probe_tokens // 3) as inputs:
-            samples, routing = self.draw(model)
-        probes, ties = [], 0
-        for layer, block in enumerate(model.blocks):
-            x = torch.cat(inputs[layer])
-            clear = ~near_ties(x, block.moe.gate.weight, model.config.top_k)
-            ties += int((~clear).sum())
-            probes.append((layer, x[clear]))
-        return samples, routing, probes, ties
+    def _some(self, seed: int, x: Tensor, call: Call) -> tuple[Tensor, Call]:
+        """Keep as many random images of a call as make up the case's number of tokens."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(x), generator=generator)[: max(1, self.case.probe_tokens // 3 // x.shape[1])]
+        return x[chosen].detach(), take(call, chosen)
 
-    def draw(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return samples, and routing (calls, layers, samples, tokens) as bit masks of experts."""
-        with self._recording(model) as masks:
-            samples = sample(
-                model, self.noise, self.labels, self.case.steps, self.case.guidance, time_scale=self.time_scale
-            )
+    def draw(self, model: nn.Module, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first `count` samples (all), and routing (calls, layers, samples, tokens) as masks of experts."""
+        noise, labels = self.noise[:count], self.labels[:count]
+        with self.recording(model) as masks:
+            samples = sample(model, noise, labels, self.case.steps, self.case.guidance, time_scale=self.time_scale)
         depth = len(model.blocks)
-        calls = torch.stack(masks).view(len(masks) // depth, depth, -1, len(self.noise), masks[0].shape[-1])
+        calls = torch.stack(masks).view(len(masks) // depth, depth, -1, len(noise), masks[0].shape[-1])
         return samples, calls.transpose(2, 3).flatten(3)
 
-    def _recording(self, model: nn.Module) -> AbstractContextManager[list[Tensor]]:
-        return record_routing(model)
+    @contextmanager
+    def recording(self, model: nn.Module) -> Iterator[list[Tensor]]:
+        """Collect a bit mask of picked experts (images, tokens) for every MoE call, by the oracle's float32 rule."""
+        masks: list[Tensor] = []
+
+        def look(layer: int, args: tuple[Tensor, ...], _: object, **call: Any) -> None:
+            x = args[0].detach()
+            picks = route(self.model.blocks[layer].moe, x.float(), **cast(call, Tensor.float))[1]
+            bits = (picks.long() << torch.arange(picks.shape[1])).sum(-1)
+            masks.append(bits.view(x.shape[:2]).to(torch.uint8 if picks.shape[1] <= 8 else torch.int64))
+
+        with looking_at((block.moe for block in model.blocks), look):
+            yield masks
 
     def climb(self, model: nn.Module, baseline: Baseline) -> tuple[dict, Tensor]:
-        """Run the five rungs; returns a flat record (each rung's figures, `failed`, `verdict`) and the samples."""
+        """Run the five rungs, with as many samples as the baseline has.
+
+        Returns: a flat record (each rung's figures, `failed`, `verdict`) and the samples.
+        """
         plans, layers = self.plans(model, baseline), self.layers(model, baseline)
-        samples, routing = self.draw(model)
+        samples, routing = self.draw(model, len(baseline.samples))
         flips = (routing != baseline.routing).flatten(3)
-        paired = fid.paired_difference(
-            baseline.features, features(self.classifier, samples), self.moments, self.case.margin
-        )
+        pair = (fid.estimate(x, self.moments) for x in (baseline.features, features(self.classifier, samples)))
+        paired = fid.compare(*pair, self.case.margin)
         verdict = fid.DIFFERENT if FAIL in (plans["plans"], layers["layers"]) else paired.verdict
         rungs = {"plans": plans["plans"], "layers": layers["layers"], "dfd": paired.verdict}
         record = {
@@ -142,7 +171,7 @@ class Ladder:
             **agreement(samples, baseline.samples),
             "flipped_samples": float(flips.any(-1).any(0).any(0).double().mean()),
             "flipped_tokens": float(flips.double().mean()),
-            "recognised": recognised(self.classifier, samples, self.labels),
+            "recognised": recognised(self.classifier, samples, self.labels[: len(samples)]),
             **{("dfd" if k == "difference" else k): v for k, v in dataclasses.asdict(paired).items() if k != "verdict"},
             "dfd_verdict": paired.verdict,
         }
@@ -150,15 +179,14 @@ class Ladder:
 
     @torch.no_grad()
     def plans(self, model: nn.Module, baseline: Baseline) -> dict:
-        """Rung 1: each probe's plan against the one built from the float64 router's picks."""
+        """Rung 1: of each probe's plan the picks, the weights, and the plan's own rules."""
         same, worst = True, 0.0
-        for layer, x in baseline.probes:
-            exact = oracle_plan(x, baseline.model.blocks[layer])
-            plan, rival = (route(m.blocks[layer], x) for m in (model, baseline.rival))
-            names = [name for name in exact._fields if name != "row_weight"]
-            same &= all(torch.equal(getattr(plan, name), getattr(exact, name)) for name in names)
-            if same:
-                worst = max(worst, ratio(plan.row_weight, rival.row_weight, exact.row_weight))
+        for layer, x, call in baseline.probes:
+            weights, picks = route(exact(baseline.model, layer), x.double(), **cast(call, Tensor.double))
+            plan, rival = (plan_of(m.blocks[layer].moe, x, **call) for m in (model, baseline.rival))
+            (ours, mine), (theirs, _) = dense(plan), dense(rival)
+            same &= torch.equal(mine, picks) and valid(plan)
+            worst = max(worst, ratio(ours, theirs, torch.where(picks, weights, 0))) if same else worst
         passed = same and worst <= 2
         return {"plans": PASS if passed else FAIL, "plans_equal": same, "weights_ratio": worst, "ties": baseline.ties}
 
@@ -166,148 +194,62 @@ class Ladder:
     def layers(self, model: nn.Module, baseline: Baseline) -> dict:
         """Rung 2: e_ours / e_torch of layer outputs, and of each expert's rows on a plan that reaches all experts."""
         outputs, slices, error = 0.0, 0.0, 0.0
-        for layer, x in baseline.probes:
-            block = baseline.model.blocks[layer].moe
-            exact = oracle_layer(x, block)
-            ours, theirs = (m.blocks[layer].moe(x).double() for m in (model, baseline.rival))
-            error = max(error, quotient(whole_error(ours, exact), 1.0))
-            outputs = max(outputs, ratio(ours, theirs, exact), rows_ratio(ours, theirs, exact))
-            plan = even_plan(len(x), model.config.top_k, model.config.num_experts)
-            counts = plan.expert_counts.tolist()
-            weights = exact_weights(block)
-            exact_rows = rooms.experts(x.double(), plan, weights["gate_up_proj"], weights["down_proj"]).split(counts)
-            ours, theirs = (expert_rows(m.blocks[layer].moe, x, plan).split(counts) for m in (model, baseline.rival))
-            slices = max([slices, *(ratio(*parts) for parts in zip(ours, theirs, exact_rows, strict=True))])
-        passed = max(outputs, slices) <= 2
-        return {
-            "layers": PASS if passed else FAIL, "e_ours": error, "outputs_ratio": outputs, "experts_ratio": slices,
-        }  # fmt: skip
+        for layer, x, call in baseline.probes:
+            block, pair = exact(baseline.model, layer), [m.blocks[layer].moe for m in (model, baseline.rival)]
+            expected = block(x.double(), **cast(call, Tensor.double)).flatten(0, 1)
+            ours, theirs = (moe(x, **call).double().flatten(0, 1) for moe in pair)
+            error = max(error, quotient(whole_error(ours, expected), 1.0))
+            outputs = max(outputs, ratio(ours, theirs, expected), rows_ratio(ours, theirs, expected))
+            slices = max(slices, experts_ratio(pair, x.flatten(0, 1), block, model.config.top_k))
+        verdict = PASS if max(outputs, slices) <= 2 else FAIL
+        return {"layers": verdict, "e_ours": error, "outputs_ratio": outputs, "experts_ratio": slices}
 
 
-def replaced(model: nn.Module, backend: str) -> nn.Module:
-    """Return a copy of the model whose MoE blocks run on `backend`."""
-    model = copy.deepcopy(model)
-    moe_kernels.replace_moe(model, backend=backend)
-    return model
+def valid(plan: RoutingPlan) -> bool:
+    try:
+        plan.validate()
+    except ValueError:
+        return False
+    return True
 
 
-@dataclass(frozen=True)
-class RenormalisedChoice(TokenChoice):
-    """Token choice whose weights sum to one per token: what most MoE kernels do, and DiT-MoE does not."""
-
-    def plan(self, call: RouterCall) -> tuple[RoutingPlan, Tensor | None]:
-        plan, aux = super().plan(call)
-        token = plan.row_token.long()
-        total = torch.zeros(plan.num_tokens, dtype=plan.row_weight.dtype).index_add(0, token, plan.row_weight)
-        return dataclasses.replace(plan, row_weight=plan.row_weight / total[token]), aux
-
-
-def _renormalise(model: nn.Module) -> nn.Module:
-    for block in model.blocks:
-        block.moe.moe_config = dataclasses.replace(block.moe.moe_config, router_class=RenormalisedChoice)
-    return model
+def experts_ratio(pair: list[nn.Module], x: Tensor, exact: nn.Module, top_k: int) -> float:
+    """Return the largest error of one expert's rows, ours over the rival's, where an idle expert's error shows, too:
+    token t goes to experts t, t + 1, ... (modulo E) with weight 1."""
+    weights = expert_weights(exact)
+    T, E = len(x), len(weights[0])
+    ids = (torch.arange(T)[:, None] + torch.arange(top_k)) % E
+    plan = RoutingPlan(*rooms.dispatch(ids, torch.ones(T, top_k), E))
+    rows = [moe_kernels.experts(x, plan, *expert_weights(moe), backend=backend_of(moe)).double() for moe in pair]
+    parts = (r.split(plan.expert_counts.tolist()) for r in (*rows, rooms.experts(x.double(), plan, *weights)))
+    return max(ratio(*of_expert) for of_expert in zip(*parts, strict=True))
 
 
-@torch.no_grad()
-def _drop_shared(model: nn.Module) -> nn.Module:
-    for block in model.blocks:
-        block.moe.shared_experts.down_proj.weight.zero_()
-    return model
+def cast(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a call's arguments with every real tensor changed."""
+    if isinstance(value, dict):
+        return {name: cast(v, change) for name, v in value.items()}
+    return change(value) if value.is_floating_point() else value
+
+
+def take(call: Call, images: Tensor) -> Call:
+    """Return what a call says of some of its images."""
+    return {name: take(v, images) if isinstance(v, dict) else v[images] for name, v in call.items()}
 
 
 @torch.no_grad()
-def _disturb(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    for weight in model.blocks[0].moe.experts[0].parameters():
-        noise = torch.randn(weight.shape, generator=generator).to(weight.dtype)
-        weight += 0.01 * weight.std() * noise
-    return model
+def clear_images(block: nn.Module, x: Tensor, call: Call) -> Tensor:
+    """Mark the images (B,) whose picks stay when all that is scored is moved by TIE of its size."""
+    picks = []
+    for sign in (0.0, 1.0, -1.0):  # the same noise both ways: one of them turns a tie over
+        generator = torch.Generator().manual_seed(0)
 
+        def moved(t: Tensor, sign: float = sign, generator: torch.Generator = generator) -> Tensor:
+            t = t.double()
+            return t + sign * TIE * t.std() * torch.randn(t.shape, generator=generator, dtype=t.dtype)
 
-SABOTAGES: dict[str, Callable[[nn.Module], nn.Module]] = {  # negative controls, each breaks a replaced model in place
-    "renormalised top-k": _renormalise,
-    "dropped shared expert": _drop_shared,
-    "1 % error in one expert": _disturb,
-}
-
-
-@contextmanager
-def capture_inputs(model: nn.Module, calls: set[int], tokens: int) -> Iterator[list[list[Tensor]]]:
-    """Collect, per layer, up to `tokens` random tokens (t, H) of the MoE inputs in the given calls of the model."""
-    inputs: list[list[Tensor]] = [[] for _ in model.blocks]
-    seen = [0] * len(model.blocks)
-
-    def look(layer: int, args: tuple[Tensor, ...], _: object) -> None:
-        if seen[layer] in calls:
-            generator = torch.Generator().manual_seed(len(inputs) * seen[layer] + layer)
-            x = args[0].detach().flatten(0, -2)
-            inputs[layer].append(x[torch.randperm(len(x), generator=generator)[:tokens]])
-        seen[layer] += 1
-
-    with looking_at((block.moe for block in model.blocks), look):
-        yield inputs
-
-
-@contextmanager
-def record_routing(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect a bit mask of picked experts (images, tokens) for every MoE call, by one float32 router for all."""
-    masks: list[Tensor] = []
-
-    def look(layer: int, args: tuple[Tensor, ...], _: object) -> None:
-        x, module = args[0].detach(), model.blocks[layer].moe
-        logits = nn.functional.linear(x.float(), module.gate.weight.detach().float())
-        ids = logits.topk(model.config.top_k, dim=-1).indices
-        masks.append((1 << ids).sum(-1).to(torch.uint8 if len(module.gate.weight) <= 8 else torch.int64))
-
-    with looking_at((block.moe for block in model.blocks), look):
-        yield masks
-
-
-def near_ties(x: Tensor, gate_weight: Tensor, top_k: int) -> Tensor:
-    """Mark tokens (T,) whose picks or their order hang on a logit gap that float32 may not resolve."""
-    logits = nn.functional.linear(x.double(), gate_weight.double())
-    top = logits.sort(-1, descending=True).values[:, : top_k + 1]
-    return (top[:, :-1] - top[:, 1:]).min(-1).values < TIE * logits.abs().amax().clamp(min=1)
-
-
-@torch.no_grad()
-def oracle_plan(x: Tensor, block: nn.Module) -> rooms.Plan:
-    """Build the plan of the float64 router's picks."""
-    weights, ids, probs = rooms.gating(x.double(), block.moe.gate.weight.double(), block.moe.num_experts_per_tok)
-    return rooms.dispatch(ids, weights, probs.shape[1])
-
-
-def even_plan(T: int, K: int, E: int) -> RoutingPlan:
-    """Send token t to experts t, t + 1, ... (modulo E) with weight 1: an idle expert's error shows, too."""
-    ids = (torch.arange(T)[:, None] + torch.arange(K)) % E
-    return RoutingPlan(*rooms.dispatch(ids, torch.ones(T, K), E))
-
-
-def route(block: nn.Module, x: Tensor) -> RoutingPlan:
-    """Return the plan that a replaced block makes for x (T, H)."""
-    return block.moe.router().route(x, block.moe.gate.weight, block.moe.moe_config.backend, with_aux=False)[0]
-
-
-def stacked(block: nn.Module) -> dict[str, Tensor]:
-    """Return a block's expert weights as the four stacked tensors of the public ops."""
-    return {key.rpartition(".")[2]: value for key, value in stack_dit_moe(block.state_dict()).items()}
-
-
-def expert_rows(block: nn.Module, x: Tensor, plan: RoutingPlan) -> Tensor:
-    """Run the experts room of a replaced block on a given plan: (R, H) float64."""
-    w = stacked(block)
-    return moe_kernels.experts(x, plan, w["gate_up_proj"], w["down_proj"], backend=block.moe_config.backend).double()
-
-
-def exact_weights(block: nn.Module) -> dict[str, Tensor]:
-    return {key: value.double() for key, value in stacked(block).items()}
-
-
-def oracle_layer(x: Tensor, block: nn.Module) -> Tensor:
-    w = exact_weights(block)
-    weights, ids, _ = rooms.gating(x.double(), block.gate.weight.double(), block.num_experts_per_tok)
-    shared = w.get("shared_gate_up_proj"), w.get("shared_down_proj")
-    return moe(x.double(), weights, ids, w["gate_up_proj"], w["down_proj"], *shared)
+        picks.append(route(block, moved(x), **cast(call, moved))[1].view(len(x), -1))
+    return ((picks[0] == picks[1]) & (picks[0] == picks[2])).all(1)
 
 
 def ratio(ours: Tensor, theirs: Tensor, exact: Tensor) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bench.images.checkpoints import Recipe, Trained
 from bench.images.digits import Dataset
+from bench.images.sampling.samplers import ModelFn
 from bench.instrument import progress
 from reference.diffusion import RectifiedFlow
 from reference.dit import DiTMoE
@@ -122,7 +123,6 @@ def finished(trainer: Trainer) -> Trained:
     )
 
 
-@torch.no_grad()
 def sample(
     model: nn.Module, noise: Tensor, labels: Tensor, steps: int, guidance: float = 1.0, time_scale: float = 1.0
 ) -> Tensor:
@@ -131,12 +131,4 @@ def sample(
     Args: noise (N, C, height, width) float32; labels (N,) int64; guidance: 1 means one forward without guidance.
     Returns: (N, C, height, width) float32.
     """
-    dtype, channels = next(model.parameters()).dtype, noise.shape[1]
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        x, t = x.to(dtype), t * time_scale
-        if guidance == 1.0:
-            return model(x, t, labels)[:, :channels].float()
-        return model.forward_with_guidance(x, t, labels, guidance, channels="all")[:, :channels].float()
-
-    return rf_euler(velocity, noise, steps)
+    return rf_euler(ModelFn(model, labels, guidance, "all", time_scale), noise, steps)

@@ -31,11 +31,9 @@ class InjectAuxLoss(torch.autograd.Function):
 class PeerGate(nn.Module):
     """Softmax over all experts, unsorted top-k, raw probabilities; batch-wise aux loss in training."""
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, alpha: float):
+    def __init__(self, weight: nn.Parameter, top_k: int, alpha: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.top_k, self.alpha = top_k, alpha
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        self.weight, self.top_k, self.alpha = weight, top_k, alpha
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """x (B, L, H) -> topk_weights (T, K), topk_ids (T, K) int64, aux () or None."""
@@ -53,11 +51,9 @@ class PeerGate(nn.Module):
 class PeerMLP(nn.Module):
     """SwiGLU expert; with pretraining_tp > 1 in slices, joined by cat and Python's sum, as in the original."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, pretraining_tp: int = 1):
+    def __init__(self, mlp: nn.Module, pretraining_tp: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.pretraining_tp = pretraining_tp
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,58 +70,27 @@ class PeerMLP(nn.Module):
 
 
 class PeerMoE(nn.Module):
-    """The parts both peers share: gate, per-expert Linear parameters, shared expert, injected aux loss.
+    """A DiT-MoE block taken over: the very same Parameter objects under the same keys, the peer's algorithm.
 
     forward(x) takes (B, L, H) and returns the same shape; on_given_picks(x, topk_weights, topk_ids) is the entry for
     forced routing.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        top_k: int,
-        shared_intermediate_size: int = 0,
-        alpha: float = 0.01,
-        pretraining_tp: int = 1,
-    ):
+    def __init__(self, block: nn.Module, pretraining_tp: int = 1):
         super().__init__()
-        if pretraining_tp < 1 or intermediate_size % pretraining_tp or shared_intermediate_size % pretraining_tp:
+        mlps = [*block.experts, *([] if block.shared_experts is None else [block.shared_experts])]
+        widths = [mlp.up_proj.weight.shape[0] for mlp in mlps]
+        if pretraining_tp < 1 or any(width % pretraining_tp for width in widths):
             raise ValueError(
-                f"pretraining_tp must divide both expert widths, got {pretraining_tp} for "
-                f"{intermediate_size} and {shared_intermediate_size}"
+                f"pretraining_tp must divide both expert widths, got {pretraining_tp} for {sorted(set(widths))}"
             )
-        self.gate = PeerGate(hidden_size, num_experts, top_k, alpha)
-        self.experts = nn.ModuleList(
-            PeerMLP(hidden_size, intermediate_size, pretraining_tp) for _ in range(num_experts)
-        )
-        self.num_experts_per_tok = top_k
-        self.shared_experts = (
-            PeerMLP(hidden_size, shared_intermediate_size, pretraining_tp) if shared_intermediate_size else None
-        )
-
-    @classmethod
-    def from_block(cls, block: nn.Module, pretraining_tp: int = 1) -> PeerMoE:
-        """Take over a DiT-MoE block: the very same Parameter objects under the same keys, the peer's algorithm."""
-        num_experts, hidden_size = block.gate.weight.shape
-        shared = block.shared_experts
-        shared_size = 0 if shared is None else shared.gate_proj.weight.shape[0]
+        self.num_experts_per_tok = block.num_experts_per_tok
         alpha = getattr(block, "alpha", getattr(block.gate, "alpha", 0.01))
-        with torch.device("meta"):
-            peer = cls(
-                hidden_size,
-                block.experts[0].gate_proj.weight.shape[0],
-                num_experts,
-                block.num_experts_per_tok,
-                shared_size,
-                alpha,
-                pretraining_tp,
-            )
-        for name, parameter in block.named_parameters():
-            owner, _, leaf = name.rpartition(".")
-            setattr(peer.get_submodule(owner), leaf, parameter)
-        return peer.train(block.training)
+        self.gate = PeerGate(block.gate.weight, self.num_experts_per_tok, alpha)
+        peers = [PeerMLP(mlp, pretraining_tp) for mlp in mlps]
+        self.experts = nn.ModuleList(peers[: len(block.experts)])
+        self.shared_experts = peers[-1] if len(peers) > len(self.experts) else None
+        self.train(block.training)
 
     def forward(self, x: Tensor) -> Tensor:
         topk_weights, topk_ids, aux = self.gate(x)
@@ -209,9 +174,7 @@ def install(model: nn.Module, pretraining_tp: int = 1, peer: type[PeerMoE] = Aut
         ValueError: model itself is a block (it cannot be swapped in place), or it has none.
     """
     if is_moe_block(model):
-        raise ValueError(
-            f"model is itself an MoE block ({type(model).__name__}): use {peer.__name__}.from_block(model)"
-        )
+        raise ValueError(f"model is itself an MoE block ({type(model).__name__}): use {peer.__name__}(model)")
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -223,7 +186,7 @@ def install(model: nn.Module, pretraining_tp: int = 1, peer: type[PeerMoE] = Aut
             f"model {type(model).__name__} has no DiT-MoE block (gate, experts, shared_experts, num_experts_per_tok)"
         )
     for parent, name, block in found:
-        setattr(parent, name, peer.from_block(block, pretraining_tp))
+        setattr(parent, name, peer(block, pretraining_tp))
     return len(found)
 
 

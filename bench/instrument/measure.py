@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from bench.instrument import stats
+from bench.instrument import stats, store
 
 QUIET_SHARE = 0.9  # cpu / (threads x wall) of a round in which the threads had their cores
 MIN_QUIET = 5
 MAX_ROUNDS = 200
+LEAST_ROUNDS = 5  # whose range holds the median in 15 of 16 cases; fewer are no measurement
 MIN_CALL_S = 1e-3  # shorter calls are repeated within a round
 MIN_EVENTS_S = 1e-4  # on a GPU, whose events resolve half a microsecond
 FLUSH_BYTES = 256 << 20  # written and read between calls on a GPU: twice the L2 of the largest (126 MB, B200)
@@ -42,6 +43,7 @@ class Samples:
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
     wrong: str | None = None
+    once: str | None = None  # why its first call, cold, is all that was timed
     raised_s: float = 0.0  # when it raised, on the clock of time.monotonic
 
     def fail(self, error: Exception) -> None:
@@ -187,6 +189,8 @@ def interleave(
     timer: Timer = time_calls,
     min_call_s: float | None = None,
     begin: Callable[[str], None] = lambda name: None,
+    until: float = math.inf,
+    hopeless: float = math.inf,
 ) -> dict[str, Samples]:
     """Time contenders against each other: A B C, then C B A, and so on, so that what disturbs one disturbs all.
 
@@ -202,6 +206,9 @@ def interleave(
         timer: (contender, calls, device) -> wall and CPU seconds per call, and the result: where contenders run in
             other processes. min_call_s: shorter calls are repeated within a round (MIN_CALL_S, or MIN_EVENTS_S).
         begin: told the name of a contender before it is called, so that one that never returns is known.
+        until: on the clock of time.monotonic; behind it no round is run but the first LEAST_ROUNDS.
+        hopeless: a contender whose first call takes more than this many times the CPU time of the least, and whose
+            rounds would take more than max_seconds by themselves, is not called again: Samples.once says so.
     Returns:
         Samples per contender, in the given order.
     Raises: ValueError for no contenders, min_rounds < 1 or threads < 1.
@@ -212,17 +219,48 @@ def interleave(
     if min_call_s is None:
         min_call_s = MIN_EVENTS_S if device.startswith("cuda") else MIN_CALL_S
     with _threads(threads), _no_gc():
-        for name, fn in contenders.items():
+        first = {name: _first(samples[name], verify, fn, begin) for name, fn in contenders.items()}
+        if hopeless < math.inf:
+            _call_once(samples, first, hopeless, max_seconds / min_rounds)
+        racing = {name: fn for name, fn in contenders.items() if not (samples[name].wrong or samples[name].once)}
+        for name, fn in racing.items():
             begin(name)
-            _check(samples[name], verify, fn)
-            if not samples[name].wrong:
-                _set_calls(samples[name], fn, timer, min_call_s)
-        racing = [name for name in contenders if not samples[name].wrong]
-        still = {name: contenders[name] for name in racing}
-        results = _race(still, samples, min_rounds, max_seconds, precision, timer, begin)
+            _set_calls(samples[name], fn, timer, min_call_s)
+        still = {name: fn for name, fn in racing.items() if not samples[name].wrong}
+        results = _race(still, samples, min_rounds, max_seconds, precision, timer, begin, until)
     for name, result in results.items():
-        _check(samples[name], verify, lambda result=result: result)
+        _verify(samples[name], verify, result)
     return samples
+
+
+def _first(
+    s: Samples, verify: Verify | None, fn: Callable[[], Any], begin: Callable[[str], None]
+) -> tuple[float, float]:
+    """Call a contender for the first time, in this process, and verify what it returns; return wall and CPU seconds."""
+    begin(s.name)
+    try:
+        wall, cpu, result = time_calls(fn)
+    except Exception as error:
+        s.fail(error)
+        return math.inf, math.inf
+    _verify(s, verify, result)
+    return wall, cpu
+
+
+def _call_once(
+    samples: Mapping[str, Samples], first: Mapping[str, tuple[float, float]], times: float, round_s: float
+) -> None:
+    """Keep the first call of those that are right and that many times slower than the fastest of them.
+
+    By CPU time, which other programs do not stretch.
+    """
+    right = {name: (wall, max(cpu, 1e-9)) for name, (wall, cpu) in first.items() if not samples[name].wrong}
+    fastest, least = min(((name, cpu) for name, (_, cpu) in right.items()), key=lambda item: item[1], default=("", 0.0))
+    for name, (wall, cpu) in right.items():
+        if wall > round_s and cpu > times * least:
+            s = samples[name]
+            s.wall_s, s.cpu_s = [wall], [cpu]
+            s.once = f"called once: {wall:.3g} s, {cpu / least:.3g} times the CPU time of {fastest}"
 
 
 def _set_calls(s: Samples, fn: Callable[[], Any], timer: Timer, min_call_s: float) -> None:
@@ -244,13 +282,18 @@ def _race(
     precision: float | None,
     timer: Timer,
     begin: Callable[[str], None],
+    until: float,
 ) -> dict[str, Any]:
     """Run the rounds; return the last result of every contender that raised nothing."""
     results: dict[str, Any] = {}
     start, order = time.monotonic(), list(racing)
     for done in range(MAX_ROUNDS if racing else 0):
-        enough = time.monotonic() - start > max_seconds
-        if done >= min_rounds and (enough or (done % 10 == 0 and _precise(samples, order, precision))):
+        now = time.monotonic()
+        if done >= min_rounds and (
+            now - start > max_seconds or (done % 10 == 0 and _precise(samples, order, precision))
+        ):
+            break
+        if done >= LEAST_ROUNDS and now > until:
             break
         for name in order if done % 2 == 0 else order[::-1]:
             s = samples[name]
@@ -273,9 +316,8 @@ def _precise(samples: Mapping[str, Samples], order: Sequence[str], precision: fl
     return all(i.high - i.low < precision * i.value for i in intervals)
 
 
-def _check(s: Samples, verify: Verify | None, fn: Callable[[], Any]) -> None:
+def _verify(s: Samples, verify: Verify | None, result: Any) -> None:
     try:
-        result = fn()
         s.wrong = verify(s.name, result) if verify else None
     except Exception as error:
         s.fail(error)
@@ -321,7 +363,7 @@ def ceilings(n_threads: int = 1, seconds: float = 0.2) -> dict[str, float | None
         fma_fp32_gflops, fma_bf16_gflops: register-only multiply-add loops of the extension, None without it;
         mm_fp32_gflops, mm_bf16_gflops: torch.mm of 1024 x 1024; copy_gbps: read and write of 64 MiB.
     """
-    out = {f"fma_{short}_gflops": peak_gflops(name, n_threads, seconds) for short, name in _PEAK_DTYPES.items()}
+    out = {f"fma_{dtype}_gflops": peak_gflops(dtype, n_threads, seconds) for dtype in _PEAK_DTYPES}
     size = 1024
     tasks: dict[str, Callable[[], Any]] = {}
     for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -340,9 +382,6 @@ _PEAK_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def peak_gflops(dtype: str, n_threads: int = 1, seconds: float = 0.2) -> float | None:
-    """Return GFLOP/s of the extension's register-only loop for "float32" or "bfloat16"; None where it is not built."""
-    try:
-        from moe_kernels import _C
-    except ImportError:
-        return None
-    return float(_C.peak_gflops(dtype, n_threads, seconds)) if hasattr(_C, "peak_gflops") else None
+    """Return GFLOP/s of the extension's register-only loop; None without the extension, or of a dtype without one."""
+    measure = getattr(store.extension(), "peak_gflops", None)
+    return float(measure(_PEAK_DTYPES[dtype], n_threads, seconds)) if measure and dtype in _PEAK_DTYPES else None

@@ -79,13 +79,14 @@ def race(
     executor: Executor | None = None,
     more: More = lambda name, run, samples: {},
     kind: str = "time",
+    **limits: float,
 ) -> Iterator[dict]:
     """Verify and time the contenders at one case, of any backend; yield a row for each, failures included.
 
     Args:
         min_rounds, max_seconds: see `measure.interleave`. executor: by default all run in this process.
         more: from (name, its run, everybody's samples) to further figures of one that was right.
-        kind: of the rows.
+        kind: of the rows. limits: `until` and `hopeless` of `measure.interleave`.
     """
     executor = executor or InProcess()
     cases = {c: replace(case, backend=c.name) for c in contenders}
@@ -101,7 +102,7 @@ def race(
 
     with workloads.arithmetic(case.dtype):
         runs = executor.seat({c: cases[c] for c in contenders if c.name not in reasons})
-        how = {"threads": case.threads, "device": case.device, **executor.timing(case)}
+        how = {"threads": case.threads, "device": case.device, **executor.timing(case), **limits}
         samples = measure.interleave(runs, min_rounds, max_seconds, verify, **how) if runs else {}
         right = [name for name, s in samples.items() if name in known and not s.wrong]
         added = {name: more(name, runs[name], samples) for name in right}
@@ -115,6 +116,12 @@ def race(
         outcome["raised"] = raised.index(c.name) if c.name in raised else None
         version = executor.version(c) if s else ""
         yield row(kind, cases[c], c, raced, outcome, check, added.get(c.name, {}), version)
+
+
+def untried(case: Case, contender: Contender, reason: str) -> dict:
+    """Return the row of a contender that was not asked to run a case, and why."""
+    outcome = {"reason": reason, "wrong": None, "raised": None}
+    return row("time", replace(case, backend=contender.name), contender, {}, outcome, None, {}, "")
 
 
 def _outcome(
@@ -166,7 +173,7 @@ def row(
     """Return the row of a contender: the fields that results/README.md describes for what is timed."""
     s = samples.get(contender.name)
     timed = s is not None and not (outcome["reason"] or outcome["wrong"])
-    others = [o for o in samples.values() if timed and o is not s and not o.wrong]
+    others = [o for o in samples.values() if timed and not s.once and o is not s and not (o.wrong or o.once)]
     return store.row(
         kind,
         case=case.id,
@@ -177,6 +184,7 @@ def row(
         version=version,
         bound=contender.bound,
         **outcome,
+        **({"once": s.once} if timed and s.once else {}),
         figures={**s.figures(case.flops, case.bytes), **rates(case, s), **figures} if timed else {},
         speedups={o.name: asdict(measure.ratio(s, o)) for o in others},
         errors=check.errors if check else {},

@@ -43,6 +43,11 @@ def failures(rows: Sequence[dict]) -> list[str]:
     return [f"{name}: {why} ({len(races)} case{'s' * (len(races) > 1)})" for (name, why), races in cases.items()]
 
 
+def called_once(rows: Sequence[dict]) -> list[str]:
+    """Return a line for every contender that was so slow that it was called once."""
+    return [f"{row['contender']}, {row['race']}: {row['once']}" for row in rows if row.get("once")]
+
+
 def line(row: dict) -> str:
     """Return one row's result in one line."""
     if why := row["reason"] or (row["wrong"] and f"wrong: {row['wrong']}"):

@@ -13,7 +13,6 @@ from bench.instrument.cases import Case
 
 PEAK_S = 0.03
 WARM_S = 0.2  # longer calls are not preceded by an untimed one: they fill the caches (32 MB) in less than a hundredth
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class Seat:
@@ -55,7 +54,7 @@ class Peak:
 
     def __init__(self, case: str):
         case = Case.from_id(case)
-        self.dtype, self.threads = _DTYPES[case.dtype], case.threads
+        self.dtype, self.threads = case.dtype, case.threads
         if measure.peak_gflops(self.dtype, 1, 1e-3) is None:
             raise RuntimeError("the extension is not built, so there is no peak to compare with")
 

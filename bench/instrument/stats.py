@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -61,9 +61,6 @@ class Verdict:
     verdict: str
     speedup: Ratio
     p: float
-
-    def to_json(self) -> dict:
-        return asdict(self)
 
 
 def as_samples(values: Sequence[float], name: str = "samples") -> np.ndarray:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from bench.instrument.outputs import command, without_paths
 
@@ -180,9 +181,10 @@ def machine() -> dict:
     import torch
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    kernels, torch_isa = extension(), torch.backends.cpu.get_cpu_capability().lower()
     return {
         "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
-        "isa": native_isa() or torch.backends.cpu.get_cpu_capability().lower(),
+        "isa": kernels.isa_level() if kernels else torch_isa,  # MOE_KERNELS_ISA forces one
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "caches_kib": native_caches(),
         "cores": len(os.sched_getaffinity(0)),
@@ -193,24 +195,20 @@ def machine() -> dict:
     }
 
 
-def native_isa() -> str | None:
-    """Return the ISA level of the compiled kernels (MOE_KERNELS_ISA forces one), None where they are not built."""
+def extension() -> Any:
+    """Return the module of the compiled kernels, None where they are not built."""
     import torch  # noqa: F401  the extension shares torch's OpenMP runtime, which must be loaded first
 
     try:
         from moe_kernels import _C
     except ImportError:
         return None
-    return _C.isa_level()
+    return _C
 
 
 def native_caches() -> list[int] | None:
     """Return the KiB of L1, L2 and L3 that the compiled kernels reckon with, None where they are not built."""
-    if native_isa() is None:
-        return None
-    from moe_kernels import _C
-
-    sizes = _C.blocking() if hasattr(_C, "blocking") else {}  # an older revision in a race
+    sizes = getattr(extension(), "blocking", dict)()  # an older revision in a race has none
     return [sizes[cache] // 1024 for cache in ("l1", "l2", "l3")] if sizes else None
 
 

@@ -25,6 +25,7 @@ from bench.instrument.verify import BOUND, Check, judge
 from moe_kernels.backends import base, registry
 from reference.diffusion import RectifiedFlow
 from reference.dit import DiTBlock, DiTMoE, DiTMoEConfig
+from reference.moe import SparseMoeBlock
 
 PEER_CLASSES = {
     "sorted_loop": (loops.SortedLoopMoE, 1),
@@ -34,6 +35,7 @@ PEER_CLASSES = {
 GUIDANCE = 1.5
 Named = dict[str, Tensor]
 Run = Callable[[], Sequence[Tensor]]
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # x0, noise, t, y of images
 
 
 @dataclass
@@ -96,8 +98,7 @@ def build(case: Case, how: str | None = None) -> Workload:
     expect_model(case)
     if case.level in OPS:
         return _build_op(case, how)
-    builders = {"block": _build_block, "train_step": _build_train_step, "sampling_step": _build_sampling_step}
-    return builders[case.level](case, how)
+    return (_build_block if case.level == "block" else _build_step)(case, how)
 
 
 def expect_model(case: Case) -> None:
@@ -211,16 +212,16 @@ def _peer_layer(case: Case, how: str, p: SimpleNamespace) -> loops.PeerMoE:
     """Make a peer whose parameters are views of the stacked weights."""
     s, (cls, tp) = case.shape, PEER_CLASSES[how]
     with torch.device("meta"):
-        peer = cls(s.H, s.I, s.E, s.K, s.Is, pretraining_tp=tp)
-    peer.gate.weight = nn.Parameter(p.gate_weight)
-    experts = list(zip(peer.experts, p.gate_up_proj, p.down_proj, strict=True))
+        block = SparseMoeBlock(s.H, s.I, s.E, s.K, s.Is)
+    block.gate.weight = nn.Parameter(p.gate_weight)
+    experts = list(zip(block.experts, p.gate_up_proj, p.down_proj, strict=True))
     if s.Is:
-        experts.append((peer.shared_experts, p.shared_gate_up_proj, p.shared_down_proj))
+        experts.append((block.shared_experts, p.shared_gate_up_proj, p.shared_down_proj))
     for mlp, gate_up_proj, down_proj in experts:
         gate, up = gate_up_proj.chunk(2)
         for linear, weight in ((mlp.gate_proj, gate), (mlp.up_proj, up), (mlp.down_proj, down_proj)):
             linear.weight = nn.Parameter(weight)
-    return peer.train(case.mode != "fwd")
+    return cls(block, tp).train(case.mode != "fwd")
 
 
 def _stack_experts(named: Named) -> Named:
@@ -289,8 +290,9 @@ def group_parameters(named: Named) -> Named:
     return {kind: torch.cat(parts) for kind, parts in groups.items()}
 
 
-def latents(case: Case, how: str, B: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw (x0, noise, t, y) of B images."""
+def latents(case: Case, how: str) -> Batch:
+    """Draw x0, noise, t, y of as many images as a step has."""
+    B = case.T // case.shape.tokens_per_image // (2 if case.level == "sampling_step" else 1)
     config, generator = _config(case), torch.Generator().manual_seed(1)
     size = (B, config.in_channels, config.input_size, config.input_size)
     dtype = _dtype(case, how)
@@ -299,32 +301,43 @@ def latents(case: Case, how: str, B: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return x0, noise, t, torch.randint(config.num_classes, (B,), generator=generator).to(case.device)
 
 
-def _build_train_step(case: Case, how: str) -> Workload:
-    """Rectified-flow loss, backward, AdamW: its learning rate 0 does all the work and leaves the weights alone."""
-    model = build_model(DiTMoE, case, how)
-    x0, noise, t, y = latents(case, how, case.T // case.shape.tokens_per_image)
+def _build_step(case: Case, how: str) -> Workload:
+    model, batch = build_model(DiTMoE, case, how), latents(case, how)
+    if case.level == "sampling_step":
+        return sampling_step(case, model, batch)
+    return train_step(case, model, batch, adamw(model), _needs_autocast(case, how))
+
+
+def adamw(model: nn.Module, **options: bool) -> torch.optim.Optimizer:
+    """Return an optimizer whose learning rate 0 does all the work and leaves the weights alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True, **options)
+
+
+def train_step(case: Case, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, low: bool) -> Workload:
+    """Rectified-flow loss (low: under autocast), backward, AdamW; the result is the loss, named are the gradients."""
+    x0, noise, t, y = batch
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=0.0, fused=True)
 
     def run() -> Sequence[Tensor]:
         optimizer.zero_grad()
-        with _autocast(case, how):
+        with torch.autocast(case.device, case.torch_dtype if low else None, enabled=low):
             loss = RectifiedFlow.loss(model, x0, y, t=t, noise=noise)
         loss.backward()
         optimizer.step()
-        return [p.grad for p in trained.values()]
+        return [loss.detach()]
 
-    def named(result: Sequence[Tensor]) -> Named:
-        pairs = zip(trained.items(), result, strict=True)
-        return group_parameters({f"d{n}": torch.zeros_like(p) if g is None else g for (n, p), g in pairs})
+    def named(_: Sequence[Tensor]) -> Named:
+        return group_parameters(
+            {f"d{n}": torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
+        )
 
     return Workload(case, run, named)
 
 
-def _build_sampling_step(case: Case, how: str) -> Workload:
-    model = build_model(DiTMoE, case, how)
-    _, noise, t, y = latents(case, how, case.T // (2 * case.shape.tokens_per_image))
-    return timed(case, how, lambda: [model.forward_with_guidance(noise, t, y, GUIDANCE)], ("velocity",), {})
+def sampling_step(case: Case, model: nn.Module, batch: Batch) -> Workload:
+    _, noise, t, y = batch
+    return timed(case, "", lambda: [model.forward_with_guidance(noise, t, y, GUIDANCE)], ("velocity",), {})
 
 
 def check(case: Case, named: Named, bound: float = BOUND) -> Check:
@@ -334,12 +347,9 @@ def check(case: Case, named: Named, bound: float = BOUND) -> Check:
     From the block up gates may pick differently in different precision: whole tensors are judged.
     """
     rival = "eager" if case.backend in BACKENDS and case.backend != "eager" else "plain"
-    expected = (_expected(_key(case), how) for how in ("oracle", rival))
+    key = replace(case, backend="", threads=1, mode="fwd" if case.mode == "fwd" else "fwdbwd")
+    expected = (_expected(key, how) for how in ("oracle", rival))
     return judge(named, *expected, slices=case.level in OPS, bound=bound)
-
-
-def _key(case: Case) -> Case:
-    return replace(case, backend="", threads=1, mode="fwd" if case.mode == "fwd" else "fwdbwd")
 
 
 @lru_cache(maxsize=3)

@@ -45,13 +45,10 @@ def row(path: Path | None = None) -> dict:
 
 def extension() -> Path:
     """Return the compiled extension's file; RuntimeError where it is not built."""
-    import torch  # noqa: F401  the extension shares torch's OpenMP runtime, which must be loaded first
-
-    try:
-        from moe_kernels import _C
-    except ImportError:
-        raise RuntimeError("the extension cannot be imported: it is not built for this Python") from None
-    return Path(_C.__file__)
+    module = store.extension()
+    if module is None:
+        raise RuntimeError("the extension cannot be imported: it is not built for this Python")
+    return Path(module.__file__)
 
 
 def disassemble(path: Path) -> str:

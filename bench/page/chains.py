@@ -10,6 +10,7 @@ import numpy as np
 from bench.images.dmcmc import verdicts
 from bench.images.dmcmc.command import FILE
 from bench.instrument import store
+from bench.page.drawings import band
 from bench.page.render import render
 from bench.page.words import figure, plural, signed
 
@@ -126,13 +127,8 @@ def traces(lines: Sequence[verdicts.Line]) -> list[dict]:
         values = np.array(line.row["trace"])
         if len(values) < 2 or line.budget != max(other.budget for other in lines):
             continue
-        top = values.max()
-        xs = np.linspace(0, WIDTH, len(values))
-        low, mid, high = (
-            [f"{x:.1f},{HEIGHT * (1 - v / top):.1f}" for x, v in zip(xs, c, strict=True)] for c in values.T
-        )
         drawn.append({
-            "title": line.title, "line": " ".join(mid), "spread": " ".join([*high, *reversed(low)]),
-            "top": figure(float(top)), "last": figure(float(values[-1, 1])),
+            **band(*values.T, (WIDTH, HEIGHT), values.max()),
+            "title": line.title, "top": figure(float(values.max())), "last": figure(float(values[-1, 1])),
         })  # fmt: skip
     return drawn

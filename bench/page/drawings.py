@@ -9,19 +9,28 @@ import numpy as np
 from bench.images import pictures
 
 
-def curve(losses: Sequence[float], width: int = 600, height: int = 160) -> dict:
+def line(values: Sequence[float], size: tuple[float, float], top: float) -> list[str]:
+    """Return points of SVG: values from left to right in a picture (width, height), from 0 at the bottom to `top`."""
+    xs = np.linspace(0, size[0], len(values))
+    return [f"{x:.1f},{size[1] * (1 - value / top):.1f}" for x, value in zip(xs, values, strict=True)]
+
+
+def band(
+    low: Sequence[float], middle: Sequence[float], high: Sequence[float], size: tuple[float, float], top: float
+) -> dict:
+    """Return the points of a line, and of what spreads about it, as the pages' polyline and polygon."""
+    below, along, above = (line(values, size, top) for values in (low, middle, high))
+    return {"line": " ".join(along), "spread": " ".join([*above, *reversed(below)])}
+
+
+def curve(losses: Sequence[float], size: tuple[int, int] = (600, 160)) -> dict:
     """Return SVG paths of the losses and of their running mean over 1/30 of the run."""
     y = np.asarray(losses, dtype=np.float64)
     window = max(1, len(y) // 30)
     smooth = np.convolve(np.pad(y, (window // 2, window - 1 - window // 2), "edge"), np.ones(window) / window, "valid")
-    low, high = 0.0, float(max(y.max(), 1e-9))
-
-    def path(values: np.ndarray) -> str:
-        xs = np.linspace(0, width, len(values))
-        ys = height * (1 - (values - low) / (high - low))
-        return "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(xs, ys, strict=True))
-
-    return {"raw": path(y), "smooth": path(smooth), "high": high, "last": float(smooth[-1]), "size": (width, height)}
+    high = float(max(y.max(), 1e-9))
+    raw, mean = ("M" + "L".join(line(values, size, high)) for values in (y, smooth))
+    return {"raw": raw, "smooth": mean, "high": high, "last": float(smooth[-1]), "size": size}
 
 
 def load_maps(counts: np.ndarray) -> list[dict]:

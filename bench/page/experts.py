@@ -131,16 +131,12 @@ def heat(share: np.ndarray) -> str:
     return pictures.data_uri(pictures.load_map(share))
 
 
-def curve(steps: Sequence[dict], name: str, title: str, width: int = 300, height: int = 120) -> dict:
+def curve(steps: Sequence[dict], name: str, title: str, size: tuple[int, int] = (300, 120)) -> dict:
     """Place a figure's course over the steps, a line for each layer, zero at the bottom."""
     values = np.array([step[name] for step in steps])[int(name == "kept") :]
     top = float(max(values.max(initial=0), 1e-9))
-    xs = np.linspace(0, width, len(values))
-    lines = [
-        " ".join(f"{x:.1f},{height * (1 - y / top):.1f}" for x, y in zip(xs, values[:, layer], strict=True))
-        for layer in range(values.shape[1])
-    ]
-    return {"title": title, "lines": lines, "top": top, "size": (width, height)}
+    lines = [" ".join(drawings.line(layer, size, top)) for layer in values.T]
+    return {"title": title, "lines": lines, "top": top, "size": size}
 
 
 def said(finding: Mapping) -> str:

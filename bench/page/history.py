@@ -16,11 +16,12 @@ import pandas as pd
 
 from bench.instrument import store
 from bench.instrument.outputs import check_targets
+from bench.page.drawings import band
 from bench.page.render import render
 
 RESULTS = store.ROOT / "results"
 SERIES = ["case", "machine", "clock"]
-WIDTH, HEIGHT = 600.0, 120.0
+SIZE = 600.0, 120.0
 
 
 def table(rows: Sequence[dict], expression: str = "", root: Path = store.ROOT) -> pd.DataFrame:
@@ -77,18 +78,8 @@ def _drift(points: pd.DataFrame, others: pd.DataFrame) -> np.ndarray | None:
 
 def page(found: Sequence[dict], single: int) -> str:
     """Return the page; `single` cases were measured at one commit only."""
-    return render("history.html.j2", series=[{**s, **_paths(s)} for s in found], single=single, size=(WIDTH, HEIGHT))
-
-
-def _paths(s: dict) -> dict:
-    """Place a series in the picture, zero at the bottom."""
-    top = 1.05 * max(s["p80"])
-    xs = np.linspace(0, WIDTH, len(s["median"]))
-    low, mid, high = (
-        [(x, HEIGHT * (1 - y / top)) for x, y in zip(xs, s[k], strict=True)] for k in ("p20", "median", "p80")
-    )
-    text = {"line": mid, "spread": [*high, *reversed(low)]}
-    return {name: " ".join(f"{x:.1f},{y:.1f}" for x, y in places) for name, places in text.items()}
+    drawn = [s | band(s["p20"], s["median"], s["p80"], SIZE, 1.05 * max(s["p80"])) for s in found]
+    return render("history.html.j2", series=drawn, single=single, size=SIZE)
 
 
 def _commit_times(root: Path) -> dict[str, float]:

@@ -36,7 +36,7 @@ def _passed(rows: Sequence[dict], rung: str) -> str:
 
 def _ties(rows: Sequence[dict]) -> str:
     ties = max(row["ties"] for row in rows)
-    return f" {plural(ties, 'token')} with a near tie between experts left out." if ties else ""
+    return f" {plural(ties, 'token')} of images with a near tie between experts left out." if ties else ""
 
 
 def _worst(rows: Sequence[dict]) -> str:

@@ -38,6 +38,7 @@ def text(view: dict) -> str:
     for race in [*view["models"], *view["races"], *view["rooms"]]:
         lines += _race(race)
     lines += [*(f"- {why}" for why in view["unmeasured"]), ""] if view["unmeasured"] else []
+    lines += table((f"stage: {view['took']} in all", "s"), view["spent"]) if view["spent"] else []
     return "\n".join([*lines, *_machine_code(view), *_footer(view["last"])])
 
 

@@ -18,11 +18,13 @@ from bench.page.words import BASELINES, LEVELS, MODES, figure, listed, name, plu
 NOT_YET = "not yet run on hardware"
 VERIFIED = store.ROOT / "moe_kernels" / "verified.json"
 BEST = "best other"
-GAIN_COLUMNS = ["level", "backend", "disturbed", "against", "value", "low", "high"]
+NAMED = 12  # cases in which we are not faster
+GAIN_COLUMNS = ["level", "case", "backend", "disturbed", "against", "rival", "value", "low", "high"]
 
 
 def headline(rows: Sequence[dict]) -> str:
-    """Say which backends have parity, whether the deliberate faults were found, and how often ours is the fastest."""
+    """Say which backends have parity, whether the deliberate faults were found, how often ours is the fastest, and
+    where it is not."""
     found = gains(rows)
     best = found[found["against"] == BEST]
     sentences = [_verdicts(rows), _controls(rows)]
@@ -33,6 +35,8 @@ def headline(rows: Sequence[dict]) -> str:
             f"{backend} is faster than everything else in {won} of {plural(len(cases), 'case')}, slower in {lost}"
             + (f", {open_} undecided" if open_ else "") + " (95 % intervals)."
         )  # fmt: skip
+        sentences.append(_not_faster(cases[cases["low"] <= 1]))
+    sentences.append(_alone(rows))
     wrong = [row for row in rows if row["kind"] == "time" and row["wrong"]]
     if wrong:
         who = listed(sorted({name(row["contender"]) for row in wrong}))
@@ -40,6 +44,25 @@ def headline(rows: Sequence[dict]) -> str:
     if len(best) and best["disturbed"].mean() > 0.5:
         sentences.append("Other programs used the cores during most of these cases: the ratios are worth little.")
     return " ".join(filter(None, sentences))
+
+
+def _not_faster(cases: pd.DataFrame) -> str:
+    """Name cases, the worst first, with how many times faster ours is than the fastest other."""
+    found = [
+        f"{case.case} {ratio(case._asdict())} {name(case.rival)}" for case in cases.sort_values("value").itertuples()
+    ]
+    more = [f"{len(found) - NAMED} more"] if len(found) > NAMED else []
+    return f"Not faster: {'; '.join(found[:NAMED] + more)}." if found else ""
+
+
+def _alone(rows: Sequence[dict]) -> str:
+    """Count the cases in which whoever else ran was hopeless, and so has no interval."""
+    alone = 0
+    for race in races.of([row for row in rows if row["kind"] == "time"]):
+        others = [row for row in race["rows"] if not _ours(row) and not row["wrong"]]
+        ours = [row for row in race["rows"] if _ours(row) and not row["wrong"]]
+        alone += bool(ours and others and all(row.get("once") for row in others))
+    return f"In {plural(alone, 'more case')} whoever else ran was called once, so slow is it." if alone else ""
 
 
 def _verdicts(rows: Sequence[dict]) -> str:
@@ -67,9 +90,10 @@ def _controls(rows: Sequence[dict]) -> str:
 def gains(rows: Sequence[dict]) -> pd.DataFrame:
     """Return a line per case of our kernels and thing it was raced against: how many times faster it was, and interval.
 
-    Columns: level, backend, disturbed, against (a baseline, or the fastest other contender of the race), value, low,
-    high. Cases of the contest are a level of their own: other people's packages, each in its own process, the fastest
-    of ours against them. Other people's whole layers are not among them: see `families`.
+    Columns: level, case, backend, disturbed, against (a baseline, or BEST, the fastest other contender of the race),
+    rival (who that is), value, low, high. Cases of the contest are a level of their own: other people's packages, each
+    in its own process, the fastest of ours against them. Other people's whole layers are not among them: see
+    `families`.
     """
     lines = []
     for race in races.of([row for row in rows if row["kind"] == "time" and row["routing"] != OWN]):
@@ -77,19 +101,18 @@ def gains(rows: Sequence[dict]) -> pd.DataFrame:
         others = [row for row in right if not _ours(row)]
         best = min(others, key=lambda row: row["figures"]["time_us_median"], default={"contender": None})
         for row in filter(_ours, right):
-            against = {title: row["speedups"].get(base) for base, title in BASELINES.items()}
-            against[BEST] = row["speedups"].get(best["contender"])
+            rivals = {title: base for base, title in BASELINES.items()} | {BEST: best["contender"]}
+            what = (race["level"], f"{race['title']}, {row['model']}", row["contender"], row["figures"]["disturbed"])
             lines += [
-                (race["level"], row["contender"], row["figures"]["disturbed"], title, r["value"], r["low"], r["high"])
-                for title, r in against.items() if r
+                (*what, title, rival, *(r[key] for key in ("value", "low", "high")))
+                for title, rival in rivals.items() if (r := row["speedups"].get(rival))
             ]  # fmt: skip
     for race in races_of([row for row in rows if row["kind"] == "contest"]):
         ours, best = fastest(race, ours=True), fastest(race, ours=False)
         if ours and best and (r := speedup(ours, best)):
-            disturbed = ours["figures"]["disturbed"]
-            lines.append(
-                ("contest", ours["contender"].removesuffix("_packed"), disturbed, BEST, r["value"], r["low"], r["high"])
-            )
+            backend, disturbed = ours["contender"].removesuffix("_packed"), ours["figures"]["disturbed"]
+            what = ("contest", f"contest {ours['race']}", backend, disturbed, BEST, best["contender"])
+            lines.append((*what, r["value"], r["low"], r["high"]))
     return pd.DataFrame(lines, columns=GAIN_COLUMNS)
 
 
@@ -180,3 +203,20 @@ def version(backend: str, row: dict) -> str:
     package = {"grouped": "torch", "eager": "torch", "triton": "triton"}.get(backend, store.DISTRIBUTION)
     commit = f" ({row['commit'][:10]})" if package == store.DISTRIBUTION and row["commit"] else ""
     return f"{package} {row['versions'][package]}{commit}" if package in row["versions"] else ""
+
+
+def spent(rows: Sequence[dict]) -> dict:
+    """Return how long each stage of a run took, in order (`spent`), and all of them, in a sentence (`took`)."""
+    stages = {row["stage"]: row["stage_s"] for row in rows if "stage" in row}
+    asked = next((f" of {row['minutes']:g} minutes" for row in rows if row.get("minutes")), "")
+    return {"spent": list(stages.items()), "took": f"{sum(stages.values()):.0f} s{asked}"}
+
+
+def fewer(paces: Sequence[dict]) -> list[str]:
+    """Say in which dtypes images rest on fewer samples than were asked for."""
+    return [
+        f"{row['dtype']}: {row['samples']} samples instead of {row['asked']} for time, "
+        f"{figure(row['sample_s'])} s each in plain torch"
+        for row in paces
+        if row["samples"] < row["asked"]
+    ]

@@ -12,7 +12,7 @@ import numpy as np
 from bench.images import pictures, routers
 from bench.instrument import store
 from bench.instrument.cases import ROOMS
-from bench.instrument.races import failures
+from bench.instrument.races import called_once, failures
 from bench.instrument.readers import Npz
 from bench.machine_code import inner_loops, static_gate
 from bench.page import chains, drawings, experts, ladder, markdown, overview, races, roofline, samplers
@@ -74,7 +74,11 @@ def view_of(rows: Sequence[dict], images: dict[str, np.ndarray]) -> dict:
         "backends": overview.backends(rows), "checks": checks(figures) if figures else [],
         "parity": parity, "controls": of["control"], "forest": ladder.forest([*parity, *of["control"]]),
         "rungs": ladder.rungs(parity), **speeds(rows, of["time"], of["ceilings"]),
-        "unmeasured": [*(row["what"] for row in of["left_out"]), *failures(refused)],
+        "unmeasured": [
+            *overview.fewer(of["pace"]), *(row["what"] for row in of["left_out"]), *failures(refused),
+            *called_once(of["time"]),
+        ],
+        **overview.spent(rows),
         **pictures_of(images, training, of["load"]), "experts": of["experts"][-1] if of["experts"] else None,
         "samplers": of["sampler"], "nearest": samplers.sentence(of["sampler"]),
         "families": overview.families(rows), "routers": routers.table(rows), "routers_head": routers.HEAD,

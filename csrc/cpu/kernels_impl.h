@@ -4,6 +4,7 @@
 #include "experts_impl.h"
 #include "gating_impl.h"
 #include "peak_impl.h"
+#include "weight_gradients_impl.h"
 
 namespace moe {
 namespace MOE_LEVEL {

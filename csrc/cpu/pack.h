@@ -6,6 +6,16 @@ namespace moe {
 namespace MOE_LEVEL {
 namespace {
 
+template <class C>
+inline int64_t items_of(int64_t elements) {
+  return (elements + C::kPair - 1) / C::kPair;
+}
+
+template <class C>
+inline const uint32_t* items_at(const void* base, int64_t elements) {
+  return reinterpret_cast<const uint32_t*>(static_cast<const typename C::Elem*>(base) + elements);
+}
+
 // Two consecutive k of `width` columns as items: even[c] in the low half, odd[c] in the high half.
 template <int half>
 struct Zip {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench.images.fid import Moments, frechet_distance, load_moments, moments, save_moments, transport
+from bench.images.fid.distance import Moments, frechet_distance, load_moments, moments, save_moments, transport
 
 D = 6
 

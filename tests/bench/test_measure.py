@@ -48,7 +48,7 @@ def test_rounds_alternate_direction(monkeypatch):
     seen = []
     interleave({name: lambda name=name: seen.append(name) for name in "abc"}, 4, 0.0)
     warm_up, rounds = "".join(seen[:6]), "".join(seen[6:])
-    assert warm_up == "aabbcc" and rounds == "abccbaabccba"
+    assert warm_up == "abcabc" and rounds == "abccbaabccba"
 
 
 def test_short_calls_are_repeated_within_a_round():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -10,10 +12,7 @@ from bench.images.checkpoints import Recipe
 from bench.images.digits import Dataset, load_digits, train_classifier
 from bench.images.expert_load import trace_picks
 from bench.images.parity import DTYPES, SABOTAGES, Case, Ladder, replaced
-from moe_kernels import RoutingPlan
-from reference import rooms
 from reference.dit import DiTMoE
-from reference.moe import expert_mlp
 from tests.contenders import each_backend
 from tests.trap_cases import DEVICE
 
@@ -58,6 +57,16 @@ def test_sabotaged_models_fail(ladder, baseline, name, rung):
     assert record["verdict"] == "DIFFERENT" and rung in record["failed"], record
 
 
+def test_few_samples_are_the_first_of_all(ladder, baseline):
+    few = baseline.first(20)
+    record, samples = ladder.climb(replaced(baseline.model, "eager"), few)
+    assert record["verdict"] == "PARITY" and record["count"] == 20, record
+    assert samples.shape == (20, 1, 8, 8) and torch.equal(few.samples, baseline.samples[:20])
+    drawn = ladder.baseline(baseline.dtype, 20)
+    assert drawn.samples.shape == (20, 1, 8, 8) and drawn.routing.shape == few.routing.shape
+    assert 0 < ladder.pace(baseline.dtype) < 60
+
+
 def test_gross_faults_show_in_the_distance_itself(ladder, baseline):
     record, _ = ladder.climb(SABOTAGES["dropped shared expert"](replaced(baseline.model, "eager")), baseline)
     assert "dfd" in record["failed"] and record["dfd_verdict"] == "DIFFERENT"
@@ -83,19 +92,19 @@ def test_what_is_no_number_has_the_worst_ratio(rows, value):
         assert judged(ours, theirs, exact) == judged(theirs, ours, exact) == judged(ours, ours, exact) > 2
 
 
-def test_weights_that_are_no_numbers_fail_the_plans(ladder, baseline, monkeypatch):
-    right = parity.route
+@pytest.mark.parametrize("value", [torch.nan, 0.5])
+def test_weights_that_are_wrong_fail_the_plans(ladder, baseline, monkeypatch, value):
+    right, model = parity.plan_of, replaced(baseline.model, "eager")
 
-    def route(block, x):
-        plan = right(block, x)
-        plan.row_weight[3] = torch.nan
+    def wrong(layer, x):
+        plan = right(layer, x)
+        if layer in [block.moe for block in model.blocks]:
+            plan.row_weight[3] = value
         return plan
 
-    model = replaced(baseline.model, "eager")
     assert ladder.plans(model, baseline)["plans"] == "pass"
-    monkeypatch.setattr(parity, "route", route)
-    record = ladder.plans(model, baseline)
-    assert record["plans"] == "fail" and record["plans_equal"]
+    monkeypatch.setattr(parity, "plan_of", wrong)
+    assert ladder.plans(model, baseline)["plans"] == "fail"
 
 
 def test_experts_that_compute_no_numbers_fail_the_layers(ladder, baseline):
@@ -108,22 +117,13 @@ def test_experts_that_compute_no_numbers_fail_the_layers(ladder, baseline):
     assert min(record[name] for name in ("e_ours", "outputs_ratio", "experts_ratio")) == parity.NO_NUMBER
 
 
-def test_oracle_plan_is_valid_and_the_oracle_layer_is_its_sum(ladder):
-    block = ladder.model.blocks[0]
-    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
-    plan = parity.oracle_plan(x, block)
-    RoutingPlan(*plan).validate()
-    w = parity.exact_weights(block.moe)
-    y_rows = rooms.experts(x.double(), plan, w["gate_up_proj"], w["down_proj"])
-    shared = expert_mlp(x.double(), w["shared_gate_up_proj"], w["shared_down_proj"], "swiglu")
-    expected = rooms.combine(y_rows, plan, shared)
-    assert (parity.oracle_layer(x, block.moe) - expected).norm() <= 1e-13 * expected.norm()
-
-
-def test_near_ties_are_left_out():
-    gate = torch.eye(4)
-    x = torch.tensor([[3.0, 2, 1, 0], [3, 2, 2 + 1e-7, 0], [2, 2, 1, 0], [3, 2, 0, 0]])
-    assert parity.near_ties(x, gate, 2).tolist() == [False, True, True, False]
+def test_near_ties_are_left_out(ladder):
+    block = copy.deepcopy(ladder.model.blocks[0].moe)
+    gate = block.gate.weight.data = torch.zeros(8, 32, dtype=torch.float64)
+    gate[:4, :4] = torch.eye(4)
+    x = torch.zeros(3, 1, 32)
+    x[:, 0, :4] = torch.tensor([[3.0, 2, 1, 0], [3, 2, 2 + 1e-7, 0], [3, 2, 0, 0]])
+    assert parity.clear_images(block, x, {}).tolist() == [True, False, True]
 
 
 def test_recording_changes_nothing_and_leaves_no_hooks(ladder):
@@ -131,12 +131,10 @@ def test_recording_changes_nothing_and_leaves_no_hooks(ladder):
         return parity.sample(ladder.model, ladder.noise[:4], ladder.labels[:4], 2, 1.5)
 
     before = plain()
-    with parity.record_routing(ladder.model) as masks, parity.capture_inputs(ladder.model, {0, 1}, 10) as inputs:
+    with ladder.recording(ladder.model) as masks:
         assert torch.equal(plain(), before)
     plain()
-    assert len(masks) == 4 and [len(layer) for layer in inputs] == [2, 2]
-    picked = torch.stack(masks).flatten()
-    assert all(int(mask).bit_count() == 2 for mask in picked)
+    assert len(masks) == 4 and all(int(mask).bit_count() == 2 for mask in torch.stack(masks).flatten())
 
 
 def test_a_trace_is_the_conditional_picks_of_the_calls_asked_for(ladder):

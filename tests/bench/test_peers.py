@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.instrument.loops import AuthorsMoE, SortedLoopMoE, install
+from reference.moe import SparseMoeBlock
 
 
 class CallCounter(TorchDispatchMode):
@@ -19,16 +20,9 @@ class CallCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def layer(cls=AuthorsMoE, num_experts=8, pretraining_tp=1, top_k=2):
+def layer(cls=AuthorsMoE, num_experts=8, pretraining_tp=1):
     torch.manual_seed(3)
-    return cls(
-        hidden_size=16,
-        intermediate_size=64,
-        num_experts=num_experts,
-        top_k=top_k,
-        shared_intermediate_size=32,
-        pretraining_tp=pretraining_tp,
-    )
+    return cls(SparseMoeBlock(16, 64, num_experts, 2, 32), pretraining_tp)
 
 
 def expert_choice_by_hand(moe, x, topk_weights, topk_ids):
@@ -125,7 +119,7 @@ def test_install_keeps_keys_parameters_and_values(cls):
 def test_install_refuses_what_it_cannot_swap():
     with pytest.raises(ValueError, match="no DiT-MoE block"):
         install(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="from_block"):
+    with pytest.raises(ValueError, match=r"AuthorsMoE\(model\)"):
         install(layer())
     with pytest.raises(ValueError, match="pretraining_tp must divide"):
         layer(pretraining_tp=3)

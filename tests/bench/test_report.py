@@ -94,6 +94,29 @@ def test_headline_is_computed_from_the_rows():
     assert "worth little" in report.headline(busy) and "No parity verdicts yet" in report.headline(busy)
 
 
+def test_headline_names_where_we_are_not_faster():
+    rows = [
+        time_row("native", {"grouped": 0.8}, "train_step"), time_row("grouped", {}, "train_step"),
+        time_row("native", {"eager": 1.05}, "block"), time_row("eager", {}, "block"),
+        time_row("native", {"grouped": 2.0}), time_row("grouped", {}),
+    ]  # fmt: skip
+    text = report.headline(rows)
+    assert "native is faster than everything else in 1 of 3 cases, slower in 1, 1 undecided" in text
+    lost = "training step, fp32, S/2-8E2A 0.80x [0.70, 0.90] grouped"
+    open_ = "transformer block, forward, fp32, S/2-8E2A 1.05x [0.95, 1.15] eager"
+    assert f"Not faster: {lost}; {open_}." in text and "MoE layer" not in text
+    many = [time_row(b, {"grouped": 0.5}, dtype=f"d{n}") for n in range(15) for b in ("native", "grouped")]
+    assert "; 3 more." in report.headline(many)
+    assert "Not faster" not in report.headline(rows[4:])
+
+
+def test_headline_counts_cases_in_which_whoever_else_ran_was_hopeless():
+    rows = [time_row("native", {}), {**time_row("grouped", {}), "once": "called once: 9 s"}]
+    assert "In 1 more case whoever else ran was called once, so slow is it." in report.headline(rows)
+    assert "called once" not in report.headline([*rows, time_row("eager", {})])
+    assert "grouped, layer-fp32: called once: 9 s" in report.view_of(rows, {})["unmeasured"]
+
+
 def test_headline_says_when_a_deliberate_fault_was_not_found():
     rows = [{**row, "verdict": "UNSURE"} if row["kind"] == "control" else row for row in all_rows()]
     assert "The ladder is blind: dropped shared expert (fp32) UNSURE." in report.headline(rows)

@@ -151,7 +151,7 @@ def test_every_rung_says_what_came():
     ]
     came = {rung["name"]: rung["came"] for rung in ladder.rungs(rows)}
     assert list(came) == ["Plans", "Layers", "Paired samples", "dFD", "Absolute FD"]
-    assert "Failed by grouped bf16." in came["Plans"] and "3 tokens with a near tie" in came["Plans"]
+    assert "Failed by grouped bf16." in came["Plans"] and "3 tokens of images with a near tie" in came["Plans"]
     assert came["Layers"] == "2 of 2 pass. The largest is 1.90 times PyTorch's (grouped, bf16)."
     assert "In bf16" in came["Paired samples"] and "up to 50.0 % of the samples" in came["Paired samples"]
     for text in ("grouped bf16, [-0.0050, ", "17 carry the variance", "99.87 % of it off", "move dFD by 0.00420"):

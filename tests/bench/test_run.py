@@ -20,7 +20,6 @@ from bench.images.sampling import contest
 from bench.instrument import ledger, progress, store
 
 RACES = 2
-PLAN = stages.plan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -272,47 +271,19 @@ def test_large_images_get_fewer_samples_and_smaller_batches():
     assert run.scaled(500, 4.0, 100) == 500 and run.scaled(60, 1 / 16, 100) == 60
 
 
-def test_dtypes_in_which_torch_is_hopeless_are_found_by_their_rates():
-    roof = {"mm_fp32": 57e9, "mm_bf16": 1.3e9}
-    (what,) = stages.hopeless(roof, ("fp32", "bf16")).values()
-    assert what.startswith("left out in bf16, in which torch's products reach 1.3 GFLOP/s here (fp32: 57): eager")
-    assert not stages.hopeless(roof | {"mm_bf16": 90e9}, ("fp32", "bf16")) and not stages.hopeless(roof, ("fp32",))
-
-
-def test_where_torch_is_hopeless_only_our_kernels_are_timed():
-    backends = ("native", "grouped", "eager")
-    every, few = (PLAN("default", backends, 2, slow) for slow in ((), ("bf16",)))
-    raced, kept = ({(race.case, name) for race in races for name in race.contenders} for races in (every, few))
-    dropped = raced - kept
-    assert {case.dtype for case, _ in dropped} == {"bf16"}
-    assert {case.level for case, _ in dropped} == {"experts", "layer", "block"}
-    assert "native" not in {name for case, name in dropped if case.level != "block"}
-    kept = {(case.level, name) for case, name in kept if case.dtype == "bf16"}
-    assert {("experts", "native"), ("layer", "native"), ("gating", "eager"), ("combine", "grouped")} <= kept
-    assert all(race.contenders for race in [*few, *PLAN("default", ("eager",), 2, ("bf16",))])
-
-
-def test_what_was_left_out_is_said_in_rows_and_report(tmp_path, monkeypatch, capsys):
-    tiny = run.SIZES["tiny"]
-    case = dataclasses.replace(tiny.parity, samples=24)
-    monkeypatch.setitem(run.SIZES, "tiny", dataclasses.replace(tiny, parity=case, dtypes=("fp32", "bf16")))
-    monkeypatch.setattr(stages, "hopeless", lambda roof, dtypes: {"bf16": "left out in bf16: some"})
-    monkeypatch.setattr(stages, "FEW_SAMPLES", 20)
-    for _ in range(2):
-        assert job(tmp_path, "--backends", "native,eager") == 0
-        assert "left out in bf16: some" in capsys.readouterr().out
-    rows = rows_of(tmp_path)
-    ladder = [(r["dtype"], r.get("backend", "control"), r["count"]) for r in rows if r["kind"] in ("parity", "control")]
-    assert [entry for entry in ladder if entry[0] == "bf16"] == [("bf16", "native", 20)]
-    assert {name for dtype, name, _ in ladder if dtype == "fp32"} == {"native", "eager", "control"}
-    assert [r["what"] for r in rows if r["kind"] == "left_out"] == ["left out in bf16: some"]
-    for name in ("index.html", "report.md"):
-        assert "left out in bf16: some" in (tmp_path / name).read_text()
+def test_kept_rows_have_taken_their_time(done, monkeypatch):
+    begun = []
+    budget = run.Budget
+    monkeypatch.setattr(run, "Budget", lambda *args: begun.append(args) or budget(*args))
+    assert job(done[0]) == 0
+    (minutes, parts, spent), stages_s = begun[0], {row["stage"]: row["stage_s"] for row in rows_of(done[0])}
+    assert minutes == 600 and 0 < spent <= sum(stages_s.values()) - stages_s["training"] + 1e-9
+    assert {"figures", "samplers", "parity fp32"} < parts.keys() and len(parts) == 3 + RACES
 
 
 def test_default_size_asks_for_what_the_readme_promises():
     size = run.SIZES["default"]
-    assert size.recipe == {} and size.dtypes == ("fp32", "bf16")
+    assert size.recipe == {} and size.minutes == 10 and size.dtypes == ("fp32", "bf16")
     assert dataclasses.asdict(size.parity)["margin"] <= 0.001 and size.parity.samples >= 500
     assert run.THRESHOLDS == {"classifier": 0.97, "guided": 0.95, "plain": 0.85}
 

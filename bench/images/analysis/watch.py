@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.images.analysis.counts import Counter
+from bench.images.layers import reroute
 from moe_kernels import ExpertChoice, MoELayer, RoutingPlan
 from moe_kernels.adapters.block import MoEBlock
 from reference.family import RoutedMoE
@@ -46,8 +45,7 @@ def watch(model: nn.Module, counter: Counter) -> Iterator[Counter]:
     layers = routed_layers(model)
     if len(layers) != counter.L:
         raise ValueError(f"counter: made for {counter.L} layers, but the model has {len(layers)}")
-    undo = [_watch(module, partial(_hand_over, counter, layer), partial(_hand_dense, counter, layer))
-            for layer, module in enumerate(layers)]  # fmt: skip
+    undo = [_watch(module, partial(counter.take, layer)) for layer, module in enumerate(layers)]
     try:
         yield counter
     finally:
@@ -73,46 +71,36 @@ def try_bfloat16(model: nn.Module, counter: Counter) -> Iterator[None]:
             handle.remove()
 
 
-def _watch(module: nn.Module, plan: Callable[[RoutingPlan], None], dense: Callable[..., None]) -> Callable[[], Any]:
-    if isinstance(module, MoEBlock):
-        config = module.moe_config
-        module.moe_config = dataclasses.replace(config, router_class=_watched(config.router_class, plan))
-        return partial(setattr, module, "moe_config", config)
-    if isinstance(module, MoELayer):
-        router = module.router
-        module.router = copy.copy(router)
-        object.__setattr__(module.router, "__class__", _watched(type(router), plan))
-        return partial(setattr, module, "router", router)
+def _watch(module: nn.Module, take: Callable[..., None]) -> Callable[[], Any]:
+    """Let `take` have what a layer picks, as T, E, cells and weights (Counter.take); return what ends it."""
+    if isinstance(module, (MoEBlock, MoELayer)):
+        return reroute(module, lambda router_class: _watched(router_class, take))
     if isinstance(module, RoutedMoE):
-        hook = lambda m, args, call, output: dense(*_routed(m, args[0], call))  # noqa: E731
+        hook = lambda m, args, call, output: take(*_dense(*m.route(args[0].detach(), **call)[:2]))  # noqa: E731
         return module.register_forward_hook(hook, with_kwargs=True).remove
     if isinstance(module, ExpertChoiceMoE):
-        return module.register_forward_hook(lambda m, args, output: dense(*_expert_choice(m, args[0]))).remove
-    return module.gate.register_forward_hook(lambda m, args, output: dense(*_topk(m, output))).remove
+        return module.register_forward_hook(lambda m, args, output: take(*_dense(*_expert_choice(m, args[0])))).remove
+    return module.gate.register_forward_hook(lambda m, args, output: take(*_topk(m, output))).remove
 
 
-def _watched(router_class: type, hand_over: Callable[[RoutingPlan], None]) -> type:
+def _watched(router_class: type, take: Callable[..., None]) -> type:
     """Return a subclass of a router's class that shows each plan it makes."""
 
     def plan(self, *args, **kwargs) -> tuple[RoutingPlan, Tensor | None]:
         made = super(watched, self).plan(*args, **kwargs)
-        hand_over(made[0])
+        take(*_of_plan(made[0]))
         return made
 
     watched = type(router_class.__name__, (router_class,), {"plan": plan})
     return watched
 
 
-def _hand_over(counter: Counter, layer: int, plan: RoutingPlan) -> None:
+def _of_plan(plan: RoutingPlan) -> tuple[int, int, Tensor, Tensor]:
     T, E = plan.num_tokens, plan.num_experts
     rows = torch.arange(plan.num_rows, device=plan.row_token.device, dtype=torch.int32)
     expert = torch.searchsorted(plan.expert_offsets[1:].contiguous(), rows, right=True, out_int32=True)
     cells = (plan.row_token.long() * E + expert).masked_fill_(expert == E, T * E)  # behind the rows: nobody's
-    counter.take(layer, T, E, cells, plan.row_weight)
-
-
-def _hand_dense(counter: Counter, layer: int, T: int, E: int, cells: Tensor, weights: Tensor) -> None:
-    counter.take(layer, T, E, cells, weights)
+    return T, E, cells, plan.row_weight
 
 
 def _topk(gate: nn.Module, output: tuple[Tensor, ...]) -> tuple[int, int, Tensor, Tensor]:
@@ -123,18 +111,14 @@ def _topk(gate: nn.Module, output: tuple[Tensor, ...]) -> tuple[int, int, Tensor
     return T, E, torch.arange(T, device=ids.device)[:, None] * E + ids, weights
 
 
-def _expert_choice(module: ExpertChoiceMoE, x: Tensor) -> tuple[int, int, Tensor, Tensor]:
-    tokens = x.detach().reshape(-1, x.shape[-1])
-    group = module.tokens_per_group or x.shape[-2]
-    affinities, picks = expert_choice(tokens, module.gate_weight, module.capacity_factor, group)
-    cells = picks.flatten().nonzero().squeeze(1)
-    return *affinities.shape, cells, affinities.flatten()[cells]
-
-
-def _routed(module: RoutedMoE, x: Tensor, call: dict[str, Any]) -> tuple[int, int, Tensor, Tensor]:
-    weights, picks, _ = module.route(x.detach(), **call)
+def _dense(weights: Tensor, picks: Tensor) -> tuple[int, int, Tensor, Tensor]:
     cells = picks.flatten().nonzero().squeeze(1)
     return *weights.shape, cells, weights.flatten()[cells]
+
+
+def _expert_choice(module: ExpertChoiceMoE, x: Tensor) -> tuple[Tensor, Tensor]:
+    group = module.tokens_per_group or x.shape[-2]
+    return expert_choice(x.detach().flatten(0, -2), module.gate_weight, module.capacity_factor, group)
 
 
 def _try(counter: Counter, layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from bench.images import digits
+from bench.images.analysis.watch import watch
 from bench.images.dmcmc import loads, verdicts
 from bench.images.dmcmc.arms import CHOICES, Amount, Arm, Samples, run
 from bench.images.dmcmc.tiers import Oracle, Trained
@@ -140,7 +141,8 @@ def tier(ledger: Ledger, name: str, make: Callable[[], Oracle | Trained], size: 
 
 def measure(on: Oracle | Trained, arm: Arm, budget: int, amount: Amount, seed: int) -> Iterator[dict]:
     """Sample by an arm and judge the samples; one row."""
-    with loads.watch_loads(on.model.model) if isinstance(on, Trained) else nullcontext() as seen:
+    net = on.model.model if isinstance(on, Trained) else None
+    with watch(net, loads.Loads(net)) if net else nullcontext() as seen:
         samples = run(arm, budget, on.problem, amount, seed)
     found = on.judge(samples, bool(arm.choice))
     took = {

@@ -7,8 +7,6 @@ of trajectories at every level of the grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
@@ -31,10 +29,10 @@ class Loads:
     Takes picks as analysis.counts.Counter does, so that `watch` can hand them over, whatever routes.
     """
 
-    def __init__(self, layers: int):
-        self.L, self.calls = layers, 0
-        self.counts: list[Tensor | int] = [0] * layers
-        self.per_call = [0.0] * layers
+    def __init__(self, model: nn.Module):
+        self.L, self.calls = len(routed_layers(model)), 0
+        self.counts: list[Tensor | int] = [0] * self.L
+        self.per_call = [0.0] * self.L
 
     def take(self, layer: int, T: int, E: int, cells: Tensor, weights: Tensor) -> None:
         """Take a layer's picks: cells (R,) = token * E + expert."""
@@ -46,14 +44,6 @@ class Loads:
     def summary(self) -> dict:
         whole = [float(c.max() / c.double().mean()) for c in self.counts]
         return {"per_call": [x / self.calls for x in self.per_call], "whole": whole}
-
-
-@contextmanager
-def watch_loads(model: nn.Module) -> Iterator[Loads]:
-    """Count the picks of a model's routed layers, whatever calls it."""
-    loads = Loads(len(routed_layers(model)))
-    with watch(model, loads):
-        yield loads
 
 
 class LevelLoads:

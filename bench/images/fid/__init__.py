@@ -5,17 +5,8 @@ verdict. extractors: images -> features. samples: npz files. command: `python -m
 that the interval was chosen by.
 """
 
-from bench.images.fid.distance import Moments, frechet_distance, load_moments, moments, save_moments, transport
-from bench.images.fid.paired import (
-    DIFFERENT,
-    PARITY,
-    UNSURE,
-    Estimate,
-    PairedDifference,
-    estimate,
-    paired_difference,
-    tost,
-)
+from bench.images.fid.distance import Moments, frechet_distance, load_moments, moments, save_moments
+from bench.images.fid.paired import DIFFERENT, PARITY, UNSURE, Estimate, PairedDifference, compare, estimate
 
 __all__ = [
     "DIFFERENT",
@@ -24,12 +15,10 @@ __all__ = [
     "Estimate",
     "Moments",
     "PairedDifference",
+    "compare",
     "estimate",
     "frechet_distance",
     "load_moments",
     "moments",
-    "paired_difference",
     "save_moments",
-    "tost",
-    "transport",
 ]

@@ -13,7 +13,7 @@ import torch
 
 from bench.images import fid
 from bench.images.fid.extractors import EXTRACTORS, Extractor, extract
-from bench.images.fid.paired import LEAST, LINEAR, compare
+from bench.images.fid.paired import LEAST, LINEAR
 from bench.images.fid.samples import Samples, open_samples
 from bench.instrument.outputs import check_targets
 from bench.instrument.progress import say
@@ -130,7 +130,7 @@ def judge(
     if not reference.extractor:
         found.warnings.append("the reference does not say which extractor made it: only its dimension was checked")
     if "B" in estimates:
-        found.difference = compare(estimates["A"], estimates["B"], margin, level)
+        found.difference = fid.compare(estimates["A"], estimates["B"], margin, level)
         if found.difference.correlation < PAIRED:
             found.warnings.append(
                 f"correlation {found.difference.correlation:.2f}: do rows i of A and of B come from the same noise?"

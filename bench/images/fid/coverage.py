@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,6 @@ from bench.instrument import arguments
 from bench.instrument.outputs import check_targets
 from bench.instrument.progress import say
 
-Draw = Callable[[np.random.Generator, int, int], np.ndarray]
 LEVELS = (0.95, 0.90)
 
 
@@ -105,7 +104,9 @@ def main(args: argparse.Namespace) -> int:
     rows, start = [], time.monotonic()
     titles = ("cover 95 (truth below, above)", "cover 90", "width", "plain 95")
     say(f"{'change':36}{'N':>6}{'D':>5} {titles[0]:>31}{titles[1]:>10}{titles[2]:>7}{titles[3]:>10}")
-    for row in simulations(shapes, args.pick, args.repetitions):
+    changes = [change for change in (*SMOOTH, *FLIPS) if args.pick in change.name]
+    for size, change in product(shapes, changes):
+        row = simulate(change, *size, args.repetitions)
         rows.append(row)
         missed = f"({row['below_95']:.1%}, {row['above_95']:.1%})"
         say(
@@ -118,14 +119,6 @@ def main(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     say(f"{len(rows)} settings, {args.repetitions} repetitions each, {time.monotonic() - start:.0f} s")
     return 0
-
-
-def simulations(shapes: tuple[tuple[int, int], ...], pick: str, repetitions: int) -> Iterator[dict]:
-    """Yield the figures of every setting that the pick leaves."""
-    for N, D in shapes:
-        for change in (*SMOOTH, *FLIPS):
-            if pick in change.name:
-                yield simulate(change, N, D, repetitions)
 
 
 def simulate(change: Change, N: int, D: int, repetitions: int, seed: int = 0) -> dict:

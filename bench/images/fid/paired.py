@@ -127,29 +127,18 @@ def tost(low: float, high: float, margin: float) -> str:
     return DIFFERENT if low > margin or high < -margin else UNSURE
 
 
-def paired_difference(
-    features_a: np.ndarray, features_b: np.ndarray, reference: Moments, margin: float, level: float = 0.90
-) -> PairedDifference:
+def compare(a: Estimate, b: Estimate, margin: float, level: float = 0.90) -> PairedDifference:
     """Compare two samplers that drew from the same noise, labels and weights.
 
-    Args: features_a, features_b (N, D): row i of both comes from the same noise and label, N >= 20; reference: the
-        data's moments, taken as exact, since both are measured against the same; margin: absolute equivalence
-        margin, fixed before the samples are seen; level: of the interval (0.90 makes two one-sided 5 % tests).
-    Returns: PairedDifference. Raises: ValueError naming the argument whose shape or value is wrong.
-    Cost: twice `estimate`.
+    Args: a, b: estimates against the same reference, taken as exact; row i of both comes from the same noise and label.
+        margin: absolute equivalence margin, fixed before the samples are seen; level: of the interval (0.90 makes two
+        one-sided 5 % tests).
+    Raises: ValueError for another number of rows, or a margin or level that is none.
     """
-    a, b = as_rows(features_a), as_rows(features_b)
-    if a.shape != b.shape:
-        raise ValueError(f"features_b: expected the shape of features_a {a.shape}, got {b.shape}")
-    if a.shape[1] != len(reference.mean):
-        raise ValueError(f"features_a: expected {len(reference.mean)} columns as in the reference, got {a.shape[1]}")
+    if len(a.influence) != len(b.influence):
+        raise ValueError(f"b: expected {len(a.influence)} rows as in a, got {len(b.influence)}")
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
-    return compare(estimate(a, reference), estimate(b, reference), margin, level)
-
-
-def compare(a: Estimate, b: Estimate, margin: float, level: float = 0.90) -> PairedDifference:
-    """Judge two estimates of paired rows against one reference, as `paired_difference` does."""
     N = len(a.influence)
     delta = b.influence - a.influence
     difference = (b.distance - b.bias) - (a.distance - a.bias)

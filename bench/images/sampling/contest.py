@@ -38,8 +38,9 @@ class Entry:
 
 
 def entries(predicts: str = VELOCITY, budgets: Sequence[int] = BUDGETS) -> list[Entry]:
-    """Return every sampler that fits at every budget that it can keep."""
-    found = [Entry(name, b) for name, sampler in SAMPLERS.items() if predicts in sampler.predicts for b in budgets]
+    """Return every sampler that fits at every budget that it can keep, the smallest first, all samplers at each."""
+    fit = [name for name, sampler in SAMPLERS.items() if predicts in sampler.predicts]
+    found = [Entry(name, b) for b in sorted(budgets) for name in fit]
     return [entry for entry in found if entry.steps >= SAMPLERS[entry.sampler].least]
 
 

@@ -248,14 +248,13 @@ def load(path: Path | None = None) -> tuple[dict, dict[str, Object]]:
         return {}, {}
     data = json.loads(path.read_text())
     entries = {
-        name: Object(**{**entry, "warnings": tuple(entry["warnings"]), "kernels": kernels_of(entry)})
+        name: Object(**{
+            **entry, "warnings": tuple(entry["warnings"]),
+            "kernels": {kernel: Facts(**figures) for kernel, figures in entry["kernels"].items()},
+        })
         for name, entry in data.pop("objects").items()
-    }
+    }  # fmt: skip
     return data, entries
-
-
-def kernels_of(entry: dict) -> dict[str, Facts]:
-    return {kernel: Facts(**figures) for kernel, figures in entry["kernels"].items()}
 
 
 def save(entries: Mapping[str, Object], versions: Mapping[str, str], path: Path | None = None) -> None:
