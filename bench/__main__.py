@@ -11,6 +11,7 @@ CRASHED = 3  # Python's own 1 means DIFFERENT, wrong or SLOWER here
 COMMANDS = {  # name -> module with add_arguments(parser) and main(args) -> exit code, what it does
     "run": ("bench.run", "the main job: train, sample, check and time on real images; writes report/"),
     "train": ("bench.training.command", "train on images or latents of your own, on any number of processes"),
+    "layouts": ("bench.training.race", "under torchrun: steps of DDP, FSDP2 and expert parallelism in turns, verified"),
     "sample": ("bench.images.sampling.command", "any checkpoint to files: images or latents, each its own seed"),
     "analyze": (
         "bench.page.experts",

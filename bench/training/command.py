@@ -62,7 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train to the end; 1 where a loss is not finite or a disk is full, 130 on Ctrl-C. Errors are told by rank 0."""
+    """Train to the end; 1 where a loss is not finite, a disk is full or a process is lost, 130 on Ctrl-C.
+
+    What all ranks know is told by rank 0, what happens to one alone by itself.
+    """
     ranks = Ranks(int(os.environ.get("RANK", 0)))
     tell: Callable[[str], None] = say if ranks.rank == 0 else lambda text: None
     moe_kernels.set_nonfinite("propagate")  # all ranks are to hear of NaN, by their loss
@@ -75,8 +78,15 @@ def main(args: argparse.Namespace) -> int:
             return 2
         raise
     except (FloatingPointError, CheckpointException) as error:
-        last = checkpoints.latest(args.out / CHECKPOINTS)
-        tell(f"stopped: {_short(error)}; {f'{last} is the last checkpoint' if last else 'there is no checkpoint yet'}")
+        tell(f"stopped: {_short(error)}; {_last(args)}")
+        return 1
+    except OSError as error:
+        say(f"rank {ranks.rank} stopped: {error}; {_last(args)}")
+        return 1
+    except RuntimeError as error:
+        if not processes.lost_another(error):
+            raise
+        say(f"rank {ranks.rank} stopped: another process ended, or was waited for too long: {error}; {_last(args)}")
         return 1
     except KeyboardInterrupt:
         tell("interrupted: the same command with --resume goes on from the last checkpoint")
@@ -174,6 +184,11 @@ def _write(path: Path, weights: dict[str, torch.Tensor], job: Job) -> None:
     save_safetensors(weights, spare, job.metadata)
     os.replace(spare, path)
     say(f"{path}: EMA of {job.recipe.steps} steps; python -m bench sample --ckpt {path}")
+
+
+def _last(args: argparse.Namespace) -> str:
+    last = checkpoints.latest(args.out / CHECKPOINTS)
+    return f"{last} is the last checkpoint" if last else "there is no checkpoint yet"
 
 
 def _short(error: BaseException) -> str:

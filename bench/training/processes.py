@@ -20,6 +20,15 @@ class AgreedError(ValueError):
     """Bad input that all ranks know of, so that one of them may tell it."""
 
 
+def lost_another(error: RuntimeError) -> bool:
+    """Tell whether a collective failed because another process has ended, or did not come in time.
+
+    NCCL's errors have a class of their own, gloo's are known by their words.
+    """
+    words = ("gloo/transport", "Connection reset by peer", "Connection closed by peer", "timeout caused pair closure")
+    return isinstance(error, distributed.DistError) or any(word in str(error) for word in words)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Who this process is: rank of world; device: where it computes."""

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 import moe_kernels
 from bench.images.checkpoints import Recipe
@@ -18,7 +17,8 @@ from bench.images.sampling.samplers import NOISE, VELOCITY
 from bench.training import layouts
 from bench.training.data import Draws, Source
 from bench.training.processes import AgreedError, Ranks
-from moe_kernels.distributed import balance_over_ranks, checkpoints, clip_grad_norm, stack_experts
+from moe_kernels.distributed import AdamW, balance_over_ranks, checkpoints, clip_grad_norm, stack_experts
+from moe_kernels.distributed.optimizer import own_parts
 from reference.diffusion import GaussianDiffusion, RectifiedFlow
 from reference.dit import DiTMoE, DiTMoEConfig
 
@@ -71,7 +71,7 @@ class Trainer:
         self.named = {name.removeprefix("module."): p for name, p in self.model.named_parameters()}
         self.ema = {name: p.detach().clone() for name, p in self.named.items()}
         self.trained = [p for p in self.named.values() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=recipe.learning_rate, weight_decay=0.0)
+        self.optimizer = AdamW(self.trained, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
         self.scale = LossScale(job.precision == "fp16")
         self.step = 0
 
@@ -118,8 +118,7 @@ class Trainer:
     def gather_ema(self) -> dict[str, Tensor]:
         """Return the EMA weights under the names of DiT-MoE, on the CPU of rank 0. Collective; the end of the run."""
         with torch.no_grad():
-            for name, p in self.named.items():
-                _own(p).copy_(_own(self.ema[name]))
+            torch._foreach_copy_(own_parts(self.named.values()), own_parts(self.ema.values()))
         return checkpoints.gather_dit_moe(self.model)
 
     def _extra(self) -> dict[str, Tensor]:
@@ -143,8 +142,7 @@ class Trainer:
     def _norm(self) -> Tensor:
         """Undo the loss scale, clip, and return the norm of all ranks' gradients before that."""
         if self.scale.used:
-            for p in self.trained:
-                _own(p.grad).mul_(1 / self.scale.value)
+            torch._foreach_mul_(own_parts(p.grad for p in self.trained), 1 / self.scale.value)
         return clip_grad_norm(self.trained, self.job.clip or torch.inf)
 
     def _mean(self, loss: Tensor, aux: Tensor, weight: float) -> tuple[float, float]:
@@ -166,8 +164,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         share = 1 - self.job.recipe.kept_at(self.step + 1)
-        for name, p in self.named.items():
-            _own(self.ema[name]).lerp_(_own(p), share)
+        torch._foreach_lerp_(own_parts(self.ema.values()), own_parts(self.named.values()), share)
 
 
 class LossScale:
@@ -197,8 +194,3 @@ def _build(job: Job, backend: str, ranks: Ranks) -> nn.Module:
     if job.balance == "all" and ranks.world > 1:
         balance_over_ranks(model)
     return model
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -6,10 +6,12 @@ from .dispatchers import Arrived, BoundedDispatcher, Dispatcher, ExactDispatcher
 from .expert_parallel import ExpertParallelLayer, expert_parallel
 from .grouped import experts_on_rows
 from .in_sync import check_in_sync
-from .parallel import clip_grad_norm, data_parallel, fully_shard
+from .optimizer import AdamW, clip_grad_norm
+from .parallel import data_parallel, fully_shard
 from .stacking import stack_experts
 
 __all__ = [
+    "AdamW",
     "Arrived",
     "BoundedDispatcher",
     "Dispatcher",

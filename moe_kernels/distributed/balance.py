@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, distributed, nn
-from torch.distributed import _functional_collectives as collectives
+from torch import Tensor, nn
 
 from .. import ops
 from ..layer import MoELayer
 from ..plan import RoutingPlan
 from ..routing import RouterCall, TokenChoice
+from .exchange import sum_counts
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TokenChoiceOverRanks(TokenChoice):
         plan = ops.dispatch(topk_ids, topk_weights, probs.shape[1], call.backend)
         if not call.with_aux:
             return plan, None
-        counts = collectives.all_reduce(plan.expert_counts, "sum", distributed.group.WORLD)
+        counts = sum_counts(plan.expert_counts)
         aux = ops.aux_loss(probs, counts, self.top_k, self.aux_loss_alpha)  # f T_all / T, for it divides by T alone
         return plan, aux * (probs.shape[0] * self.top_k / counts.sum().clamp(min=1))
 

@@ -1,4 +1,4 @@
-"""All-to-all of rows in two halves, so that what is called between them runs while rows travel, backward too."""
+"""All-to-all of rows in two halves: what is called between them runs while rows travel, backward too. And counts."""
 
 from __future__ import annotations
 
@@ -43,6 +43,15 @@ def exchange_counts(counts: Tensor, mesh: DeviceMesh) -> Tensor:
     theirs = torch.empty_like(counts)
     distributed.all_to_all_single(theirs, counts.contiguous(), group=mesh.get_group())
     return theirs
+
+
+def sum_counts(counts: Tensor) -> Tensor:
+    """Return the sum of (E,) integers over all ranks of the job."""
+    if torch.compiler.is_compiling():
+        return collectives.all_reduce(counts, "sum", distributed.group.WORLD)
+    total = counts.clone()
+    distributed.all_reduce(total)
+    return total
 
 
 @dataclass

@@ -59,8 +59,7 @@ class ExpertParallelLayer(MoELayer):
         arrived = self.dispatcher.send(TakeRows.apply(x, backend, *plan.tensors()), plan, self.ep_mesh)
         shared = None
         if shared_down_proj is not None:  # before anybody waits for the rows
-            all_to_one = _plan_of_rows(plan.row_token.new_zeros(x.shape[0]), x, 1, backend)
-            shared = ops.experts(x, all_to_one, shared_gate_up_proj[None], shared_down_proj[None], **how)
+            shared = ops.experts(x, _all_to_one(x), shared_gate_up_proj[None], shared_down_proj[None], **how)
         if arrived.dropped is not None:
             self.dropped_rows += arrived.dropped
         weights = [MeanGradient.apply(weight.to_local(), self.ep_mesh.size()) for weight in (gate_up_proj, down_proj)]
@@ -180,6 +179,14 @@ def _layers(module: nn.Module) -> dict[str, MoELayer]:
 def _plan_of_rows(expert_ids: Tensor, x: Tensor, num_experts: int, backend: str) -> RoutingPlan:
     ones = torch.ones(expert_ids.shape[0], 1, dtype=_checks.accumulator(x.dtype), device=x.device)
     return ops.dispatch(expert_ids[:, None], ones, num_experts, backend)
+
+
+def _all_to_one(x: Tensor) -> RoutingPlan:
+    """Return the plan of one expert that gets every token of x (T, H), without the call that dispatches."""
+    tokens = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)
+    ones = torch.ones(x.shape[0], dtype=_checks.accumulator(x.dtype), device=x.device)
+    each, all_of_them = tokens[:-1], tokens[-1:]
+    return RoutingPlan(ones, all_of_them, torch.cat([tokens[:1], all_of_them]), each, each, tokens, each)
 
 
 def add_gated(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:

@@ -1,30 +1,31 @@
-"""Expert parallelism beside FSDP2 and DDP, and the norm of gradients that lie on several meshes."""
+"""Expert parallelism beside FSDP2 and DDP."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .expert_parallel import EP, EXPERTS, ExpertParallelLayer
 
+Unit = TypeVar("Unit", nn.Module, list[nn.Module])
+POLICIES = {"mp_policy", "offload_policy"}  # of FSDP2, about parameters
 
-def fully_shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
+
+def fully_shard(module: Unit, mesh: DeviceMesh, **options: Any) -> Unit:
     """Apply FSDP2's fully_shard to a unit that may hold expert-parallel layers.
 
     Experts, which are split over "ep" already, are sharded over the other dimension of mesh; all other parameters over
-    all its ranks. Gradients are means over the ranks of mesh.
+    all its ranks. Gradients are means over the ranks of mesh. Where the other dimension is 1, FSDP2 has nothing to do
+    with experts and ignores them, unless a policy says in which dtype they compute or where they lie.
 
     Args:
-        module: the unit, after `expert_parallel`; as ever, inner units first.
+        module: the unit, or a list of modules that are one unit, after `expert_parallel`; as ever, inner units first.
         mesh: two-dimensional; one dimension is "ep".
         options: of torch.distributed.fsdp.fully_shard, but for mesh and shard_placement_fn.
     Returns: module.
@@ -38,12 +39,16 @@ def fully_shard(module: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Modul
         raise RuntimeError(f"torch: got {torch.__version__}, expected 2.13 or later ({error})") from None
     if mesh[EP].size() == 1:  # one mesh for all, which FSDP2 wants to be told once
         return fsdp.fully_shard(module, mesh=mesh[other], **options)
-    experts = {id(p) for p in _experts(module)}
     everybody = mesh._flatten(f"all_of_{'_'.join(mesh.mesh_dim_names)}")
+    experts = _experts(module)
+    if mesh[other].size() == 1 and not POLICIES & options.keys():
+        ignored = options.pop("ignored_params", None) or set()
+        return fsdp.fully_shard(module, mesh=everybody, ignored_params=ignored | set(experts), **options)
+    ids = {id(p) for p in experts}
     placement = ShardPlacementResult(None, FSDPMeshInfo(mesh[other], shard_mesh_dim=0))
 
     def place(parameter: nn.Parameter) -> Any:
-        return placement if id(parameter) in experts else None
+        return placement if id(parameter) in ids else None
 
     return fsdp.fully_shard(module, mesh=everybody, shard_placement_fn=place, **options)
 
@@ -77,30 +82,9 @@ def data_parallel(module: nn.Module, mesh: DeviceMesh, **options: Any) -> Distri
     return DistributedDataParallel(module, **options)
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients in place so that their 2-norm over all ranks is at most max_norm, whatever mesh they lie on.
-
-    torch.nn.utils.clip_grad_norm_ refuses parameters on two meshes.
-
-    Args:
-        parameters: plain ones, the same on all ranks, and DTensors on any meshes.
-        max_norm: the bound; inf to learn the norm alone.
-    Returns: the norm before, the same on all ranks.
-    """
-    by_mesh: dict[Any, list[nn.Parameter]] = {}
-    for p in parameters:
-        if p.grad is not None:
-            by_mesh.setdefault(p.grad.device_mesh if isinstance(p.grad, DTensor) else None, []).append(p)
-    norms = [get_total_norm([p.grad for p in group]) for group in by_mesh.values()]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-    for group in by_mesh.values() if max_norm < math.inf else ():
-        clip_grads_with_norm_(group, max_norm, total)
-    return total
-
-
-def _experts(module: nn.Module) -> list[nn.Parameter]:
-    layers = [layer for layer in module.modules() if isinstance(layer, ExpertParallelLayer)]
+def _experts(module: nn.Module | list[nn.Module]) -> list[nn.Parameter]:
+    modules = module if isinstance(module, list) else [module]
+    layers = [layer for unit in modules for layer in unit.modules() if isinstance(layer, ExpertParallelLayer)]
     return [getattr(layer, name) for layer in layers for name in EXPERTS]
 
 

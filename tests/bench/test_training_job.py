@@ -14,17 +14,17 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 from bench.images.checkpoints import Recipe, load_any, predicts
 from bench.images.digits import load_digits
 from bench.images.sampling.samplers import NOISE, VELOCITY
+from bench.training import plain
 from bench.training.data import Draws, InMemory, Shards, open_source
 from bench.training.log import Log
 from bench.training.processes import Ranks, joined
-from bench.training.trainer import OBJECTIVES, PRECISIONS, Job, LossScale, Trainer
+from bench.training.trainer import Job, LossScale, Trainer
 from moe_kernels.distributed import checkpoints
-from reference.dit import DiTMoE
 from tests.bench import training_jobs
 from tests.bench.training_jobs import TINY, write_shards
 from tests.contenders import BACKENDS
@@ -59,41 +59,7 @@ def job_of(seed: int, **settings) -> Job:
     return Job(recipe, clip=1.0, **settings)
 
 
-def plainly(job: Job, parts: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Train the oracle's model by a loop of its own; the auxiliary loss is the mean of the parts' own."""
-    recipe = job.recipe
-    torch.manual_seed(recipe.seed)
-    model = DiTMoE(job.config).train().to(dtype)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
-    draws = Draws(digits(), recipe.seed, recipe.batch, job.predicts, recipe.label_dropout)
-    rows = []
-    for step in range(STEPS):
-        total, aux_total = 0.0, 0.0
-        for part in (draws.part(step, r, parts) for r in range(parts)):
-            aux = None
-
-            def net(x, t, y):
-                nonlocal aux
-                narrow = PRECISIONS[job.precision] if dtype != torch.float64 else None
-                with torch.autocast("cpu", narrow, enabled=narrow is not None):
-                    out, aux = model(x, t, y, return_aux_loss=True)
-                return out.to(dtype), aux
-
-            own = part.x0.to(dtype), part.labels
-            loss = OBJECTIVES[job.predicts].loss(net, *own, t=part.t, noise=part.noise.to(dtype))
-            share = len(part.labels) / recipe.batch
-            total, aux_total = total + share * loss, aux_total + share * aux.detach()
-        optimizer.zero_grad()
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), job.clip)
-        optimizer.param_groups[0]["lr"] = recipe.rate_at(step)
-        optimizer.step()
-        rows.append((float(total.detach() - aux_total), float(aux_total), float(norm)))
-    return columns(rows, dtype)
-
-
-def columns(rows: list[tuple[float, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    table = torch.tensor(rows, dtype=dtype).T
+def named(table: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(("loss", "aux", "norm"), table, strict=True))
 
 
@@ -105,10 +71,11 @@ def judge_losses(seed: int, parallel: str | None, **settings) -> None:
     def computed(seed: int, how: str) -> dict[str, torch.Tensor]:
         job = job_of(seed, **settings)
         if how in ("oracle", "eager", "loop"):
-            return plainly(job, parts, torch.float64 if how == "oracle" else torch.float32)
+            dtype = torch.float64 if how == "oracle" else torch.float32
+            return named(plain.train(job, digits(), STEPS, dtype, parts)[0])
         trainer = Trainer(job, digits(), ranks, parallel, world if (parallel or "").startswith("ep") else 1, OURS)
         rows = [trainer.advance() for _ in range(STEPS)]
-        return columns([(row["loss"], row["aux"], row["grad_norm"]) for row in rows], torch.float32)
+        return named(torch.tensor([(row["loss"], row["aux"], row["grad_norm"]) for row in rows]).T)
 
     judge(f"train_{parallel}", computed, OURS, torch.float32, seed)
 
@@ -205,15 +172,20 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+def struck(accident: str, words: list[str], restarts: int = 0) -> subprocess.CompletedProcess:
+    """Run the tiny job under torchrun with an accident of one rank in the sixth step."""
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts {restarts}".split()
+    command = [sys.executable, *launch, "-m", "tests.bench.training_jobs", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCIDENT": accident}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def test_a_killed_process_is_started_again_and_changes_nothing(two, tmp_path):
     """torchrun starts all again; they go on from the last checkpoint, to the bits of an undisturbed run."""
     words = ["--steps", "7", "--parallel", "ep", "--clip", "1"]
     codes = [code for code, *_ in two.run(training_jobs.train, words=[*words, "--out", str(tmp_path / "calm")])]
     assert codes == [0, 0]
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 -m tests.bench.training_jobs"
-    command = [sys.executable, *launch.split(), *words, "--resume", "--out", str(tmp_path / "killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = struck("1 killed", [*words, "--resume", "--out", str(tmp_path / "killed")], restarts=1)
     assert done.returncode == 0, done.stderr
     assert "training resumes at step 4 of 7" in done.stdout and "exitcode: -9" in done.stderr
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "calm") and len(rows_of(tmp_path / "calm")) == 7
@@ -221,6 +193,20 @@ def test_a_killed_process_is_started_again_and_changes_nothing(two, tmp_path):
     assert weights[0] == weights[1] and names(tmp_path / "killed") == ["step_00000006", "step_00000007"]
     path = tmp_path / "calm/model.safetensors"
     assert predicts(path) == "velocity" and load_any(path).model.config.num_heads == TINY["num_heads"]
+
+
+@pytest.mark.parametrize(
+    ("accident", "said"),
+    [
+        ("0 full", ["rank 0 stopped: [Errno 27] File too large"]),
+        ("1 hangs", ["rank 0 stopped: another process ended, or was waited for too long: "]),
+    ],
+)
+def test_an_accident_of_one_process_ends_all_with_its_reason(accident, said, tmp_path):
+    """Its log cannot be written, or it does not come to a collective; what was saved is named."""
+    done = struck(accident, ["--steps", "7", "--parallel", "ep", "--timeout", "8", "--out", str(tmp_path)])
+    assert done.returncode == 1 and all(reason in done.stdout for reason in said), (done.stdout, done.stderr)
+    assert "step_00000004 is the last checkpoint" in done.stdout and names(tmp_path)[-1] == "step_00000004"
 
 
 def test_a_full_disk_stops_all_and_keeps_what_was_good(two, tmp_path):

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from bench.training.trainer import Trainer
 
 TINY = dict(hidden_size=32, depth=2, num_heads=2, num_experts=4, mlp_ratio=2)
 COMMON = "--batch 5 --warmup 2 --ema 0.9 --lr 1e-3 --backend eager --save-every 2 --timeout 120".split()
-KILLED_AT = 5
+STRUCK_AT = 5
 
 
 def tiny_job(args, source):
@@ -84,15 +85,21 @@ def full_disk(rank: int) -> Iterator[None]:
 
 
 def accident() -> None:
-    """Kill rank 1 before a step, the first time that the job runs."""
-    advance = Trainer.advance
+    """Let one rank, before a step, be killed, hang, or find that the disk is full, the first time that the job runs."""
+    advance, (rank, what) = Trainer.advance, os.environ["ACCIDENT"].split()
 
-    def killed(self):
-        if self.step == KILLED_AT and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
+    def struck(self):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if self.step == STRUCK_AT and os.environ["RANK"] == rank and first:
+            if what == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif what == "hangs":
+                time.sleep(3600)
+            elif what == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return advance(self)
 
-    Trainer.advance = killed
+    Trainer.advance = struck
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_kernels import ExpertChoice
+from moe_kernels import ExpertChoice, ops
 from moe_kernels.distributed import BoundedDispatcher, data_parallel, expert_parallel, fully_shard
+from moe_kernels.distributed.expert_parallel import _all_to_one
 from tests.error_rule import judge
 from tests.product.distributed import problems
 from tests.product.distributed.problems import E, L, Problem, compute, mesh_of
@@ -53,3 +54,10 @@ def test_two_ranks_equal_one_process(two, case, dispatcher, seed):
 def test_four_ranks_equal_one_process(four, case, wrapper, seed):
     sizes = {"dp": 2, "ep": 2} if wrapper else {"ep": 4}
     four.run(judge_case, case=case, dispatcher="exact", sizes=sizes, wrapper=wrapper, seed=seed)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_the_shared_experts_plan_is_the_one_that_dispatch_makes(tokens):
+    plan = _all_to_one(torch.randn(tokens, 8))
+    expected = ops.dispatch(torch.zeros(tokens, 1, dtype=torch.int32), torch.ones(tokens, 1), 1, "eager")
+    assert all(map(torch.equal, plan.tensors(), expected.tensors()))

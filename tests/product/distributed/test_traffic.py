@@ -1,4 +1,4 @@
-"""What travels, when, and what is done with what does not fit; gradients' norm; what is refused."""
+"""What travels, when, and what is done with what does not fit; what is refused."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from moe_kernels.distributed import (
     BoundedDispatcher,
     ExactDispatcher,
     check_in_sync,
-    clip_grad_norm,
-    data_parallel,
     expert_parallel,
     fully_shard,
 )
-from tests.product.distributed.problems import BACKEND, E, H, K, L, Problem, by_one, call, mesh_of
+from tests.product.distributed.problems import BACKEND, E, H, K, L, Problem, call, mesh_of
 from tests.product.ownership.models import make_model
 
 pytestmark = pytest.mark.unpoisoned
@@ -207,27 +205,6 @@ def compiled(problem: Problem, seed: int, dispatcher) -> None:
 def test_the_bounded_dispatcher_compiles_as_one_graph(two, seed):
     """A graph without breaks reads nothing on the host."""
     two.run(compiled, problem=PLAIN, seed=seed, dispatcher=BoundedDispatcher(4 * L))
-
-
-def norms(problem: Problem, seed: int, world: int) -> None:
-    """Clip what lies on two meshes, or on one and none, as one process does by torch's function."""
-    mesh = mesh_of(dp=2, ep=world // 2)
-    for wrap in (fully_shard, data_parallel):
-        model = wrap(expert_parallel(problem.layer(seed, BACKEND), mesh), mesh)
-        call(model, mine(problem, seed))
-        one = problem.layer(seed, BACKEND)
-        for name, grad in by_one(problem, seed, "eager").items():
-            if name[1:] in dict(one.named_parameters()):
-                getattr(one, name[1:]).grad = grad
-        expected = nn.utils.clip_grad_norm_(one.parameters(), 0.1)
-        total = clip_grad_norm(model.parameters(), 0.1)
-        torch.testing.assert_close(total, expected)
-        again = clip_grad_norm(model.parameters(), 1.0)
-        torch.testing.assert_close(again, torch.tensor(0.1))
-
-
-def test_the_norm_of_gradients_on_two_meshes(four, seed):
-    four.run(norms, problem=Problem((2, 1, 1, 2)), seed=seed, world=4)
 
 
 def refusals(seed: int) -> None:

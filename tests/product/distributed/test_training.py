@@ -68,7 +68,16 @@ def by_ep_and_ddp(model: nn.Module) -> nn.Module:
     return data_parallel(expert_parallel(model, mesh), mesh)
 
 
-WAYS = {way.__name__: way for way in (by_fsdp, by_ep_and_fsdp, by_ep_and_ddp)}
+def by_ep_and_one_unit(model: nn.Module) -> nn.Module:
+    """No experts are left for FSDP2, and both blocks are gathered together."""
+    mesh = mesh_of(dp=1, ep=distributed.get_world_size())
+    stack_experts(model)
+    expert_parallel(model, mesh)
+    fully_shard(list(model.blocks), mesh)
+    return fully_shard(model, mesh)
+
+
+WAYS = {way.__name__: way for way in (by_fsdp, by_ep_and_fsdp, by_ep_and_ddp, by_ep_and_one_unit)}
 
 
 def without_sync(model: nn.Module, last: bool):
@@ -135,8 +144,9 @@ def judge_training(way: str, recomputed: bool, seed: int) -> None:
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_two_ranks_train_replaced_blocks_like_one_process(two, recomputed, seed):
-    two.run(judge_training, way="by_fsdp", recomputed=recomputed, seed=seed)
+@pytest.mark.parametrize("way", ["by_fsdp", "by_ep_and_one_unit"])
+def test_two_ranks_train_like_one_process(two, way, recomputed, seed):
+    two.run(judge_training, way=way, recomputed=recomputed, seed=seed)
 
 
 @pytest.mark.parametrize(
