@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bench.instrument import measure
-from bench.instrument.cases import EXPERT_CHOICE, PEERS, ROOMS, Case, kernels_on
+from bench.instrument.cases import BY_SCORES, PEERS, ROOMS, Case, kernels_on
 from bench.instrument.contender import by_name
 from bench.instrument.race import race
 from bench.instrument.shapes import MODEL_SHAPES
@@ -78,7 +78,8 @@ def _races(shape, deep, T, dtypes, backends, threads, rounds, seconds, slow=()) 
             able = own if hopeless and room == "experts" else backends  # the other rooms multiply next to nothing
             yield Race(replace(base, level=room, dtype=dtype), able, rounds, seconds / 3)
         if dtype == dtypes[0]:  # scores are fp32 in every dtype
-            yield Race(replace(base, level="dispatch", routing=EXPERT_CHOICE), backends, rounds, seconds / 3)
+            for rule in BY_SCORES:
+                yield Race(replace(base, level="dispatch", routing=rule), backends, rounds, seconds / 3)
         for mode in ("fwd", "fwdbwd"):
             able = own if hopeless else (*backends, *PEERS)
             yield Race(replace(base, dtype=dtype, mode=mode), able, rounds, seconds)
