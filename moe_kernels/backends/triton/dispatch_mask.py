@@ -58,6 +58,25 @@ def mask_behind(row_token, row_weight, row_pick, token_rows, rows, R, none, BLOC
 
 
 @triton.jit
+def mask_offsets(expert_counts, expert_offsets, offsets, total, R, E: tl.constexpr, E_PADDED: tl.constexpr):
+    """Store what experts have, up to R rows in all."""
+    experts = tl.arange(0, E_PADDED)
+    begin = tl.minimum(offsets, R)
+    tl.store(expert_offsets + experts, begin, mask=experts < E)
+    tl.store(expert_counts + experts, tl.minimum(offsets + total, R) - begin, mask=experts < E)
+
+
+@triton.jit
+def mask_rows(weights, row_weight, row_token, row_pick, row, tokens, kept, E: tl.constexpr, E_PADDED: tl.constexpr):
+    """Store the rows of tokens (tokens, experts) that are kept."""
+    token = tl.zeros_like(row) + tokens[:, None]
+    pick = token * E + tl.arange(0, E_PADDED)[None, :]
+    tl.store(row_token + row, token, mask=kept)
+    tl.store(row_pick + row, pick, mask=kept)
+    tl.store(row_weight + row, tl.load(weights + pick, mask=kept, other=0.0), mask=kept)
+
+
+@triton.jit
 def mask_place(
     weights,
     picks,
@@ -84,9 +103,7 @@ def mask_place(
     offsets = tl.cumsum(total, 0) - total
     rows = tl.minimum(tl.sum(total, 0), R)
     if program == 0:
-        kept = tl.minimum(offsets, R)
-        tl.store(expert_offsets + experts, kept, mask=experts < E)
-        tl.store(expert_counts + experts, tl.minimum(offsets + total, R) - kept, mask=experts < E)
+        mask_offsets(expert_counts, expert_offsets, offsets, total, R, E, E_PADDED)
         tl.store(expert_offsets + E, rows)
         tl.store(token_row_offsets + T, rows)
     slot = tl.sum(tl.minimum(before, tl.maximum(R - offsets, 0)), 0)  # of the rows of earlier programs' tokens
@@ -101,11 +118,7 @@ def mask_place(
         starts = slot + tl.cumsum(of_token, 0) - of_token
         tl.store(token_row_offsets + tokens, starts, mask=tokens < stop)
         tl.store(token_rows + starts[:, None] + tl.cumsum(kept, 1) - kept, row, mask=kept == 1)
-        token = tl.zeros_like(row) + tokens[:, None]
-        pick = token * E + experts[None, :]
-        tl.store(row_token + row, token, mask=kept == 1)
-        tl.store(row_pick + row, pick, mask=kept == 1)
-        tl.store(row_weight + row, tl.load(weights + pick, mask=kept == 1, other=0.0), mask=kept == 1)
+        mask_rows(weights, row_weight, row_token, row_pick, row, tokens, kept == 1, E, E_PADDED)
         before += tl.sum(hits, 0)
         slot += tl.sum(of_token, 0)
     mask_behind(row_token, row_weight, row_pick, token_rows, rows, R, T * E, 1024)
