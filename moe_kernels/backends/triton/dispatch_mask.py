@@ -98,7 +98,6 @@ def mask_place(
 ):
     """Place a row for each mark; rows from R on are dropped. See dispatch_place, which does it for K picks a token."""
     program = tl.program_id(0)
-    experts = tl.arange(0, E_PADDED)
     total, before = marks_before(counts, E_PADDED, BLOCK_COUNTS)
     offsets = tl.cumsum(total, 0) - total
     rows = tl.minimum(tl.sum(total, 0), R)
