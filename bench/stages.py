@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from bench.instrument import measure
-from bench.instrument.cases import EXPERT_CHOICE, PEERS, ROOMS, Case
+from bench.instrument.cases import BY_SCORES, PEERS, ROOMS, Case
 from bench.instrument.contender import by_name
 from bench.instrument.race import race, untried
 from bench.instrument.shapes import MODEL_SHAPES
@@ -87,7 +87,8 @@ def _races(shape, T, dtypes, backends, threads, rounds, seconds) -> Iterator[Rac
         for room in ROOMS:
             yield Race(replace(base, level=room, dtype=dtype), backends, rounds, seconds / 3)
         if dtype == dtypes[0]:  # scores are fp32 in every dtype
-            yield Race(replace(base, level="dispatch", routing=EXPERT_CHOICE), backends, rounds, seconds / 3)
+            for rule in BY_SCORES:
+                yield Race(replace(base, level="dispatch", routing=rule), backends, rounds, seconds / 3)
         for mode in ("fwd", "fwdbwd"):
             yield Race(replace(base, dtype=dtype, mode=mode), (*backends, *PEERS), rounds, seconds)
         yield Race(replace(base, level="block", routing="gate", dtype=dtype), (*backends, LOOP), rounds, seconds)

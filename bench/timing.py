@@ -11,13 +11,13 @@ from pathlib import Path
 
 from bench import stages
 from bench.instrument import arguments, store, workloads
-from bench.instrument.cases import BACKENDS, DEVICES, DTYPES, EXPERT_CHOICE, LEVELS, MODES, PEERS, Case
+from bench.instrument.cases import BACKENDS, BY_SCORES, DEVICES, DTYPES, LEVELS, MODES, PEERS, Case
 from bench.instrument.progress import say
 from bench.instrument.races import line
 from bench.instrument.shapes import MODEL_SHAPES, ROUTING_PRESETS
 from bench.peers import families
 
-ROUTINGS = ("gate", *ROUTING_PRESETS, EXPERT_CHOICE)
+ROUTINGS = ("gate", *ROUTING_PRESETS, *BY_SCORES)
 STEPS = {"train_step": "fwdbwd", "sampling_step": "fwd"}  # their only mode
 DEFAULT = {"cpu": ("native", "grouped", stages.LOOP), "cuda": ("triton", "cuda", "grouped", stages.LOOP)}
 
@@ -75,7 +75,7 @@ def races(args: argparse.Namespace) -> Iterator[stages.Race | families.FamilyRac
     contenders = words("backends", (*BACKENDS, *PEERS)) if args.backends else DEFAULT[args.device]
     modes = [STEPS[args.level]] if args.level in STEPS else words("modes", MODES)
     routing = "gate" if args.level in (*LEVELS["block"], *STEPS) else args.routing
-    allowed = [name for name in ROUTINGS if name != EXPERT_CHOICE or args.level == "dispatch"]
+    allowed = [name for name in ROUTINGS if name not in BY_SCORES or args.level == "dispatch"]
     if routing not in allowed:
         raise ValueError(f"--routing: got {routing!r}, expected one of {', '.join(allowed)}")
     settings = product(words("shapes", MODEL_SHAPES), args.tokens, words("dtypes", DTYPES), modes, args.threads)

@@ -17,6 +17,7 @@
 #include "cpu/kernels.h"
 #include "cpu/levels.h"
 #include "cpu/peak.h"
+#include "cpu/selection.h"
 
 namespace py = pybind11;
 using namespace moe;
@@ -209,6 +210,44 @@ void py_dispatch_expert_choice(const Tensor& affinities, int64_t capacity, int64
   dispatch_expert_choice_fwd(T, E, capacity, tokens_per_group, affinities.as<float>(), threads, out);
 }
 
+void py_dispatch_mask(const Tensor& weights, const Tensor& picks, const Plan& plan) {
+  const int64_t T = weights.sizes.at(0), E = weights.sizes.at(1);
+  weights.expect("weights", F32, {T, E});
+  picks.expect("picks", Dtype::kBool, {T, E});
+  expect_fields(plan);
+  MOE_CHECK(T * E < (int64_t(1) << 31), "weights: ", T * E, " elements, expected less than 2^31");
+  const int64_t R = plan[kRowToken].sizes.at(0);
+  const PlanOut out = out_of(plan, T, E, R);
+  py::gil_scoped_release release;
+  dispatch_mask_fwd(T, E, R, weights.as<float>(), picks.as<uint8_t>(), out);
+}
+
+void py_select_top(const Tensor& scores, const std::optional<Tensor>& counts, int64_t count, const Tensor& picks,
+                   const Tensor& least, int threads) {
+  MOE_CHECK(scores.sizes.size() == 3, "scores: ", scores.sizes.size(), " dimensions, expected 3");
+  const int64_t G = scores.sizes[0], M = scores.sizes[1], N = scores.sizes[2];
+  scores.expect("scores", F32, {G, M, N});
+  MOE_CHECK(M < INT32_MAX, "scores: ", M, " in a group, expected less than 2^31");
+  if (counts) counts->expect("counts", I32, {G, N});
+  picks.expect("picks", Dtype::kBool, {G, M, N});
+  least.expect("least", F32, {G, N});
+  py::gil_scoped_release release;
+  select_top(G, M, N, scores.as<float>(), optional(counts).as<int32_t>(), count, threads, picks.as<uint8_t>(),
+             least.as<float>());
+}
+
+void py_select_experts(const Tensor& scores, int64_t groups, int64_t groups_taken, const Tensor& topk_ids,
+                       int threads) {
+  const int64_t T = scores.sizes.at(0), E = scores.sizes.at(1), K = topk_ids.sizes.at(1);
+  scores.expect("scores", F32, {T, E});
+  topk_ids.expect("topk_ids", I32, {T, K});
+  MOE_CHECK(K > 0 && K <= E, "top_k: ", K, ", expected 1..", E);
+  MOE_CHECK(groups > 0 && E % groups == 0, "groups: ", groups, ", expected a divisor of ", E);
+  MOE_CHECK(groups_taken > 0 && groups_taken <= groups, "groups_taken: ", groups_taken, ", expected 1..", groups);
+  py::gil_scoped_release release;
+  select_experts(T, E, K, groups, groups_taken, scores.as<float>(), threads, topk_ids.as<int32_t>());
+}
+
 void py_experts_fwd(const Tensor& x, const Plan& plan, const Kinds& weights, const std::string& activation,
                     const BiasViews& biases, const Tensor& y_rows, const std::optional<Tensor>& gate_up, int threads) {
   ExpertTable w = table_of("weights", weights, 3);
@@ -314,8 +353,8 @@ PYBIND11_MODULE(_C, m) {
                      "A view of caller-owned memory: address, dtype tag, sizes, strides, readable bytes.")
       .def(py::init(
           [](uintptr_t data, int dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides, int64_t nbytes) {
-            MOE_CHECK(dtype >= 0 && dtype <= 3, "dtype tag: ", dtype,
-                      ", expected 0 (fp32), 1 (bf16), 2 (fp16) or 3 (int32)");
+            MOE_CHECK(dtype >= 0 && dtype <= 4, "dtype tag: ", dtype,
+                      ", expected 0 (fp32), 1 (bf16), 2 (fp16), 3 (int32) or 4 (bool)");
             return Tensor{reinterpret_cast<void*>(data), Dtype(dtype), std::move(sizes), std::move(strides), nbytes};
           }));
   py::class_<Block>(m, "Block", py::buffer_protocol(), "Memory out of the pool that survives between calls.")
@@ -336,6 +375,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("gating_bwd", &py_gating_bwd);
   m.def("dispatch", &py_dispatch);
   m.def("dispatch_expert_choice", &py_dispatch_expert_choice);
+  m.def("dispatch_mask", &py_dispatch_mask);
+  m.def("select_top", &py_select_top);
+  m.def("select_experts", &py_select_experts);
   m.def("experts_fwd", &py_experts_fwd);
   m.def("experts_bwd", &py_experts_bwd);
   m.def("combine", &py_combine);

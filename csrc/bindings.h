@@ -29,7 +29,7 @@ inline Activation activation_of(const std::string& name) {
 }
 
 inline void expect_float(const char* name, const Tensor& t) {
-  MOE_CHECK(t.dtype != I32, name, ": dtype tag ", int(t.dtype), ", expected a float, 0 to 2");
+  MOE_CHECK(int(t.dtype) < kFloatDtypes, name, ": dtype tag ", int(t.dtype), ", expected a float, 0 to 2");
 }
 
 inline void expect_fields(const Plan& plan) {

@@ -9,6 +9,7 @@
 #include "cuda/expert_choice.h"
 #include "cuda/experts.h"
 #include "cuda/gating.h"
+#include "cuda/selection.h"
 #ifdef MOE_FIBERS
 #include "tests/fibers.h"
 #endif
@@ -128,6 +129,44 @@ void py_dispatch_expert_choice(const Tensor& affinities, int64_t capacity, int64
                                    out_of(plan, T, E, E * (T / tokens_per_group) * capacity),
                                    scratch_of(workspace, cuda::dispatch_expert_choice_workspace_bytes(T, E)),
                                    stream_of(stream));
+}
+
+void py_dispatch_mask(const Tensor& weights, const Tensor& picks, const Plan& plan, const Tensor& workspace,
+                      uintptr_t stream) {
+  const int64_t T = weights.sizes.at(0), E = weights.sizes.at(1);
+  weights.expect("weights", F32, {T, E});
+  picks.expect("picks", Dtype::kBool, {T, E});
+  expect_fields(plan);
+  MOE_CHECK(T * E < (int64_t(1) << 31), "weights: ", T * E, " elements, expected less than 2^31");
+  const int64_t R = plan[kRowToken].sizes.at(0);
+  cuda::dispatch_mask_fwd(T, E, R, weights.as<float>(), picks.as<uint8_t>(), out_of(plan, T, E, R),
+                          scratch_of(workspace, cuda::dispatch_mask_workspace_bytes(T, E)), stream_of(stream));
+}
+
+void py_select_top(const Tensor& scores, const std::optional<Tensor>& counts, int64_t count, const Tensor& picks,
+                   const Tensor& least, const Tensor& workspace, uintptr_t stream) {
+  MOE_CHECK(scores.sizes.size() == 3, "scores: ", scores.sizes.size(), " dimensions, expected 3");
+  const int64_t G = scores.sizes[0], M = scores.sizes[1], N = scores.sizes[2];
+  scores.expect("scores", F32, {G, M, N});
+  MOE_CHECK(G * M * N < (int64_t(1) << 31), "scores: ", G * M * N, " elements, expected less than 2^31");
+  if (counts) counts->expect("counts", I32, {G, N});
+  picks.expect("picks", Dtype::kBool, {G, M, N});
+  least.expect("least", F32, {G, N});
+  cuda::select_top(G, M, N, scores.as<float>(), optional(counts).as<int32_t>(), count, picks.as<uint8_t>(),
+                   least.as<float>(), scratch_of(workspace, cuda::select_top_workspace_bytes(G, M, N)),
+                   stream_of(stream));
+}
+
+void py_select_experts(const Tensor& scores, int64_t groups, int64_t groups_taken, const Tensor& topk_ids,
+                       uintptr_t stream) {
+  const int64_t T = scores.sizes.at(0), E = scores.sizes.at(1), K = topk_ids.sizes.at(1);
+  scores.expect("scores", F32, {T, E});
+  topk_ids.expect("topk_ids", I32, {T, K});
+  MOE_CHECK(T * E < (int64_t(1) << 31), "scores: ", T * E, " elements, expected less than 2^31");
+  MOE_CHECK(K > 0 && K <= E, "top_k: ", K, ", expected 1..", E);
+  MOE_CHECK(groups > 0 && E % groups == 0, "groups: ", groups, ", expected a divisor of ", E);
+  MOE_CHECK(groups_taken > 0 && groups_taken <= groups, "groups_taken: ", groups_taken, ", expected 1..", groups);
+  cuda::select_experts(T, E, K, groups, groups_taken, scores.as<float>(), topk_ids.as<int32_t>(), stream_of(stream));
 }
 
 void py_dispatch_bwd(const Tensor& drow_weight, const Tensor& row_pick, const Tensor& out, uintptr_t stream) {
@@ -291,6 +330,11 @@ PYBIND11_MODULE(MOE_MODULE, m) {
   m.def("modulated_gating_bwd", &py_modulated_gating_bwd);
   m.def("modulated_gating_bwd_workspace_bytes", &py_modulated_gating_bwd_workspace_bytes);
   m.def("dispatch", &py_dispatch);
+  m.def("dispatch_mask", &py_dispatch_mask);
+  m.def("dispatch_mask_workspace_bytes", &cuda::dispatch_mask_workspace_bytes);
+  m.def("select_top", &py_select_top);
+  m.def("select_top_workspace_bytes", &cuda::select_top_workspace_bytes);
+  m.def("select_experts", &py_select_experts);
   m.def("dispatch_bwd", &py_dispatch_bwd);
   m.def("dispatch_workspace_bytes", &cuda::dispatch_workspace_bytes);
   m.def("dispatch_expert_choice", &py_dispatch_expert_choice);

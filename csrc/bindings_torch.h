@@ -59,15 +59,16 @@ inline const Torch& torch() {
 }
 
 inline Dtype dtype_of(const DataType& dtype, pybind11::handle object) {
-  constexpr uint8_t kInt = 0, kFloat = 2, kBFloat = 4;
+  constexpr uint8_t kInt = 0, kFloat = 2, kBFloat = 4, kBool = 6;
   if (dtype.lanes == 1) {
     if (dtype.code == kFloat && dtype.bits == 32) return Dtype::kFloat32;
     if (dtype.code == kBFloat && dtype.bits == 16) return Dtype::kBFloat16;
     if (dtype.code == kFloat && dtype.bits == 16) return Dtype::kFloat16;
     if (dtype.code == kInt && dtype.bits == 32) return Dtype::kInt32;
+    if (dtype.code == kBool && dtype.bits == 8) return Dtype::kBool;
   }
   throw pybind11::type_error("tensor: got " + std::string(pybind11::str(object.attr("dtype"))) +
-                             ", expected one of torch.float32, torch.bfloat16, torch.float16, torch.int32");
+                             ", expected one of torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.bool");
 }
 
 // How far memory may be read from a tensor's first element on: its own elements where they are contiguous, else what is

@@ -170,8 +170,10 @@ def embedded(t: Tensor, offset: int) -> Tensor:
     return buffer[offset : offset + t.numel()].view(t.shape).copy_(t)
 
 
-def poison(dtype: torch.dtype) -> float | int:
-    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+def poison(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).max
 
 
 LAYOUTS = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from bench.instrument.cases import EXPERT_CHOICE, ROOMS, Case
+from bench.instrument.cases import BY_SCORES, ROOMS, Case
 from bench.instrument.shapes import MODEL_SHAPES, MoEShape
 
 ROUTING = "position_skewed"  # what DiT-MoE learns
@@ -88,7 +88,7 @@ def _rooms(size: Size, device: str, dtype: str) -> Iterator[Case]:
             yield _case(room, name, T, dtype, mode, device)
         elif mode == "fwd":  # integers: no gradient, no dtype
             case = _case(room, name, T, "fp32", mode, device)
-            yield from (case, replace(case, routing=EXPERT_CHOICE))
+            yield from (case, *(replace(case, routing=rule) for rule in BY_SCORES))
 
 
 def compiled(size: Size, device: str) -> list[Case]:

@@ -37,6 +37,8 @@ DTYPES = {
 MODES = ("fwd", "bwd", "fwdbwd")
 PRESETS = tuple(name for name in ROUTING_PRESETS if name != "real")
 EXPERT_CHOICE = "expert_choice"  # routing of "dispatch" alone: experts take tokens, image by image
+RACE, GROUP_LIMITED = "race", "group_limited"  # likewise: all scores race; tokens take experts of their best groups
+BY_SCORES = (EXPERT_CHOICE, RACE, GROUP_LIMITED)  # what "dispatch" does here begins with a pass over (T, E) scores
 OWN = "own"  # routing of a family's model: its router is a part of what is timed (bench/peers/families.py)
 LOGIT_MARGIN = 1e-3
 _ID = re.compile(
@@ -48,8 +50,8 @@ _ID = re.compile(
 @dataclass(frozen=True)
 class Case:
     """One thing to time. T counts tokens of one call; `routing` is a preset, or "gate" where the model's own gate
-    routes, or "expert_choice" where experts pick, or "own" for a layer or block of another family's model, its router
-    included.
+    routes, or one of BY_SCORES where "dispatch" picks scores, or "own" for a layer or block of another family's model,
+    its router included.
 
     level: a room, "layer" (dispatch + fused layer on given picks), "block" (adaLN, attention, gate, layer),
         "train_step" (rectified-flow loss, backward, AdamW) or "sampling_step" (velocity with guidance, both halves in
@@ -140,7 +142,7 @@ class Case:
         if level == "gating":
             return tokens + size * s.E * s.H, 4 * T * s.E + picks
         if level == "dispatch":
-            return 4 * T * s.E if self.routing == EXPERT_CHOICE else picks, 4 * (4 * R + T + 2 * s.E + 2)
+            return 4 * T * s.E if self.routing in BY_SCORES else picks, 4 * (4 * R + T + 2 * s.E + 2)
         if level == "experts":
             return tokens + weights, size * R * s.H
         if level == "combine":
@@ -166,15 +168,15 @@ def make_inputs(case: Case, seed: int = 0, dtype: torch.dtype | None = None) -> 
     """Draw everything a layer case needs, never zeros: on the CPU, whatever the device of the case.
 
     Args:
-        case: gives shape, T, device and routing preset ("gate", "expert_choice": the scores of a softmax gate on x).
+        case: gives shape, T, device and routing preset ("gate", BY_SCORES: the scores of a softmax gate on x).
         seed: same seed, same numbers, in every dtype up to rounding.
         dtype: of x and the weights; the case's own by default.
     Returns:
         x (T, H), gate_weight (E, H), gate_up_proj (E, 2I, H), down_proj (E, H, I), shared_gate_up_proj (2Is, H) and
         shared_down_proj (H, Is) or None, topk_ids (T, K) int32, topk_weights (T, K) float32 (float64 for float64), and
-        likewise affinities (T, E) for expert choice, else None.
+        likewise affinities (T, E) for BY_SCORES, else None.
         Tokens whose router logits nearly tie are replaced, so that every precision picks the same experts.
-    Raises: ValueError for an unknown routing preset, or expert choice where "dispatch" is not what is timed.
+    Raises: ValueError for an unknown routing preset, or one of BY_SCORES where "dispatch" is not what is timed.
     """
     dtype = dtype or case.torch_dtype
     if case.device == "cpu":
@@ -207,13 +209,13 @@ def _inputs(case: Case, seed: int, dtype: torch.dtype) -> SimpleNamespace:
     x, gate_weight = draw(T, s.H, scale=1.0), weight(s.E, s.H)
     x = _without_near_ties(x, gate_weight)
     probs = None
-    if case.routing == "gate" or (case.routing == EXPERT_CHOICE and case.level == "dispatch"):
+    if case.routing == "gate" or (case.routing in BY_SCORES and case.level == "dispatch"):
         probs = (x.double() @ gate_weight.double().T).softmax(-1)
         topk_weights, topk_ids = probs.topk(s.K)
     elif case.routing in ROUTING_PRESETS:
         topk_ids, topk_weights = ROUTING_PRESETS[case.routing](T, s.E, s.K, generator)
     else:
-        expected = f"'gate', {EXPERT_CHOICE!r} (dispatch only) or one of {', '.join(ROUTING_PRESETS)}"
+        expected = f"'gate', {', '.join(BY_SCORES)} (dispatch only) or one of {', '.join(ROUTING_PRESETS)}"
         raise ValueError(f"routing: got {case.routing!r}, expected {expected}")
     wide = torch.promote_types(dtype, torch.float32)
     return SimpleNamespace(
@@ -225,7 +227,7 @@ def _inputs(case: Case, seed: int, dtype: torch.dtype) -> SimpleNamespace:
         shared_down_proj=weight(s.H, s.Is) if s.Is else None,
         topk_ids=topk_ids.int(),
         topk_weights=topk_weights.to(wide),
-        affinities=probs.to(wide) if case.routing == EXPERT_CHOICE else None,
+        affinities=probs.to(wide) if case.routing in BY_SCORES else None,
     )
 
 
@@ -287,7 +289,7 @@ def all_cases(size: str | None = None) -> tuple[Case, ...]:
 def _room_cases(base: Case) -> Iterator[Case]:
     for room, backend in product(ROOMS, backends_on("cpu")):
         if room == "dispatch":  # integers: no dtype, no gradient worth timing
-            for routing in (base.routing, EXPERT_CHOICE):
+            for routing in (base.routing, *BY_SCORES):
                 yield replace(base, level=room, backend=backend, routing=routing)
             continue
         for dtype, mode in product(("fp32", "bf16"), ("fwd", "bwd")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,6 +15,7 @@ import moe_kernels
 import reference.moe
 import reference.rooms
 from bench.instrument.shapes import MoEShape
+from reference import routers
 
 PLAN = reference.rooms.Plan._fields
 ROOMS = ("gating", "dispatch", "dispatch_expert_choice", "experts", "combine")
@@ -35,6 +37,11 @@ def gating(p: SimpleNamespace, rooms: Any) -> Sequence[Tensor]:
 def dispatch(p: SimpleNamespace, rooms: Any) -> Sequence[Tensor]:
     if p.affinities is None:
         plan = rooms.dispatch(p.topk_ids, p.topk_weights, p.shape.E)
+    elif p.rule == "race":
+        plan = rooms.race(p.affinities, p.affinities.shape[0] * p.shape.K)
+    elif p.rule == "group_limited":
+        groups = 4 if p.shape.E % 4 == 0 else 1
+        plan = rooms.group_limited(p.affinities, p.shape.K, groups, (groups + 1) // 2)
     else:
         plan = rooms.dispatch_expert_choice(p.affinities, *_capacity(p.shape))
     return [getattr(plan, name) for name in PLAN]
@@ -70,10 +77,35 @@ def ours(backend: str) -> SimpleNamespace:
         plan = moe_kernels.dispatch(topk_ids, topk_weights, gate_up_proj.shape[0], backend)
         return moe_kernels.moe_mlp(x, plan, gate_up_proj, *weights, backend=backend)
 
-    return SimpleNamespace(moe=moe, **{room: on_backend(room) for room in ROOMS})
+    def race(scores: Tensor, count: int) -> moe_kernels.RoutingPlan:
+        picks, _ = moe_kernels.ops.select_top(scores.view(1, -1, 1), count, backend)
+        return moe_kernels.dispatch_mask(scores, picks.view(scores.shape), count, backend)
+
+    def group_limited(scores: Tensor, top_k: int, groups: int, taken: int) -> moe_kernels.RoutingPlan:
+        topk_ids = moe_kernels.ops.select_experts(scores, top_k, groups, taken, backend)
+        return moe_kernels.dispatch(topk_ids, scores.gather(1, topk_ids.long()), scores.shape[1], backend)
+
+    return SimpleNamespace(
+        moe=moe, race=race, group_limited=group_limited, **{room: on_backend(room) for room in ROOMS}
+    )
 
 
-PLAIN = SimpleNamespace(moe=reference.moe.moe, **{room: getattr(reference.rooms, room) for room in ROOMS})
+def _race(scores: Tensor, count: int) -> reference.rooms.Plan:
+    return reference.rooms.dispatch_mask(scores, routers.race(scores, count, scores.shape[0]))
+
+
+def _group_limited(scores: Tensor, top_k: int, groups: int, taken: int) -> reference.rooms.Plan:
+    _, picks = routers.group_limited_choice(scores, top_k, groups, taken)
+    best = scores.masked_fill(~picks, -math.inf).sort(dim=-1, descending=True, stable=True)
+    return reference.rooms.dispatch(best.indices[:, :top_k], best.values[:, :top_k], scores.shape[1])
+
+
+PLAIN = SimpleNamespace(
+    moe=reference.moe.moe,
+    race=_race,
+    group_limited=_group_limited,
+    **{room: getattr(reference.rooms, room) for room in ROOMS},
+)
 OPS = {
     "gating": Op(gating, ("x", "gate_weight"), ("topk_weights", "topk_ids", "probs")),
     "dispatch": Op(dispatch, (), PLAN),

@@ -111,7 +111,7 @@ def expect_model(case: Case) -> None:
 def _build_op(case: Case, how: str) -> Workload:
     op, s = OPS[case.level], case.shape
     p = make_inputs(case, dtype=_dtype(case, how))
-    p.shape = s
+    p.shape, p.rule = s, case.routing
     p.plan = moe_kernels.dispatch(p.topk_ids, p.topk_weights, s.E, "eager")
     p.row_weight = p.plan.row_weight.clone()
     if case.level == "combine":

@@ -5,10 +5,12 @@
 
 namespace moe {
 
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt32 = 3 };
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt32 = 3, kBool = 4 };
 constexpr int kFloatDtypes = 3;
 
-static inline int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 || dtype == Dtype::kInt32 ? 4 : 2; }
+static inline int64_t dtype_bytes(Dtype dtype) {
+  return dtype == Dtype::kBool ? 1 : dtype == Dtype::kFloat32 || dtype == Dtype::kInt32 ? 4 : 2;
+}
 
 struct bf16 {
   uint16_t bits;

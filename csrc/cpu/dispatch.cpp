@@ -7,6 +7,7 @@
 
 #include "../core/error.h"
 #include "../core/threads.h"
+#include "order.h"
 
 namespace moe {
 namespace {
@@ -22,14 +23,6 @@ void token_rows_from_rows(int64_t T, int64_t R, const PlanOut& plan) {
 void offsets_from_counts(int64_t E, const PlanOut& plan) {
   plan.expert_offsets[0] = 0;
   std::partial_sum(plan.expert_counts, plan.expert_counts + E, plan.expert_offsets + 1);
-}
-
-// An integer in the order of the scores, 0 and -0 alike.
-int32_t order_key(float score) {
-  score += 0.f;
-  int32_t bits;
-  std::memcpy(&bits, &score, sizeof bits);
-  return bits ^ ((bits >> 31) & INT32_MAX);
 }
 
 int64_t count_from(const std::vector<int32_t>& keys, int32_t bound) {
@@ -93,6 +86,42 @@ void dispatch_expert_choice_fwd(int64_t T, int64_t E, int64_t capacity, int64_t 
     }
   });
   token_rows_from_rows(T, E * per_expert, plan);
+}
+
+void dispatch_mask_fwd(int64_t T, int64_t E, int64_t R, const float* weights, const uint8_t* picks,
+                       const PlanOut& plan) {
+  const auto each_pick = [&](const auto& body) {  // tokens, and experts of a token, ascending; most bytes are zero
+    const int64_t count = T * E;
+    for (int64_t i = 0; i < count;) {
+      uint64_t eight = 0;
+      std::memcpy(&eight, picks + i, size_t(std::min<int64_t>(8, count - i)));
+      for (int64_t j = i; eight; ++j, eight >>= 8)
+        if (eight & 0xFF) body(j);
+      i += 8;
+    }
+  };
+  std::fill(plan.expert_counts, plan.expert_counts + E, 0);
+  each_pick([&](int64_t pick) { ++plan.expert_counts[pick % E]; });
+  offsets_from_counts(E, plan);
+  MOE_CHECK(plan.expert_offsets[E] <= R, "picks: ", plan.expert_offsets[E], " marks, expected at most ", R);
+  std::vector<int32_t> next(plan.expert_offsets, plan.expert_offsets + E);
+  int64_t token = 0, rows = 0;
+  plan.token_row_offsets[0] = 0;
+  each_pick([&](int64_t pick) {
+    for (; token < pick / E; ++token) plan.token_row_offsets[token + 1] = int32_t(rows);
+    const int32_t row = next[pick % E]++;
+    plan.row_token[row] = int32_t(token);
+    plan.row_pick[row] = int32_t(pick);
+    plan.row_weight[row] = weights[pick];
+    plan.token_rows[rows++] = row;
+  });
+  for (; token < T; ++token) plan.token_row_offsets[token + 1] = int32_t(rows);
+  for (; rows < R; ++rows) {
+    plan.row_token[rows] = 0;
+    plan.row_pick[rows] = int32_t(T * E);
+    plan.row_weight[rows] = 0;
+    plan.token_rows[rows] = int32_t(rows);
+  }
 }
 
 }  // namespace moe

@@ -4,9 +4,11 @@
 #include "../cuda/dispatch.h"
 #include "../cuda/expert_choice.h"
 #include "../cuda/products.h"
+#include "../cuda/selection.h"
 #include "../cuda/sums.h"
 #include "cuda_test_experts.h"
 #include "cuda_test_router.h"
+#include "selection_test.h"
 
 namespace {
 
@@ -97,6 +99,22 @@ void test_expert_choice(int64_t T, int64_t E, int64_t C, int64_t G, const std::s
     same &= std::memcmp(&plan.row_weight[r], &want.row_weight[r], sizeof(float)) == 0;
   plan.row_weight = want.row_weight = {};
   expect(same && plan == want, name);
+}
+
+void test_selection() {
+  const auto workspace = [](int64_t bytes) { return Ints(size_t(bytes / 4), -7); };
+  test_select_top(
+      [&](int64_t G, int64_t M, int64_t N, auto* scores, auto* counts, int64_t count, auto* picks, auto* least) {
+        Ints memory = workspace(cuda::select_top_workspace_bytes(G, M, N));
+        cuda::select_top(G, M, N, scores, counts, count, picks, least, memory.data(), nullptr);
+      });
+  test_select_experts([](int64_t T, int64_t E, int64_t K, int64_t groups, int64_t taken, auto* scores, auto* ids) {
+    cuda::select_experts(T, E, K, groups, taken, scores, ids, nullptr);
+  });
+  test_plan_of_marks(true, [&](int64_t T, int64_t E, int64_t R, auto* weights, auto* picks, const PlanOut& plan) {
+    Ints memory = workspace(cuda::dispatch_mask_workspace_bytes(T, E));
+    cuda::dispatch_mask_fwd(T, E, R, weights, picks, plan, memory.data(), nullptr);
+  });
 }
 
 // Tokens with 0 to `most` rows, as expert choice gives them.
@@ -340,6 +358,7 @@ void test_everything() {
          })
       test_expert_choice(T, E, C, G, values);
   test_expert_choice(0, 9, 2, 3, "random");
+  test_selection();
   test_dispatch(0, 2, 9, "random");
   test_dispatch(7, 0, 9, "random");  // no picks
 }

@@ -1,6 +1,7 @@
 // Standalone test of csrc/cpu, so that sanitizers see our code and not Python's: every room against a double-precision
 // loop, forward and backward, at awkward sizes, on one and on three threads, at every ISA level (a process each).
 #include "native_test.h"
+#include "selection_test.h"
 
 namespace {
 
@@ -274,6 +275,17 @@ void test_expert_choice() {
   expect(plan.token_row_offsets[T] == R, "expert choice: token rows");
 }
 
+void test_selection() {
+  test_select_top([](int64_t G, int64_t M, int64_t N, auto* scores, auto* counts, int64_t count, auto* picks,
+                     auto* least) { select_top(G, M, N, scores, counts, count, 3, picks, least); });
+  test_select_experts([](int64_t T, int64_t E, int64_t K, int64_t groups, int64_t taken, auto* scores, auto* ids) {
+    select_experts(T, E, K, groups, taken, scores, 3, ids);
+  });
+  test_plan_of_marks(false, [](int64_t T, int64_t E, int64_t R, auto* weights, auto* picks, const PlanOut& plan) {
+    dispatch_mask_fwd(T, E, R, weights, picks, plan);
+  });
+}
+
 void expect_error(const std::function<void()>& call, const std::string& what) {
   try {
     call();
@@ -329,12 +341,15 @@ int main(int, char** argv) {
   test_changed_weights_are_noticed();
   for (int64_t E : {3, 8, 13}) test_gating(50, 37, E, 2);
   test_expert_choice();
+  test_selection();
   test_half();
   test_blocking();
   Plan plan(1, 2, 1);
   const int32_t outside = 2;
   const float one = 1;
   expect_error([&] { dispatch_fwd(1, 1, 2, &outside, &one, plan.out()); }, "dispatch: id outside [0, E)");
+  const uint8_t marks[] = {1, 1};
+  expect_error([&] { dispatch_mask_fwd(1, 2, 1, &one, marks, plan.out()); }, "dispatch: more marks than rows");
   expect_error([] { Workspace(128).take<float>(1 << 24); }, "workspace: more than leased");
   expect(peak_gflops(Dtype::kFloat32, 1, 0.001) > 0, "peak");
   release_workspace();

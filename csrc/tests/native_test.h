@@ -22,6 +22,7 @@
 #include "../cpu/kernels.h"
 #include "../cpu/levels.h"
 #include "../cpu/peak.h"
+#include "../cpu/selection.h"
 
 using namespace moe;
 using Floats = std::vector<float>;

@@ -15,7 +15,9 @@ class _Tags(dict):  # a dtype that slipped through the ops is told by name, at n
         raise TypeError(f"tensor: got {dtype}, expected one of {', '.join(map(str, self))}")
 
 
-TAGS = _Tags({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3})  # csrc/core/dtype.h
+TAGS = _Tags(
+    {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3, torch.bool: 4}
+)  # csrc/core/dtype.h
 
 
 def view(module: ModuleType, t: Tensor | None):

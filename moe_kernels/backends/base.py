@@ -13,6 +13,7 @@ from .._checks import accumulator
 from ..activation import PLAIN
 from ..plan import RoutingPlan
 from ..weights import LayerWeights, MoEWeights
+from . import plain
 from .kept import Kept
 
 Weights = LayerWeights | MoEWeights  # which of the two says Backend.reads
@@ -96,6 +97,25 @@ class Backend(ABC):
     @abstractmethod
     def dispatch_expert_choice(self, affinities: Tensor, capacity: int, tokens_per_group: int) -> RoutingPlan:
         """(T,E) -> plan with R = E capacity T/tokens_per_group rows; the lower token index wins a tie."""
+
+    # Selection by rules that need a pass over all scores, and the plan of what they pick. A backend with kernels for it
+    # overrides these; here it is plain torch.
+
+    def select_top(self, scores: Tensor, counts: Tensor | int) -> tuple[Tensor, Tensor]:
+        """(G,M,N) -> picks (G,M,N) bool, the counts[g,n] largest of scores[g,:,n], and least (G,N), the smallest of
+        them, infinity where there is none. Counts are int32 (G,N), clamped to 0..M, or one number for all. The first
+        of equal scores is picked, NaN is largest."""
+        return plain.select_top(scores, counts)
+
+    def select_experts(self, scores: Tensor, top_k: int, groups: int, groups_taken: int) -> Tensor:
+        """(T,E) -> ids (T,K) i32 by descending score, where scores outside of the groups_taken groups with the largest
+        sums of two scores count as minus infinity; ties as above."""
+        return plain.select_experts(scores, top_k, groups, groups_taken)
+
+    def dispatch_mask(self, weights: Tensor, picks: Tensor, max_rows: int) -> RoutingPlan:
+        """(T,E) weights, (T,E) bool -> plan of max_rows rows, one for each pick; what is beyond is dropped, the last
+        experts' last tokens. Rows behind have weight 0, token 0, pick T E and themselves as token_rows."""
+        return RoutingPlan(*plain.plan_of_marks(weights, picks, max_rows))
 
     def dispatch_bwd(self, drow_weight: Tensor, row_pick: Tensor, count: int) -> Tensor:
         """Return (count,): the gradients of the weights (T,K) or affinities (T,E) that the rows were picked from."""

@@ -221,6 +221,27 @@ class CudaBackend(Backend):
         return plan
 
     @_on_device
+    def dispatch_mask(self, weights: Tensor, picks: Tensor, max_rows: int) -> RoutingPlan:
+        plan = empty_plan(weights.device, *weights.shape, max_rows)
+        workspace = _workspace(_c.dispatch_mask_workspace_bytes(*weights.shape), weights)
+        _c.dispatch_mask(weights, picks, plan.tensors(), workspace, _stream(weights))
+        return plan
+
+    @_on_device
+    def select_top(self, scores: Tensor, counts: Tensor | int) -> tuple[Tensor, Tensor]:
+        picks, least = torch.empty_like(scores, dtype=torch.bool), scores.new_empty(scores.shape[::2])
+        each, all_of_them = (counts, 0) if isinstance(counts, Tensor) else (None, counts)
+        workspace = _workspace(_c.select_top_workspace_bytes(*scores.shape), scores)
+        _c.select_top(scores, each, all_of_them, picks, least, workspace, _stream(scores))
+        return picks, least
+
+    @_on_device
+    def select_experts(self, scores: Tensor, top_k: int, groups: int, groups_taken: int) -> Tensor:
+        topk_ids = scores.new_empty(scores.shape[0], top_k, dtype=torch.int32)
+        _c.select_experts(scores, groups, groups_taken, topk_ids, _stream(scores))
+        return topk_ids
+
+    @_on_device
     def experts(
         self, x: Tensor, plan: RoutingPlan, w: MoEWeights, activation: str, save: bool
     ) -> tuple[Tensor, Tensor]:

@@ -161,6 +161,22 @@ class NativeBackend(Backend):
         )
         return plan
 
+    def dispatch_mask(self, weights: Tensor, picks: Tensor, max_rows: int) -> RoutingPlan:
+        plan = empty_plan(weights.device, *weights.shape, max_rows)
+        self._c.dispatch_mask(_view(weights), _view(picks), _views(plan))
+        return plan
+
+    def select_top(self, scores: Tensor, counts: Tensor | int) -> tuple[Tensor, Tensor]:
+        picks, least = torch.empty_like(scores, dtype=torch.bool), scores.new_empty(scores.shape[::2])
+        each, all_of_them = (counts, 0) if isinstance(counts, Tensor) else (None, counts)
+        self._c.select_top(_view(scores), _view(each), all_of_them, _view(picks), _view(least), torch.get_num_threads())
+        return picks, least
+
+    def select_experts(self, scores: Tensor, top_k: int, groups: int, groups_taken: int) -> Tensor:
+        topk_ids = scores.new_empty((scores.shape[0], top_k), dtype=torch.int32)
+        self._c.select_experts(_view(scores), groups, groups_taken, _view(topk_ids), torch.get_num_threads())
+        return topk_ids
+
     def experts(self, x, plan, w: LayerWeights, activation, save) -> tuple[Tensor, Tensor]:
         R, plan = plan.num_rows, plan.owned()
         y_rows = x.new_empty((R, x.shape[1]))

@@ -21,12 +21,12 @@ CLASSES = {  # in the order of "auto": native takes the CPU, triton and cuda NVI
     "eager": "EagerBackend",
 }
 OWN_KERNELS = ("native", "triton", "cuda")
-SELECTS = ("TokenChoice", "ExpertChoice", "DiffMoE in training")
+SELECTS = ("TokenChoice", "ExpertChoice", "GroupLimitedChoice", "ExpertRace", "DiffMoE", "ProMoE")
 
 
 class BackendInfo(NamedTuple):
     """One line of `backends()`: `reason` says why it is not available, `verified` on what hardware it was checked,
-    `selects` which routers select with kernels of it; selection of the others is plain torch on its device."""
+    `selects` which routers select with kernels of it; without them selection is plain torch on its device."""
 
     name: str
     available: bool

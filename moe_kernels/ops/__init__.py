@@ -7,6 +7,7 @@ from .dispatch_rows import dispatch_mask, dispatch_rows
 from .experts import experts
 from .gating import aux_loss, gating, inject_aux_loss
 from .moe_mlp import moe_mlp
+from .selection import select_experts, select_top
 
 from . import _flops  # noqa: F401  # isort: skip  # counts what the modules above have registered
 
@@ -22,4 +23,6 @@ __all__ = [
     "inject_aux_loss",
     "modulated_gating",
     "moe_mlp",
+    "select_experts",
+    "select_top",
 ]

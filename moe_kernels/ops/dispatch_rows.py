@@ -1,4 +1,4 @@
-"""Dispatch of any rule: from rows, or from marked scores, to the routing plan; plain torch on any device."""
+"""Dispatch of any rule: from rows (plain torch on any device), or from marked scores, to the routing plan."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ..backends.base import Request
+from ..backends.plain import plan_of_rows
+from ..backends.registry import choose
 from ..plan import RoutingPlan
 from ._library import register
 from .dispatch import PLAN, fake_plan
@@ -44,17 +47,19 @@ def dispatch_rows(
     return RoutingPlan(*_dispatch_rows(row_weight, row_token, row_expert, num_tokens, num_experts))
 
 
-def dispatch_mask(weights: Tensor, picks: Tensor, max_rows: int | None = None) -> RoutingPlan:
+def dispatch_mask(weights: Tensor, picks: Tensor, max_rows: int | None = None, backend: str = "auto") -> RoutingPlan:
     """Make a row of every score that is marked: token t goes to expert e with weights[t, e] where picks[t, e].
 
     Args:
         weights: (T, E) float32, bfloat16, float16 or float64; differentiable where marked.
         picks: (T, E) bool.
         max_rows: how many marks there may be; T E if None. Where all are known to be there, their number.
+        backend: "auto" or a name out of `backends()`.
     Returns: a RoutingPlan with max_rows rows, of which as many count as are marked: see RoutingPlan.
     Raises: TypeError, ValueError naming the argument; ValueError for more marks than max_rows and for weights that are
         not finite (CPU only: it would make a GPU wait; there the last experts lose their last tokens).
-    Cost: a cumulative sum over T E marks and a sort of max_rows integers; no host syncs on a GPU.
+    Cost: one pass over T E marks, two on a GPU (eager, grouped: a cumulative sum, and a sort of max_rows integers); no
+        host syncs on a GPU.
     Source: reference.rooms.dispatch_mask.
     """
     _checks.tensor("weights", weights, "T,E")
@@ -65,7 +70,7 @@ def dispatch_mask(weights: Tensor, picks: Tensor, max_rows: int | None = None) -
     max_rows = T * E if max_rows is None else max_rows
     if not 0 <= max_rows <= T * E:
         raise ValueError(f"max_rows: got {max_rows}, expected 0 to T E = {T * E}")
-    return RoutingPlan(*_dispatch_mask(weights, picks, max_rows))
+    return RoutingPlan(*_dispatch_mask(weights, picks, max_rows, backend))
 
 
 def _rows_kernel(row_weight: Tensor, row_token: Tensor, row_expert: Tensor, num_tokens: int, num_experts: int):
@@ -76,44 +81,29 @@ def _rows_kernel(row_weight: Tensor, row_token: Tensor, row_expert: Tensor, num_
                 raise ValueError(f"{name}: got indices from {low} to {high}, expected [0, {end}]")
     token, expert = row_token.long().clamp(0, max(num_tokens - 1, 0)), row_expert.long().clamp(0, num_experts)
     order = (expert * num_tokens + token).argsort(stable=True)
-    return _plan(row_weight, token[order], expert[order], order, num_tokens, num_experts)
+    return _finite(plan_of_rows(row_weight, token[order], expert[order], order, num_tokens, num_experts))
 
 
-def _mask_kernel(weights: Tensor, picks: Tensor, max_rows: int):
-    T, E = picks.shape
-    marked = picks.T.reshape(-1)  # expert by expert, tokens ascending: the order of rows
-    rows = marked.cumsum(0)
-    if picks.device.type == "cpu" and marked.numel() and int(rows[-1]) > max_rows:
-        raise ValueError(f"picks: got {int(rows[-1])} marks, expected at most max_rows = {max_rows}")
-    rows = torch.where(marked & (rows <= max_rows), rows - 1, max_rows)
-    every = torch.arange(T * E, device=picks.device)
-    none = torch.full((max_rows + 1,), T * E, device=picks.device)
-    source = none.scatter_(0, rows, every)[:max_rows]  # what is no row, and what is one too many, met in the last
-    expert = source // max(T, 1)
-    token = source - expert * T
-    return _plan(weights.reshape(-1), token, expert, token * E + expert, T, E)
+def _mask_kernel(weights: Tensor, picks: Tensor, max_rows: int, backend: str):
+    if picks.device.type == "cpu" and max_rows < picks.numel() and int(picks.count_nonzero()) > max_rows:
+        raise ValueError(f"picks: got {int(picks.count_nonzero())} marks, expected at most max_rows = {max_rows}")
+    weights = weights.to(_checks.accumulator(weights.dtype)).contiguous()
+    request = Request("dispatch", weights.dtype, weights.device.type, num_experts=weights.shape[1])
+    return _finite(choose(backend, request).dispatch_mask(weights, picks.contiguous(), max_rows).tensors())
 
 
-def _plan(weights: Tensor, token: Tensor, expert: Tensor, pick: Tensor, T: int, E: int) -> tuple[Tensor, ...]:
-    """Return the plan of rows in their order; those of expert E are none: token 0, weight 0, one pick beyond all."""
-    is_row, count = expert < E, weights.shape[0]
-    token, pick = torch.where(is_row, token, 0), torch.where(is_row, pick, count)
-    flat = torch.cat([weights.to(_checks.accumulator(weights.dtype)), weights.new_zeros(1)])
-    row_weight = flat.index_select(0, pick)
-    if weights.device.type == "cpu" and not bool(row_weight.isfinite().all()):
+def _finite(plan: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    row_weight = plan[0]
+    if row_weight.device.type == "cpu" and not bool(row_weight.isfinite().all()):
         raise ValueError("weights: got values that are not finite where they are picked, expected finite ones")
-    owner, token_rows = torch.where(is_row, token, T).sort(stable=True)
-    expert_offsets = torch.searchsorted(expert, torch.arange(E + 1, device=expert.device), out_int32=True)
-    token_row_offsets = torch.searchsorted(owner, torch.arange(T + 1, device=owner.device), out_int32=True)
-    indices = expert_offsets.diff(), expert_offsets, token.int(), pick.int(), token_row_offsets, token_rows.int()
-    return row_weight, *indices
+    return plan
 
 
 def _rows_fake(row_weight: Tensor, row_token: Tensor, row_expert: Tensor, num_tokens: int, num_experts: int):
     return fake_plan(row_weight, num_tokens, num_experts, row_weight.shape[0])
 
 
-def _mask_fake(weights: Tensor, picks: Tensor, max_rows: int):
+def _mask_fake(weights: Tensor, picks: Tensor, max_rows: int, backend: str):
     return fake_plan(weights, *weights.shape, max_rows)
 
 
@@ -142,7 +132,7 @@ _dispatch_rows = register(
     _backward,
 )
 _dispatch_mask = register(
-    f"dispatch_mask(Tensor weights, Tensor picks, SymInt max_rows) -> {PLAN}",
+    f"dispatch_mask(Tensor weights, Tensor picks, SymInt max_rows, str backend) -> {PLAN}",
     _mask_kernel,
     _mask_fake,
     _setup_context,

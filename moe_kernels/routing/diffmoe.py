@@ -86,7 +86,8 @@ class DiffMoE(StatefulRouter):
         _checks.shape("gate_weight", scores.shape[1:], self.expert_threshold.shape, "E")
         if not self.training:
             rows = rows_bound(self.max_picks, call)
-            return ops.dispatch_mask(scores, at_most(self._sampled(scores.detach(), call), scores, rows), rows), None
+            picks = at_most(self._sampled(scores, call), scores.detach(), rows, call.backend)
+            return ops.dispatch_mask(scores, picks, rows, call.backend), None
         T, E = scores.shape
         C = capacity(max(T, 1), self.capacity_factor, E, "int")
         plan = ops.dispatch_expert_choice(scores, C, max(T, 1), call.backend)
@@ -94,8 +95,8 @@ class DiffMoE(StatefulRouter):
             update_ema(self.expert_threshold, None, self.ema_decay, self.process_group)
             return plan, None
         predicted = self._predicted(call)
-        kth = predicted.detach().sigmoid().topk(C, 0).values[-1]
-        update_ema(self.expert_threshold, kth, self.ema_decay, self.process_group)
+        _, kth = ops.select_top(predicted.detach().sigmoid()[None], C, call.backend)
+        update_ema(self.expert_threshold, kth[0], self.ema_decay, self.process_group)
         if not (call.with_aux or self.injects(call)):
             return plan, None
         picks = torch.zeros_like(predicted).view(-1).scatter(0, plan.row_pick.long(), 1.0).view(T, E)
@@ -111,9 +112,7 @@ class DiffMoE(StatefulRouter):
         above = self._predicted(call).sigmoid() > self.expert_threshold
         if self.sampling == "token":
             return above
-        order = scores.sort(dim=0, descending=True, stable=True).indices
-        places = torch.arange(scores.shape[0], device=scores.device)[:, None].expand_as(order)
-        return torch.zeros_like(order).scatter_(0, order, places) < above.sum(0)
+        return ops.select_top(scores[None], above.sum(0, keepdim=True), call.backend)[0][0]
 
     def batch_invariant(self) -> bool:
         return not self.training and self.sampling == "token" and self.max_picks is None

@@ -12,7 +12,7 @@ from ..plan import RoutingPlan
 from .call import RouterCall
 from .expert_choice import capacity
 from .losses import routing_contrastive_loss
-from .router import AUX_LOSS_MODES, Router, Scores, best
+from .router import AUX_LOSS_MODES, Router, Scores
 
 CHOICES, WEIGHTS = ("token", "expert"), ("identity", "sigmoid", "softmax")
 COSINE = Scores(by="cosine")
@@ -60,13 +60,12 @@ class ProMoE(Router):
         (T, E), L = cosines.shape, call.tokens_per_image
         null = (labels == self.null_label).repeat_interleave(L, output_size=T)[:, None]
         weights = self._weights(cosines.view(-1, L, E)).view(T, E)
-        picks, rows = self._picks(weights.detach(), L)
-        plan = ops.dispatch_mask(
-            torch.cat([weights, torch.ones_like(weights[:, :1])], 1), torch.cat([picks & ~null, null], 1), rows
-        )
+        picks, rows = self._picks(weights.detach(), L, call.backend)
+        everywhere = torch.cat([weights, torch.ones_like(weights[:, :1])], 1)
+        plan = ops.dispatch_mask(everywhere, torch.cat([picks & ~null, null], 1), rows, call.backend)
         if not (call.with_aux or self.injects(call)):
             return plan, None
-        own = (picks if self.choice == "expert" else best(weights.detach(), 1)) & ~null
+        own = (picks if self.choice == "expert" else _best(weights.detach(), 1, call.backend)) & ~null
         groups = call.num_images if self.choice == "expert" else 1
         loss = routing_contrastive_loss(call.tokens, call.gate_weight, own, groups, self.temperature)
         return self.with_loss(plan, self.contrastive_weight * loss, call)
@@ -76,16 +75,22 @@ class ProMoE(Router):
             return cosines.softmax(-1 if self.choice == "token" else 1)
         return cosines.sigmoid() if self.weights == "sigmoid" else cosines
 
-    def _picks(self, weights: Tensor, L: int) -> tuple[Tensor, int]:
+    def _picks(self, weights: Tensor, L: int, backend: str) -> tuple[Tensor, int]:
         """Return what would be picked if every image had a label, and the most rows that any labels give."""
         T, E = weights.shape
         if self.choice == "token":
-            return best(weights, self.top_k), T * self.top_k
+            return _best(weights, self.top_k, backend), T * self.top_k
         C = min(capacity(L, self.top_k, E, "int"), L)
-        by_expert = best(weights.view(-1, L, E).transpose(1, 2).reshape(-1, L), C)
-        return by_expert.view(-1, E, L).transpose(1, 2).reshape(T, E), T // L * max(C * E, L)
+        picks, _ = ops.select_top(weights.view(-1, L, E), C, backend)
+        return picks.view(T, E), T // L * max(C * E, L)
 
     def gate_shape(self, num_experts: int, hidden_size: int) -> tuple[int, int]:
         if self.top_k >= num_experts:
             raise ValueError(f"top_k: got {self.top_k}, expected at most the {num_experts - 1} experts with prototypes")
         return num_experts - 1, hidden_size
+
+
+def _best(weights: Tensor, top_k: int, backend: str) -> Tensor:
+    """Mark the top_k largest of each token. (T, E) -> (T, E) bool."""
+    ids = ops.select_experts(weights, top_k, backend=backend)
+    return torch.zeros_like(weights, dtype=torch.bool).scatter(1, ids.long(), True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from .. import _checks
+from .. import _checks, ops
 from .call import RouterCall, linear
 from .losses import router_similarity_loss, update_ema
-from .router import AUX_LOSS_MODES, StatefulRouter, best
+from .router import AUX_LOSS_MODES, StatefulRouter
 
 GROUPS = ("batch", "image")
 
@@ -76,11 +76,9 @@ class ExpertRace(StatefulRouter):
     def pick(self, scores: Tensor, call: RouterCall) -> Tensor:
         (T, E), L = scores.shape, call.num_tokens if self.group == "batch" else call.tokens_per_image
         if not self.training:
-            return at_most(scores >= self.threshold, scores, self.max_rows(call))
-        racing = scores.view(T // max(L, 1), L * E)
-        picks = best(racing, L * self.top_k)
-        slowest = racing.masked_fill(~picks, torch.inf).amin(1).mean() if T else None
-        update_ema(self.threshold, slowest, self.decay, self.process_group)
+            return at_most(scores >= self.threshold, scores, self.max_rows(call), call.backend)
+        picks, slowest = ops.select_top(scores.view(T // max(L, 1), L * E, 1), L * self.top_k, call.backend)
+        update_ema(self.threshold, slowest.mean() if T else None, self.decay, self.process_group)
         return picks.view(T, E)
 
     def loss(self, scores: Tensor, picks: Tensor, call: RouterCall) -> Tensor:
@@ -113,8 +111,9 @@ def rows_bound(max_picks: float | None, call: RouterCall) -> int | None:
     return None if max_picks is None else min(math.ceil(max_picks * T), T * E)
 
 
-def at_most(picks: Tensor, scores: Tensor, rows: int | None) -> Tensor:
+def at_most(picks: Tensor, scores: Tensor, rows: int | None, backend: str) -> Tensor:
     """Return picks, of which the best `rows` if there are more."""
     if rows is None:
         return picks
-    return best(scores.masked_fill(~picks, -torch.inf).view(1, -1), rows).view(picks.shape) & picks
+    marked = scores.masked_fill(~picks, -torch.inf).view(1, -1, 1)
+    return ops.select_top(marked, rows, backend)[0].view(picks.shape) & picks

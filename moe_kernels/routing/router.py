@@ -113,7 +113,7 @@ class Router:
         """
         scores = self.scores(call)
         picks = self.pick(scores.detach(), call)
-        plan = ops.dispatch_mask(self.weigh(scores, picks), picks, self.max_rows(call))
+        plan = ops.dispatch_mask(self.weigh(scores, picks), picks, self.max_rows(call), call.backend)
         wanted = call.with_aux or self.injects(call)
         return self.with_loss(plan, self.loss(scores, picks, call) if wanted else None, call)
 
@@ -194,9 +194,3 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, drow_weight: Tensor) -> tuple[Tensor, Tensor]:
         return drow_weight, torch.ones((), dtype=ctx.dtype, device=drow_weight.device)
-
-
-def best(scores: Tensor, count: int) -> Tensor:
-    """Mark the `count` largest of each row; of equal ones the first. (N, M) -> (N, M) bool."""
-    chosen = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]  # torch.topk leaves ties undefined
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)

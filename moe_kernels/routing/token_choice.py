@@ -11,7 +11,7 @@ from .. import _checks, ops
 from ..plan import RoutingPlan
 from .call import RouterCall
 from .expert_choice import weigh
-from .router import AUX_LOSS_MODES, Router, Scores, StatefulRouter, best
+from .router import AUX_LOSS_MODES, Router, Scores, StatefulRouter
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,8 @@ class GroupLimitedChoice(StatefulRouter):
         scores = self.scores(call)
         _checks.shape("gate_weight", scores.shape[1:], self.e_score_correction_bias.shape, "E")
         values = scores.detach() + self.e_score_correction_bias.to(scores.dtype)
-        if self.groups_taken < self.groups:
-            by_group = values.unflatten(1, (self.groups, -1))
-            worth = by_group.topk(min(2, by_group.shape[-1]), -1).values.sum(-1)
-            values = by_group.masked_fill(~best(worth, self.groups_taken)[..., None], -torch.inf).flatten(1)
-        ids = values.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
-        weights = weigh(scores.gather(1, ids), self.renormalise, self.route_scale, 1e-20)
+        ids = ops.select_experts(values, self.top_k, self.groups, self.groups_taken, call.backend)
+        weights = weigh(scores.gather(1, ids.long()), self.renormalise, self.route_scale, 1e-20)
         return ops.dispatch(ids, weights, scores.shape[1], call.backend), None
 
     def gate_shape(self, num_experts: int, hidden_size: int) -> tuple[int, int]:

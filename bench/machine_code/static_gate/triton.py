@@ -161,6 +161,10 @@ def launch_all(shape: MoEShape, T: int, dtype: str) -> None:
         plan = backend.dispatch(topk_ids, topk_weights, E)
         backend.dispatch_bwd(plan.row_weight, plan.row_pick, T * K)
         backend.dispatch_expert_choice(probs, max(1, K * shape.tokens_per_image // E), shape.tokens_per_image)
+        backend.dispatch_mask(probs, new(T, E, dtype=torch.bool), T * K)
+        backend.select_top(probs.view(1, T * E, 1), T * K)
+        backend.select_top(probs.view(1, T, E), new(1, E, dtype=torch.int32))
+        backend.select_experts(probs, K, E // 2, max(K, 1) // 2 + 1)
         for save in (False, True):
             _, gate_up, shared_gate_up = backend.moe_mlp(x, plan, weights, shape.activation, save)
         backend.moe_mlp_bwd(x, x, plan, weights, gate_up, shared_gate_up, shape.activation)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...ops import dispatch_mask, dispatch_rows
+from ...ops import dispatch_mask, dispatch_rows, select_top
 from ..family import Routed
 from .ec_dit import ECDiT
 
@@ -36,9 +36,9 @@ class DiffMoE(ECDiT):
         predicted = block.capacity_predictor(tokens.detach())
         scores = F.linear(tokens, block.gate_weight).softmax(-1)
         if not block.training:
-            counts = (predicted.sigmoid() > block.expert_threshold).sum(0)
-            ranks = scores.detach().argsort(dim=0, descending=True, stable=True).argsort(dim=0)
-            return Routed(tokens, dispatch_mask(scores, ranks < counts))
+            counts = (predicted.sigmoid() > block.expert_threshold).sum(0, keepdim=True)
+            picks, _ = select_top(scores[None], counts, backend)
+            return Routed(tokens, dispatch_mask(scores, picks[0], backend=backend))
         weight, token = scores.T.topk(int((T / E) * block.capacity), -1, sorted=False)  # (E, C)
         expert = torch.arange(E, device=x.device)[:, None].expand_as(token)
         plan = dispatch_rows(weight.flatten(), token.flatten(), expert.flatten(), T, E)

@@ -16,7 +16,7 @@ from ...weights import MoEWeights
 from .._device import unfit_devices
 from .._views import empty_plan
 from ..base import Backend, Request
-from . import adaln, combine, dispatch, experts, experts_bwd, gating
+from . import adaln, combine, dispatch, dispatch_mask, experts, experts_bwd, gating, selection
 from .grid import Pair
 from .sums import sum_in_order
 
@@ -102,6 +102,19 @@ class TritonBackend(Backend):
         T, E = affinities.shape
         plan = empty_plan(affinities.device, T, E, T // tokens_per_group * capacity * E)
         return _filled(plan, dispatch.expert_choice, affinities, capacity, tokens_per_group)
+
+    @_on_device
+    def dispatch_mask(self, weights: Tensor, picks: Tensor, max_rows: int) -> RoutingPlan:
+        plan = empty_plan(weights.device, *weights.shape, max_rows)
+        return _filled(plan, dispatch_mask.marks, weights, picks)
+
+    @_on_device
+    def select_top(self, scores: Tensor, counts: Tensor | int) -> tuple[Tensor, Tensor]:
+        return selection.largest(scores, counts)
+
+    @_on_device
+    def select_experts(self, scores: Tensor, top_k: int, groups: int, groups_taken: int) -> Tensor:
+        return selection.best_experts(scores, top_k, groups, groups_taken)
 
     @_on_device
     def experts(
