@@ -26,7 +26,7 @@ triton_backend = pytest.importorskip("moe_kernels.backends.triton.backend", exc_
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from moe_kernels.backends.triton import gating, grid, tiles  # noqa: E402
+from moe_kernels.backends.triton import gating, grid, sums, tiles  # noqa: E402
 from moe_kernels.backends.triton.experts import rounded  # noqa: E402
 
 where_it_runs = pytest.mark.skipif(
@@ -237,6 +237,22 @@ def test_operands_that_the_copy_engine_cannot_take_go_as_pointers():
     for pair, tma in (((even, None), True), ((even, odd[0]), False), ((narrow, None), False), ((empty, None), False)):
         used, operands = grid.operands(tile, *((t, (1, 16, 16)) for t in pair))
         assert used == tma and all(isinstance(operand, torch.Tensor) != tma for operand in operands)
+
+
+@where_it_runs
+def test_sums_of_many_lose_fewer_bits_than_one_after_the_other(seed):
+    torch.manual_seed(seed)
+    shapes = (600, 3, 70), (300, 130), (16, 5, 4), (1, 2100)
+    jobs = [(torch.rand(shape, device=DEVICE), torch.empty(shape[1:], device=DEVICE)) for shape in shapes]
+    sums.sum_in_order(*jobs)
+    for partials, out in jobs:
+        serial, exact = torch.zeros_like(out), partials.double().sum(0)
+        for partial in partials:
+            serial += partial
+        if len(partials) > 16:
+            assert (out - exact).norm() < 0.6 * (serial - exact).norm()
+        else:
+            assert torch.equal(out, serial)
 
 
 @where_it_runs
