@@ -14,7 +14,7 @@ import torch
 from bench.instrument import workloads
 from bench.instrument.shapes import MODEL_SHAPES
 from bench.instrument.verify import whole_error
-from moe_kernels import dispatch
+from moe_kernels import dispatch, modulated_gating
 from moe_kernels.backends import preferred, registry
 from moe_kernels.backends.base import Request
 from moe_kernels.backends.eager import EagerBackend
@@ -237,6 +237,23 @@ def test_operands_that_the_copy_engine_cannot_take_go_as_pointers():
     for pair, tma in (((even, None), True), ((even, odd[0]), False), ((narrow, None), False), ((empty, None), False)):
         used, operands = grid.operands(tile, *((t, (1, 16, 16)) for t in pair))
         assert used == tma and all(isinstance(operand, torch.Tensor) != tma for operand in operands)
+
+
+@where_it_runs
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks at what the interpreter is asked for")
+def test_nothing_of_router_and_moments_is_divided_approximately(monkeypatch, seed):
+    """On a GPU `/` and tl.sqrt err by 2 ulp; in a token's deviation that is 2 ulp of all of its dx."""
+    builder = triton.runtime.interpreter.InterpreterBuilder
+
+    def refuse(*_):
+        raise AssertionError("expected div_rn and sqrt_rn")
+
+    for name in ("create_fdiv", "create_sqrt"):
+        monkeypatch.setattr(builder, name, refuse)
+    torch.manual_seed(seed)
+    inputs = [torch.randn(*sizes, requires_grad=True) for sizes in ((2, 5, 40), (2, 40), (2, 40), (8, 40))]
+    tokens, weights, _, probs = modulated_gating(*inputs, 2, backend="triton")
+    torch.autograd.grad(tokens.sum() + weights.sum() + probs.square().sum(), inputs)
 
 
 @where_it_runs
