@@ -45,8 +45,8 @@ void py_gating_bwd(const Maybe& dtopk_weights, const Maybe& dprobs, const Tensor
   if (dtopk_weights) expect_picks(s, *dtopk_weights, topk_ids);
   dx.expect("dx", x.dtype, {s.T, s.H});
   dweight.expect("dgate_weight", F32, {s.E, s.H});
-  cuda::gating_bwd(s, optional(dtopk_weights).as<float>(), dprobs_of(dprobs, s), x.data, weight.as<float>(),
-                   topk_ids.as<int32_t>(), probs.as<float>(), dx.data, dweight.as<float>(),
+  cuda::gating_bwd(s, {optional(dtopk_weights).as<float>(), dprobs_of(dprobs, s)}, x.data, weight.as<float>(),
+                   topk_ids.as<int32_t>(), probs.as<float>(), {dx.data, false, dweight.data, F32},
                    scratch_of(workspace, cuda::gating_bwd_workspace_bytes(s)), stream_of(stream));
 }
 
@@ -248,7 +248,7 @@ void py_moe_mlp_bwd(const Tensor& dout, const Tensor& x, const Plan& plan, const
   const ExpertGrads grads = expert_grads(s, dgate_up_proj, ddown_proj, dshared_gate_up_proj, dshared_down_proj);
   const bool recompute = !gate_up && !shared_gate_up;
   cuda::moe_mlp_bwd(s, plan_view(plan, s.T, s.E), w, x.data, dout.data, optional(gate_up).data,
-                    optional(shared_gate_up).data, dx.data, drow_weight.as<float>(), grads,
+                    optional(shared_gate_up).data, dx.data, drow_weight.as<float>(), nullptr, grads,
                     scratch_of(workspace, cuda::moe_mlp_bwd_workspace_bytes(s, recompute)), stream_of(stream));
 }
 
@@ -323,6 +323,7 @@ PYBIND11_MODULE(MOE_MODULE, m) {
   m.attr("on_fibers") = false;
   m.def("use_device", &cuda::use_device);
 #endif
+  m.def("aligned", &aligned);
   m.def("gating_fwd", &py_gating_fwd);
   m.def("gating_bwd", &py_gating_bwd);
   m.def("gating_bwd_workspace_bytes", &py_gating_bwd_workspace_bytes);

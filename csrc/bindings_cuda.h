@@ -22,6 +22,18 @@ void expect_aligned(const char* name, const Tensor& t) {
             ", expected a multiple of ", kAlignment);
 }
 
+// Say whether all tensors among the arguments, and in tuples of them, begin where kernels want operands to begin.
+bool aligned(const pybind11::tuple& arguments) {
+  for (const pybind11::handle argument : arguments) {
+    if (PyTuple_Check(argument.ptr())) {
+      if (!aligned(pybind11::reinterpret_borrow<pybind11::tuple>(argument))) return false;
+    } else if (dlpack::is_tensor(argument)) {
+      if (reinterpret_cast<uintptr_t>(dlpack::address_of(dlpack::read(argument))) % kAlignment) return false;
+    }
+  }
+  return true;
+}
+
 void expect_width(const char* name, int64_t width) {
   MOE_CHECK(width % 8 == 0, name, ": ", width, ", expected a multiple of 8");
 }
@@ -119,12 +131,12 @@ ExpertGrads expert_grads(const MoeSizes& s, const Tensor& dgate_up_proj, const T
   return {dgate_up_proj.data, ddown_proj.data, optional(dshared_gate_up_proj).data, optional(dshared_down_proj).data};
 }
 
-GatingSizes gating_sizes(const Tensor& x, const Tensor& weight, int64_t K) {
+GatingSizes gating_sizes(const Tensor& x, const Tensor& weight, int64_t K, Dtype weight_dtype = F32) {
   expect_float("x", x);
   MOE_CHECK(x.sizes.size() == 2, "x: ", x.sizes.size(), " dimensions, expected 2");
   const GatingSizes s{x.sizes[0], x.sizes[1], weight.sizes.at(0), K, x.dtype, 1};
   x.expect("x", x.dtype, {s.T, s.H});
-  weight.expect("gate_weight", F32, {s.E, s.H});
+  weight.expect("gate_weight", weight_dtype, {s.E, s.H});
   MOE_CHECK(K >= 0 && K <= s.E, "top_k: ", K, ", expected 0 to ", s.E, " experts");
   expect_width("x", s.H);
   expect_aligned("x", x);

@@ -83,10 +83,22 @@ inline int64_t readable_bytes(const Tensor& t, pybind11::handle object) {
   return storage - object.attr("storage_offset")().cast<int64_t>() * size;
 }
 
-inline Tensor tensor_of(pybind11::handle object) {
+inline bool is_tensor(pybind11::handle object) {
+  const auto* type = reinterpret_cast<PyTypeObject*>(torch().tensor_type.ptr());
+  return object && PyType_IsSubtype(Py_TYPE(object.ptr()), const_cast<PyTypeObject*>(type));
+}
+
+inline DLTensor read(pybind11::handle object) {
   DLTensor seen{};
   if (torch().api->from_object(object.ptr(), &seen) != 0) throw pybind11::error_already_set();
-  Tensor t{static_cast<char*>(seen.data) + seen.byte_offset,
+  return seen;
+}
+
+inline void* address_of(const DLTensor& seen) { return static_cast<char*>(seen.data) + seen.byte_offset; }
+
+inline Tensor tensor_of(pybind11::handle object) {
+  const DLTensor seen = read(object);
+  Tensor t{address_of(seen),
            dtype_of(seen.dtype, object),
            {seen.shape, seen.shape + seen.ndim},
            {seen.strides, seen.strides + seen.ndim},
@@ -104,8 +116,7 @@ template <>
 struct type_caster<moe::Tensor> {
   PYBIND11_TYPE_CASTER(moe::Tensor, const_name("torch.Tensor"));
   bool load(handle object, bool) {
-    const auto* type = reinterpret_cast<PyTypeObject*>(moe::dlpack::torch().tensor_type.ptr());
-    if (!object || !PyType_IsSubtype(Py_TYPE(object.ptr()), const_cast<PyTypeObject*>(type))) return false;
+    if (!moe::dlpack::is_tensor(object)) return false;
     value = moe::dlpack::tensor_of(object);
     return true;
   }

@@ -16,6 +16,8 @@ from .ops.token_choice import How, token_choice_mlp
 from .routing import Router, RouterCall, TokenChoice
 from .weights import LAYOUTS, Biases
 
+_WEIGHTS = "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj"
+
 
 class MoELayer(nn.Module):
     """Mixture-of-experts layer with stacked parameters.
@@ -191,7 +193,8 @@ class MoELayer(nn.Module):
 
     def expert_weights(self) -> tuple[Sequence[Any], str, str, str, Biases | None]:
         """Return the four weights of `moe_mlp`, the activation, the layout, the backend and the biases."""
-        weights = self.gate_up_proj, self.down_proj, self.shared_gate_up_proj, self.shared_down_proj
+        own = self._parameters  # nn.Module's way to them takes four times as long
+        weights = [own[name] if name in own else getattr(self, name) for name in _WEIGHTS]
         biases = None if self.down_bias is None else self._biases()
         return weights, self.activation, self.layout, self.backend, biases
 

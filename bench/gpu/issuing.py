@@ -99,6 +99,29 @@ class _Model(nn.Module):
         return x
 
 
+class _Bare(torch.autograd.Function):
+    """A node of autograd with the inputs of a layer, and an empty tensor for each result: what no layer goes below."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *parameters)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        return tuple([torch.empty_like(t) for t in ctx.saved_tensors])
+
+
+class _BareLayer(nn.Module):
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.own = nn.ParameterList(_layer(backend).parameters())
+        self.given = list(self.own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Bare.apply(x, *self.given)
+
+
 def _steps(module: nn.Module) -> dict[str, Run]:
     """Return a forward without gradients, and a forward with the backward of all parameters and of the tokens."""
     x = torch.zeros(1, CASE.T, CASE.shape.H, dtype=CASE.torch_dtype, requires_grad=True)
@@ -134,11 +157,13 @@ def counted(run: Run, launches: Count) -> dict[str, int]:
 
 def row(backend: str, yardstick: Run, seconds: float) -> dict:
     """Return a row of kind "issuing": microseconds and what `counted` returns of dispatch and the fused layer on given
-    picks (forward, forward_backward), of MoELayer (layer_...) and of a model of twelve (model_...)."""
+    picks (forward, forward_backward), of MoELayer (layer_...), a model of twelve (model_...) and a layer that does
+    nothing (bare_...)."""
     with empty_kernels(backend) as launches:
         modes = {"forward": "fwd", "forward_backward": "fwdbwd"}
         runs = {name: workloads.build(replace(CASE, backend=backend, mode=mode)).run for name, mode in modes.items()}
-        for kind, module in (("layer", _layer(backend)), ("model", _Model(backend))):
+        modules = {"layer": _layer(backend), "model": _Model(backend), "bare": _BareLayer(backend)}
+        for kind, module in modules.items():
             runs |= {f"{kind}_{name}": run for name, run in _steps(module).items()}
         counts = {f"{name}_{what}": n for name, run in runs.items() for what, n in counted(run, launches).items()}
         samples = measure.interleave({**runs, "torch.add": yardstick}, 15, seconds)

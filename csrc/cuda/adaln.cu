@@ -315,7 +315,7 @@ void modulated_gating_bwd(const GatingSizes& s, const Modulation& m, const void*
                           cudaStream_t stream) {
   const Share share = share_of(s, m.B, kThreads);
   const Pieces pieces(s, m.B, share, workspace);
-  const RouterGradient r{s.T, int(s.H), int(s.E), int(s.K), dtopk_weights, dprobs, topk_ids, probs, weight};
+  const RouterGradient r{s.T, int(s.H), int(s.E), int(s.K), {dtopk_weights, dprobs}, topk_ids, probs, weight};
   const int row = int(ceil_div(s.E, 4)) * 4;  // of dlogits in shared memory
   const dim3 blocks(unsigned(m.B * share.chunks), share.cut.blocks, share.expert_blocks);
   const size_t shared = size_t(share.tile) * (share.padded + 4) * sizeof(float);

@@ -27,7 +27,7 @@ __device__ void sum_parts(const CombineArgs& a, int64_t t) {
     float total = 0;
 #pragma unroll 8
     for (int64_t part = 0; part < a.num_parts; ++part) total += parts[part];
-    a.drow_weight[row] = total;
+    a.drow_weight[a.row_pick ? a.row_pick[row] : row] = total;
   }
 }
 

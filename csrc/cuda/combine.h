@@ -20,10 +20,11 @@ struct CombineArgs {
   Dtype residual_dtype, gate_dtype;
   int64_t B;
   void* y;
-  // With parts (R, num_parts): drow_weight[r] = their sum, in order.
+  // With parts (R, num_parts): drow_weight[r] = their sum, in order; with row_pick (R,) at drow_weight[row_pick[r]].
   const float* parts;
   int64_t num_parts;
   float* drow_weight;
+  const int32_t* row_pick;
 };
 
 // out[t] = sum over the token's rows, ascending, of row_weight * row, then + shared[t]; fp32, rounded once.

@@ -100,7 +100,7 @@ __device__ inline void store8(T* to, const float (&values)[8]) {
   *reinterpret_cast<Eight<T>*>(to) = eight;
 }
 
-// A few floats whose dtype is told apart where they are read: every thread takes the same way.
+// A few floats whose dtype is chosen at run time, the same for all threads.
 struct AnyFloats {
   const void* data;
   Dtype dtype;

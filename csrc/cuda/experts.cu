@@ -183,7 +183,7 @@ Backward<T> take_backward(Scratch& scratch, const Call& call, bool recompute) {
 // All gradients. dout has a row per token, or, not combined, one per routed row.
 template <class T>
 void backward(const Call& call, const ExpertWeights& w, const T* x, const T* dout, bool combined, Backward<T>& b,
-              void* dx, float* drow_weight, const ExpertGrads& grads) {
+              void* dx, float* drow_weight, const int32_t* row_pick, const ExpertGrads& grads) {
   const MoeSizes& s = call.s;
   const int64_t u = s.halves();
   s.activation == Activation::kGELU ? dact<T, true>(call, w, dout, combined, b)
@@ -199,7 +199,8 @@ void backward(const Call& call, const ExpertWeights& w, const T* x, const T* dou
   sum.T = s.T, sum.H = s.H, sum.dtype = s.dtype, sum.rows = b.dx.routed, sum.out = dx;
   sum.token_row_offsets = call.plan.token_row_offsets, sum.token_rows = call.plan.token_rows;
   sum.shared = s.Is ? b.dx.shared : nullptr;
-  if (combined) sum.parts = b.parts, sum.num_parts = b.num_parts, sum.drow_weight = drow_weight;
+  if (combined)
+    sum.parts = b.parts, sum.num_parts = b.num_parts, sum.drow_weight = drow_weight, sum.row_pick = row_pick;
   combine_fwd(sum, call.stream);
 }
 
@@ -233,7 +234,8 @@ void experts_bwd(const MoeSizes& s, const PlanView& plan, const ExpertWeights& w
     Scratch scratch(workspace);
     Backward<T> b = take_backward<T>(scratch, call, false);
     b.gate_up = pair<T>(gate_up, nullptr);
-    backward<T>(call, w, static_cast<const T*>(x), static_cast<const T*>(dy_rows), false, b, dx, nullptr, grads);
+    backward<T>(call, w, static_cast<const T*>(x), static_cast<const T*>(dy_rows), false, b, dx, nullptr, nullptr,
+                grads);
   });
 }
 
@@ -285,7 +287,7 @@ int64_t moe_mlp_bwd_workspace_bytes(const MoeSizes& s, bool recompute) {
 }
 
 void moe_mlp_bwd(const MoeSizes& s, const PlanView& plan, const ExpertWeights& w, const void* x, const void* dout,
-                 const void* gate_up, const void* shared_gate_up, void* dx, float* drow_weight,
+                 const void* gate_up, const void* shared_gate_up, void* dx, float* drow_weight, const int32_t* row_pick,
                  const ExpertGrads& grads, void* workspace, cudaStream_t stream) {
   const Call call{s, plan, stream};
   with_dtype(s.dtype, [&](auto tag) {
@@ -297,7 +299,8 @@ void moe_mlp_bwd(const MoeSizes& s, const PlanView& plan, const ExpertWeights& w
       up<T>(call, w, static_cast<const T*>(x), b.act, b.gate_up);
     else
       b.gate_up = pair<T>(gate_up, shared_gate_up);
-    backward<T>(call, w, static_cast<const T*>(x), static_cast<const T*>(dout), true, b, dx, drow_weight, grads);
+    backward<T>(call, w, static_cast<const T*>(x), static_cast<const T*>(dout), true, b, dx, drow_weight, row_pick,
+                grads);
   });
 }
 

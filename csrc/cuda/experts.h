@@ -42,11 +42,11 @@ int64_t moe_mlp_fwd_workspace_bytes(const MoeSizes&);
 void moe_mlp_fwd(const MoeSizes&, const PlanView&, const ExpertWeights&, const void* x, void* out, void* gate_up,
                  void* shared_gate_up, const Residual*, void* workspace, cudaStream_t);
 
-// Gradients of moe_mlp_fwd: dx (T, H), drow_weight (R,), and the weight gradients (exact zeros for experts without
-// rows). gate_up and shared_gate_up, where null, are computed again.
+// Gradients of moe_mlp_fwd: dx (T, H), drow_weight (R,), with row_pick (R,) in the order of the picks, and the weight
+// gradients (exact zeros for experts without rows). gate_up and shared_gate_up, where null, are computed again.
 int64_t moe_mlp_bwd_workspace_bytes(const MoeSizes&, bool recompute);
 void moe_mlp_bwd(const MoeSizes&, const PlanView&, const ExpertWeights&, const void* x, const void* dout,
-                 const void* gate_up, const void* shared_gate_up, void* dx, float* drow_weight, const ExpertGrads&,
-                 void* workspace, cudaStream_t);
+                 const void* gate_up, const void* shared_gate_up, void* dx, float* drow_weight, const int32_t* row_pick,
+                 const ExpertGrads&, void* workspace, cudaStream_t);
 
 }  // namespace moe::cuda

@@ -39,6 +39,12 @@ void choose_gating_fwd(const Router& r, const S* x, cudaStream_t stream) {
   launch_gating_fwd<S, 8, 8>(r, x, stream);
 }
 
+template <class W>
+__global__ void __launch_bounds__(kFwdThreads) gating_fwd_widen(int64_t n, const W* weight, float* out) {
+  const int64_t i = int64_t(blockIdx.x) * kFwdThreads + threadIdx.x;
+  if (i < n) out[i] = wide(weight[i]);
+}
+
 constexpr int kBwdThreads = 128;
 
 // dlogits (tile, padded) of tokens begin to end, by the whole block.
@@ -54,10 +60,22 @@ __device__ void tile_gradient(const RouterGradient& r, const Share& share, int64
   }
 }
 
+// What torch's add_ makes of two tensors: both parts are rounded before they are added.
+template <class S>
+__device__ __forceinline__ void store_dx(S* dx, bool add, float (&values)[4]) {
+  if (add) {
+    float before[4];
+    load4(dx, before);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) values[c] = before[c] + wide(narrow<S>(values[c]));
+  }
+  store4(dx, values);
+}
+
 // Grid: (chunks, columns, experts). partials (chunks, E, H).
 template <class S, int N>
 __global__ void __launch_bounds__(kBwdThreads)
-    gating_bwd_products(RouterGradient r, Share share, const S* __restrict__ x, S* __restrict__ dx,
+    gating_bwd_products(RouterGradient r, Share share, const S* __restrict__ x, S* __restrict__ dx, bool add,
                         float* __restrict__ partials) {
   MOE_DYNAMIC_SHARED(memory);
   float* dlogits = reinterpret_cast<float*>(memory);
@@ -83,13 +101,21 @@ __global__ void __launch_bounds__(kBwdThreads)
       weigh_experts(r, dlogits + i * share.padded, share.padded, h, sums);
 #pragma unroll
       for (int j = 0; j < kTogether; ++j)
-        if (i + j < count) store4(dx + (begin + i + j) * r.H + h, sums[j]);
+        if (i + j < count) store_dx(dx + (begin + i + j) * r.H + h, add, sums[j]);
     }
   }
   if (h < r.H) store_dweight(partials + int64_t(blockIdx.x) * r.E * r.H, r.E, r.H, first_expert, h, dweight);
 }
 
 }  // namespace
+
+void widen_weight(Dtype dtype, int64_t n, const void* weight, float* out, cudaStream_t stream) {
+  const dim3 blocks(unsigned(ceil_div(n, kFwdThreads)));
+  with_dtype(dtype, [&](auto element) {
+    using W = decltype(element);
+    launch(gating_fwd_widen<W>, blocks, kFwdThreads, 0, stream, n, static_cast<const W*>(weight), out);
+  });
+}
 
 void gating_fwd(const GatingSizes& s, const void* x, const float* weight, float* probs, float* topk_weights,
                 int32_t* topk_ids, cudaStream_t stream) {
@@ -99,21 +125,21 @@ void gating_fwd(const GatingSizes& s, const void* x, const float* weight, float*
 
 int64_t gating_bwd_workspace_bytes(const GatingSizes& s) { return share_of(s, 1, kBwdThreads).chunks * s.E * s.H * 4; }
 
-void gating_bwd(const GatingSizes& s, const float* dtopk_weights, const DProbs& dprobs, const void* x,
-                const float* weight, const int32_t* topk_ids, const float* probs, void* dx, float* dweight,
-                void* workspace, cudaStream_t stream) {
+void gating_bwd(const GatingSizes& s, const RouterUpstream& upstream, const void* x, const float* weight,
+                const int32_t* topk_ids, const float* probs, const RouterGrads& grads, void* workspace,
+                cudaStream_t stream) {
   const Share share = share_of(s, 1, kBwdThreads);
-  const RouterGradient r{s.T, int(s.H), int(s.E), int(s.K), dtopk_weights, dprobs, topk_ids, probs, weight};
+  const RouterGradient r{s.T, int(s.H), int(s.E), int(s.K), upstream, topk_ids, probs, weight};
   float* partials = static_cast<float*>(workspace);
   const dim3 blocks(unsigned(share.chunks), share.cut.blocks, share.expert_blocks);
   const size_t shared = size_t(share.tile) * share.padded * sizeof(float);
   with_dtype(s.dtype, [&](auto element) {
     using S = decltype(element);
     const auto kernel = share.experts == 8 ? gating_bwd_products<S, 8> : gating_bwd_products<S, 16>;
-    launch(kernel, blocks, share.cut.threads, shared, stream, r, share, static_cast<const S*>(x), static_cast<S*>(dx),
-           partials);
+    launch(kernel, blocks, share.cut.threads, shared, stream, r, share, static_cast<const S*>(x),
+           static_cast<S*>(grads.dx), grads.add, partials);
   });
-  ordered_sum(partials, share.chunks, s.E * s.H, dweight, Dtype::kFloat32, stream);
+  ordered_sum(partials, share.chunks, s.E * s.H, grads.dweight, grads.dweight_dtype, stream);
 }
 
 }  // namespace moe::cuda

@@ -9,12 +9,30 @@ namespace moe::cuda {
 void gating_fwd(const GatingSizes&, const void* x, const float* weight, float* probs, float* topk_weights,
                 int32_t* topk_ids, cudaStream_t);
 
-// As moe::gating_bwd; dtopk_weights may be null. The workspace holds partial sums over blocks of tokens,
-// which are added in order.
+// A router's weight as its kernels read it, fp32: out (n,) of `weight` (n,), in a 16-bit dtype.
+void widen_weight(Dtype, int64_t n, const void* weight, float* out, cudaStream_t);
+
+// What reaches a router from behind: gradients of topk_weights (T, K) and of probs, null where there are none; and in
+// place of dprobs that of the auxiliary loss, scale expert_counts[e] for every token.
+struct RouterUpstream {
+  const float* dtopk_weights;
+  DProbs dprobs;
+  const int32_t* expert_counts = nullptr;
+  float scale = 0;
+};
+
+// Where the gradients go. dx is rounded to its dtype, and with `add` added to what is there.
+struct RouterGrads {
+  void* dx;
+  bool add;
+  void* dweight;
+  Dtype dweight_dtype;
+};
+
+// As moe::gating_bwd. The workspace holds partial sums over blocks of tokens, which are added in order.
 int64_t gating_bwd_workspace_bytes(const GatingSizes&);
-void gating_bwd(const GatingSizes&, const float* dtopk_weights, const DProbs& dprobs, const void* x,
-                const float* weight, const int32_t* topk_ids, const float* probs, void* dx, float* dweight,
-                void* workspace, cudaStream_t);
+void gating_bwd(const GatingSizes&, const RouterUpstream&, const void* x, const float* weight, const int32_t* topk_ids,
+                const float* probs, const RouterGrads&, void* workspace, cudaStream_t);
 
 // adaLN: x (B, L, H), shift and scale (B, H), each of its own dtype; tokens (T, H) of GatingSizes::dtype; T = B L.
 struct Modulation {

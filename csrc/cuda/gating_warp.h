@@ -147,7 +147,7 @@ __device__ __forceinline__ int next_pick(const float* row, int E, int lane, floa
   return best_expert;
 }
 
-// By a warp, for its M tokens: probs = softmax(logits), and their K largest. Spoils the logits.
+// By a warp, for its M tokens: probs = softmax(logits), and their K largest. Overwrites the logits.
 // A logit that is not finite makes all of the token's probabilities NaN; its picks stay valid ids.
 template <int M>
 __device__ __forceinline__ void softmax_top_k(const Router& r, int64_t first_token, float* logits) {
@@ -211,23 +211,27 @@ inline Share share_of(const GatingSizes& s, int64_t B, int threads) {
 struct RouterGradient {
   int64_t T;
   int H, E, K;
-  const float* dtopk_weights;  // (T, K), null: none
-  DProbs dprobs;
+  RouterUpstream upstream;
   const int32_t* topk_ids;
   const float* probs;
   const float* weight;
 };
+
+// What d of `router_gradient` begins with.
+__device__ __forceinline__ float upstream_of_probs(const RouterUpstream& from, int64_t t, int e) {
+  if (from.dprobs.rows) return from.dprobs.rows[t * from.dprobs.stride + e];
+  return from.expert_counts ? from.scale * float(from.expert_counts[e]) : 0;
+}
 
 // row[e] = dlogits = probs (d - sum(probs d)), d = dprobs + dtopk_weights at the picks, by `lanes` lanes a token; zeros
 // for e in [E, padded), and everywhere where the token is not live. All lanes of the warp call it.
 template <int lanes>
 __device__ __forceinline__ void router_gradient(const RouterGradient& r, int64_t t, bool live, int padded, float* row) {
   const int lane = threadIdx.x % lanes;
-  for (int e = lane; e < padded; e += lanes)
-    row[e] = live && e < r.E && r.dprobs.rows ? r.dprobs.rows[t * r.dprobs.stride + e] : 0;
+  for (int e = lane; e < padded; e += lanes) row[e] = live && e < r.E ? upstream_of_probs(r.upstream, t, e) : 0;
   __syncwarp();
-  if (live && r.dtopk_weights)
-    for (int k = lane; k < r.K; k += lanes) row[r.topk_ids[t * r.K + k]] += r.dtopk_weights[t * r.K + k];
+  if (const float* dpicks = r.upstream.dtopk_weights; live && dpicks)
+    for (int k = lane; k < r.K; k += lanes) row[r.topk_ids[t * r.K + k]] += dpicks[t * r.K + k];
   __syncwarp();
   float mean = 0;
   if (live)

@@ -85,7 +85,7 @@ struct Layer {
     const int64_t bytes = std::max(cuda::moe_mlp_fwd_workspace_bytes(s), cuda::moe_mlp_bwd_workspace_bytes(s, false));
     Buffer workspace(Dtype::kFloat32, size_t(bytes / 4));
     cuda::moe_mlp_fwd(s, view, w, x.data(), of(0), of(1), of(2), nullptr, workspace.data(), nullptr);
-    cuda::moe_mlp_bwd(s, view, w, x.data(), dout.data(), of(1), of(2), of(3), reinterpret_cast<float*>(of(8)),
+    cuda::moe_mlp_bwd(s, view, w, x.data(), dout.data(), of(1), of(2), of(3), reinterpret_cast<float*>(of(8)), nullptr,
                       {of(4), of(5), of(6), of(7)}, workspace.data(), nullptr);
     return out;
   }

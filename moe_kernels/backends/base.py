@@ -186,16 +186,16 @@ class Backend(ABC):
         """
 
     def token_choice(
-        self, x: Tensor, gate_weight: Tensor, w: Weights, top_k: int, activation: str, keep_gate_up: bool
+        self, x: Tensor, gate_weight: Tensor, w: Weights, top_k: int, activation: str, keep: bool, keep_gate_up: bool
     ) -> tuple[Tensor, Kept]:
         """Do what `gating`, `dispatch` and `moe_mlp` do one after the other, to the bit; return out (T,H) and what
-        `token_choice_bwd` reads."""
+        `token_choice_bwd` reads, if it is to be kept."""
         raise NotImplementedError
 
     def token_choice_bwd(
         self,
         dout: Tensor,
-        dprobs: Tensor | None,
+        aux_scale: float,
         x: Tensor,
         gate_weight: Tensor,
         w: Weights,
@@ -206,7 +206,7 @@ class Backend(ABC):
         router: bool,
     ) -> tuple[Tensor, Tensor | None, *tuple[Gradient, ...]]:
         """Return dx and dgate_weight, without `router` the part of dx that goes through the experts and None, and the
-        gradients of the weights as `moe_mlp_bwd` does. dprobs is (1,E)."""
+        gradients of the weights as `moe_mlp_bwd` does. aux_scale: see `aux_loss_scale`; 0 for no such loss."""
         raise NotImplementedError
 
     # What adaLN puts around the layer. A backend that can fuse it overrides these; here it is plain torch around the

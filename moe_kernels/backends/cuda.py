@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from types import ModuleType
@@ -47,9 +47,9 @@ def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def run(self: CudaBackend, *args: Any) -> Any:
-        device, aligned = _look(args)
-        if not aligned:
-            args = map(_aligned, args)
+        if not _c.aligned(args):
+            args = [*map(_aligned, args)]
+        device = (args[0] if isinstance(args[0], Tensor) else next(t for t in args if isinstance(t, Tensor))).device
         if device.type != "cuda":
             return method(self, *args)
         with nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device):
@@ -57,19 +57,6 @@ def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args)
 
     return run
-
-
-def _look(args: Iterable[Any]) -> tuple[torch.device, bool]:
-    """Return the device of the tensors, and whether they start at multiples of 16 bytes."""
-    found = None
-    for arg in args:
-        if isinstance(arg, Tensor):
-            if arg.data_ptr() % ALIGNMENT:
-                return arg.device, False
-            found = arg
-        elif type(arg) is MoEWeights and not _look(arg)[1]:
-            return arg.down_proj.device, False
-    return found.device, True
 
 
 def _aligned(value: Any) -> Any:
@@ -340,14 +327,14 @@ class CudaBackend(Backend):
 
     @_on_device
     def token_choice(
-        self, x: Tensor, gate_weight: Tensor, w: MoEWeights, top_k: int, activation: str, keep_gate_up: bool
+        self, x: Tensor, gate_weight: Tensor, w: MoEWeights, top_k: int, activation: str, keep: bool, keep_gate_up: bool
     ) -> tuple[Tensor, Kept]:
         out = torch.empty_like(x)
         memory, offsets = _c.token_choice_fwd(
-            x, _wide(gate_weight), w.matrices, top_k, activation, _tf32(x), keep_gate_up, out,
+            x, _narrow(gate_weight), w.matrices, top_k, activation, _tf32(x), keep, keep_gate_up, out,
             _allocator(x), _stream(x),
         )  # fmt: skip
-        kept = Kept(memory, offsets)
+        kept = Kept((memory,), offsets)
         if not x.is_cuda:
             _expect_finite(kept, x, gate_weight)
         return out, kept
@@ -356,7 +343,7 @@ class CudaBackend(Backend):
     def token_choice_bwd(
         self,
         dout: Tensor,
-        dprobs: Tensor | None,
+        aux_scale: float,
         x: Tensor,
         gate_weight: Tensor,
         w: MoEWeights,
@@ -366,15 +353,13 @@ class CudaBackend(Backend):
         kept_gate_up: bool,
         router: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
-        weight, dx, grads = _wide(gate_weight), torch.empty_like(x), _empty_gradients(w, gate_weight.shape[0])
-        dx_router, dgate_weight = (torch.empty_like(x), torch.empty_like(weight)) if router else (None, None)
+        weight, dx, grads = _narrow(gate_weight), torch.empty_like(x), _empty_gradients(w, gate_weight.shape[0])
+        dgate_weight = torch.empty_like(weight) if router else None
         _c.token_choice_bwd(
-            dout, dprobs, x, weight, w.matrices, kept.memory, top_k, activation, _tf32(x), kept_gate_up, dx,
-            *grads, dx_router, dgate_weight, _allocator(x), _stream(x),
+            dout, aux_scale, x, weight, w.matrices, kept.tensors[0], top_k, activation, _tf32(x), kept_gate_up, dx,
+            *grads, dgate_weight, _allocator(x), _stream(x),
         )  # fmt: skip
-        if router:
-            dx, dgate_weight = dx.add_(dx_router), dgate_weight.to(gate_weight.dtype)
-        return dx, dgate_weight, *grads
+        return dx, dgate_weight if weight is gate_weight or not router else dgate_weight.to(gate_weight.dtype), *grads
 
     @_on_device
     def gated_residual_bwd(self, dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -405,3 +390,7 @@ def _expect_finite(kept: Kept, x: Tensor, gate_weight: Tensor) -> None:
 
 def _wide(gate_weight: Tensor) -> Tensor:
     return gate_weight.float()
+
+
+def _narrow(gate_weight: Tensor) -> Tensor:
+    return gate_weight.float() if gate_weight.dtype == torch.float64 else gate_weight

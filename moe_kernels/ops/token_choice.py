@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _checks
 from ..backends.base import Backend, Request
@@ -32,6 +32,7 @@ from .moe_mlp import mlp_op, mlp_op_bwd
 
 _MOST_KINDS = 1024
 _kinds: dict[tuple, _Kind] = {}
+_ALONE = {Tensor, nn.Parameter, type(None)}  # what weights are that come stacked
 
 
 class How(NamedTuple):
@@ -51,6 +52,7 @@ class _Kind(NamedTuple):
     lengths: list[int]  # of the lists of weights and biases
     requests: tuple[Request, Request, Request]  # of gating, dispatch and moe_mlp
     as_kernels_read: bool  # weights need no other form
+    chosen: Backend | None  # of moe_mlp, where the call names it; what "auto" means may change
 
 
 def token_choice_mlp(
@@ -74,17 +76,22 @@ def token_choice_mlp(
     autocast = _checks.autocast_enabled(x)
     if autocast and _checks.compute_dtype(x) != x.dtype:
         return None
-    tensors, form = _laid_out(weights if biases is None else (*weights, biases))
-    if seen((x, gate_weight, *tensors)):
+    form = [*map(type, weights)]
+    if biases is None and _ALONE.issuperset(form):
+        tensors = [w for w in weights if w is not None]
+    else:
+        tensors, form = _laid_out(weights if biases is None else (*weights, biases))
+    everything = x, gate_weight, *tensors
+    if seen(everything):
         return None
     kind = _kind_of(x, gate_weight, tensors, form, weights, biases, how, autocast)
-    fused = _one_backend(how.backend, kind.requests)
+    fused = _one_backend(how.backend, kind)
     step = _Step if fused is None else _Fused
-    if torch.is_grad_enabled() and any([t.requires_grad for t in (x, gate_weight, *tensors)]):
-        return step.apply(how, kind, fused, x, gate_weight, *tensors)
+    if torch.is_grad_enabled() and any([t.requires_grad for t in everything]):
+        return step.apply(how, kind, fused, *everything)
     if fused is None:
         return _by_rooms(x, gate_weight, nested(tensors, kind.lengths), how, save=False)[0]
-    return _at_once(fused, x, gate_weight, tensors, kind, how, keep_gate_up=False)[0]
+    return _at_once(fused, x, gate_weight, tensors, kind, how, keep=False)[0]
 
 
 def _laid_out(kinds: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
@@ -138,17 +145,17 @@ def _checked(x: Tensor, gate_weight: Any, weights: Sequence[Any], biases: Any, h
         Request("dispatch", _checks.accumulator(x.dtype), x.device.type, num_experts=E),
         Request("moe_mlp", *where, *sizes, how.activation, any(w.biases)),
     )
-    return _Kind([len(kind) for kind in lists], requests, w.as_kernels_read() and w.to(x.dtype) is w)
+    as_kernels_read = w.as_kernels_read() and w.to(x.dtype) is w
+    chosen = None if how.backend == "auto" else choose(how.backend, requests[2])
+    return _Kind([len(kind) for kind in lists], requests, as_kernels_read, chosen)
 
 
-def _one_backend(name: str, requests: Sequence[Request]) -> Backend | None:
+def _one_backend(name: str, kind: _Kind) -> Backend | None:
     """Return the backend of all three rooms if it computes them in one call, else None."""
-    chosen = choose(name, requests[2])
-    if not chosen.fuses_token_choice:
-        return None
-    if name != "auto":
-        return chosen  # what computes the experts computes the picks
-    return chosen if choose(name, requests[0]) is chosen is choose(name, requests[1]) else None
+    if kind.chosen is not None:  # what computes the experts computes the picks
+        return kind.chosen if kind.chosen.fuses_token_choice else None
+    first, *others = (choose(name, request) for request in kind.requests)
+    return first if first.fuses_token_choice and all(other is first for other in others) else None
 
 
 def _by_rooms(
@@ -162,7 +169,13 @@ def _by_rooms(
     return out, (topk_ids, probs), (gate_up, shared_gate_up, *plan)
 
 
-class _Step(torch.autograd.Function):
+class _Node(torch.autograd.Function):
+    """Skips what Function.apply does for function transforms, a third of its time: `seen` leaves them to the ops."""
+
+    apply = torch._C._FunctionBase.__dict__["apply"]
+
+
+class _Step(_Node):
     """The steps' kernels, and in backward theirs; the ops themselves there where somebody sees them."""
 
     @staticmethod
@@ -211,77 +224,80 @@ _BACKWARD = mlp_op_bwd, dispatch_op_bwd, gating_op_bwd
 
 
 def _read(
-    fused: Backend, x: Tensor, tensors: Sequence[Tensor], lengths: Sequence[int], as_kernels_read: bool, layout: str
+    fused: Backend, x: Tensor, tensors: Sequence[Tensor], kind: _Kind, layout: str
 ) -> tuple[LayerWeights | None, MoEWeights | LayerWeights]:
     """Return the weights as they are, None where that does not matter, and as the backend reads them."""
-    if as_kernels_read:
+    if kind.as_kernels_read:
         return None, MoEWeights(*tensors)
-    w = LayerWeights(*nested(tensors, lengths)[:4], layout).to(x.dtype)
+    w = LayerWeights(*nested(tensors, kind.lengths)[:4], layout).to(x.dtype)
     return w, for_backend(fused, w)
 
 
 @annotate("token_choice", domain="moe_kernels")
 def _at_once(
-    fused: Backend, x: Tensor, gate_weight: Tensor, tensors: Sequence[Tensor], kind: _Kind, how: How, keep_gate_up: bool
+    fused: Backend, x: Tensor, gate_weight: Tensor, tensors: Sequence[Tensor], kind: _Kind, how: How, keep: bool
 ) -> tuple[Tensor, Kept]:
-    _, w = _read(fused, x, tensors, kind.lengths, kind.as_kernels_read, how.layout)
+    _, w = _read(fused, x, tensors, kind, how.layout)
     picks = x.contiguous(), gate_weight.contiguous(), w, how.top_k
-    return fused.token_choice(*picks, how.activation, keep_gate_up)
+    return fused.token_choice(*picks, how.activation, keep, keep and not how.recompute)
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(_Node):
     """As _Step, with one call of a backend a direction."""
 
     @staticmethod
     def forward(
         ctx: Any, how: How, kind: _Kind, fused: Backend, x: Tensor, gate_weight: Tensor, *tensors: Tensor
     ) -> Tensor:
-        out, kept = _at_once(fused, x, gate_weight, tensors, kind, how, keep_gate_up=not how.recompute)
-        ctx.how, ctx.kind, ctx.fused, ctx.offsets, ctx.lengths = how, kind, fused, kept.offsets, kind.lengths
+        out, kept = _at_once(fused, x, gate_weight, tensors, kind, how, keep=True)
+        ctx.how, ctx.of, ctx.lengths = how, (kind, fused, len(kept.tensors), kept.offsets), kind.lengths
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, gate_weight, kept.memory, *tensors)
+        ctx.save_for_backward(x, gate_weight, *kept.tensors, *tensors)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
         if dout is None:
             return (None,) * (5 + sum(ctx.lengths))
-        saved = ctx.saved_tensors
-        x, gate_weight, memory, *tensors = saved
-        kept = Kept(memory, ctx.offsets)
+        saved, (kind, fused, count, offsets) = ctx.saved_tensors, ctx.of
+        (x, gate_weight), kept, tensors = saved[:2], Kept(saved[2 : 2 + count], offsets), saved[2 + count :]
         if torch.is_grad_enabled() or seen((dout, *saved)):
             apart = _apart(kept, x, gate_weight, tensors, ctx)
             return _backward_by_rooms(ctx, dout, x, gate_weight, nested(tensors, ctx.lengths), apart, True)
-        return None, None, None, *_backward_at_once(ctx, dout, x, gate_weight, tensors, kept)
+        return None, None, None, *_backward_at_once(ctx, kind, fused, dout, x, gate_weight, tensors, kept)
 
 
 def _apart(kept: Kept, x: Tensor, gate_weight: Tensor, tensors: Sequence[Tensor], ctx: Any) -> tuple:
     """Return what was kept as the rooms take it."""
-    T, E, K = x.shape[0], gate_weight.shape[0], ctx.how.top_k
-    gate_up = [x.new_empty(0)] * 2
+    widths = None
     if not ctx.how.recompute:
         w = LayerWeights(*nested(tensors, ctx.lengths)[:4], ctx.how.layout)
-        gate_up = kept.gate_up(T * K, w.halves * w.intermediate_size, T, w.halves * w.shared_intermediate_size, x.dtype)
-    return kept.topk_ids(T, K), kept.probs(T, E), *gate_up, kept.plan(T, E, T * K)
+        widths = w.halves * w.intermediate_size, w.halves * w.shared_intermediate_size
+    return kept.apart(x.shape[0], gate_weight.shape[0], ctx.how.top_k, widths, x.dtype)
 
 
 @annotate("token_choice_bwd", domain="moe_kernels")
 def _backward_at_once(
-    ctx: Any, dout: Tensor, x: Tensor, gate_weight: Tensor, tensors: Sequence[Tensor], kept: Kept
+    ctx: Any,
+    kind: _Kind,
+    fused: Backend,
+    dout: Tensor,
+    x: Tensor,
+    gate_weight: Tensor,
+    tensors: Sequence[Tensor],
+    kept: Kept,
 ) -> tuple[Any, ...]:
     """Return the gradients of x, gate_weight and the tensors."""
-    how, kind, (T, _), E = ctx.how, ctx.kind, x.shape, gate_weight.shape[0]
-    w, read = _read(ctx.fused, x, tensors, ctx.lengths, kind.as_kernels_read, how.layout)
-    dprobs, route = None, any(ctx.needs_input_grad[3:5])
-    if route and how.aux_loss_alpha is not None:
-        dprobs = kept.expert_counts(E).float().mul_(aux_loss_scale(T, E, how.top_k, how.aux_loss_alpha))
-    dx, dgate_weight, *gradients = ctx.fused.token_choice_bwd(
-        dout.contiguous(), dprobs, x.contiguous(), gate_weight.contiguous(), read, kept, how.top_k, how.activation,
-        not how.recompute, route,
+    how, (T, _), E = ctx.how, x.shape, gate_weight.shape[0]
+    w, read = _read(fused, x, tensors, kind, how.layout)
+    aux_scale = 0.0 if how.aux_loss_alpha is None else aux_loss_scale(T, E, how.top_k, how.aux_loss_alpha)
+    dx, dgate_weight, *gradients = fused.token_choice_bwd(
+        dout.contiguous(), aux_scale, x.contiguous(), gate_weight.contiguous(), read, kept, how.top_k, how.activation,
+        not how.recompute, any(ctx.needs_input_grad[3:5]),
     )  # fmt: skip
     if w is None:
-        return dx, dgate_weight, *(g for g in gradients if g is not None)
+        return dx, dgate_weight, *gradients[: len(tensors)]  # of a shared expert that is not there: None, at the end
     lists = nested(tensors, ctx.lengths)
     needed = any_needed(nested(ctx.needs_input_grad[5:], ctx.lengths))
-    returned = gradients_of(ctx.fused, w, gradients, lists, needed)
+    returned = gradients_of(fused, w, gradients, lists, needed)
     return dx, dgate_weight, *flat(by_kind(iter(returned), lists, needed))

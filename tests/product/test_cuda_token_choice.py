@@ -1,4 +1,4 @@
-"""Token choice and its experts in one call of the cuda backend: the bits of the rooms one by one, and less to do."""
+"""Token choice and its experts in one call of a backend: the bits of the rooms one by one, and less to do."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from moe_kernels import MoELayer, TokenChoice
-from moe_kernels.backends import cuda
+from moe_kernels.backends import cuda, registry
 from moe_kernels.layer import moe_forward
 from moe_kernels.ops import token_choice
 from tests.contenders import BACKENDS
 from tests.product.test_direct_calls import Watching
 from tests.trap_cases import DEVICE, embedded, strided
 
-pytestmark = pytest.mark.skipif("cuda" not in BACKENDS, reason=f"needs a GPU, or {cuda.FIBERS}: make test-cuda")
+each_fused = pytest.mark.parametrize("backend", [name for name in ("cuda", "triton") if name in BACKENDS])
+on_cuda = pytest.mark.skipif("cuda" not in BACKENDS, reason=f"needs a GPU, or {cuda.FIBERS}: make test-cuda")
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_experts": 5, "top_k": 2, "shared_intermediate_size": 64}
 
 
-def make(T: int = 37, dtype: torch.dtype = torch.float32, **options):
-    layer = MoELayer(**SIZES | options, backend="cuda", dtype=dtype).to(DEVICE)
+def make(T: int = 37, dtype: torch.dtype = torch.float32, backend: str = "cuda", **options):
+    layer = MoELayer(**SIZES | options, backend=backend, dtype=dtype).to(DEVICE)
     return layer, torch.randn(1, T, layer.gate_weight.shape[1], dtype=dtype, device=DEVICE, requires_grad=True)
 
 
@@ -40,6 +41,7 @@ def without_x(layer, x):
     x.requires_grad_(False), layer.down_proj.requires_grad_(False)
 
 
+@each_fused
 @pytest.mark.parametrize(
     ("options", "change"),
     [
@@ -60,32 +62,33 @@ def without_x(layer, x):
     ],
     ids=str,
 )
-def test_the_bits_of_the_rooms(options, change, seed, monkeypatch):
+def test_the_bits_of_the_rooms(options, change, backend, seed, monkeypatch):
     torch.manual_seed(seed)
-    layer, x = make(**options)
+    layer, x = make(**options, backend=backend)
     if change:
         change(layer, x)
-    calls = []
+    calls, kind = [], type(registry.get(backend))
     for name in ("token_choice", "token_choice_bwd"):
-        whole = getattr(cuda.CudaBackend, name)
-        monkeypatch.setattr(cuda.CudaBackend, name, lambda *a, whole=whole: calls.append(whole) or whole(*a))
+        whole = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *a, whole=whole: calls.append(whole) or whole(*a))
     for how in (None, "expanded"):
         at_once = results(layer, x, how=how)
         assert len(calls) == 2
         with torch.no_grad():
             assert torch.equal(layer(x), at_once[0])
-        monkeypatch.setattr(cuda.CudaBackend, "fuses_token_choice", False)
+        monkeypatch.setattr(kind, "fuses_token_choice", False)
         by_rooms = results(layer, x, how=how)
-        monkeypatch.undo() if how else monkeypatch.setattr(cuda.CudaBackend, "fuses_token_choice", True)
+        monkeypatch.undo() if how else monkeypatch.setattr(kind, "fuses_token_choice", True)
         assert len(calls) == 3
         assert all(map(torch.equal, at_once, by_rooms))
         calls.clear()
 
 
-def test_weights_and_tokens_wherever_they_lie(seed, monkeypatch):
+@each_fused
+def test_weights_and_tokens_wherever_they_lie(backend, seed):
     """Matrices one by one, which come with an index, beside tokens that are strided or not aligned."""
     torch.manual_seed(seed)
-    layer, x = make(dtype=torch.bfloat16)
+    layer, x = make(dtype=torch.bfloat16, backend=backend)
     expected = results(layer, x)
     with torch.no_grad():
         gate_up = [m.clone().requires_grad_() for m in layer.gate_up_proj.reshape(-1, 64, 32)]
@@ -101,10 +104,11 @@ def test_weights_and_tokens_wherever_they_lie(seed, monkeypatch):
         assert torch.equal(torch.stack(grads[len(gate_up) :]), expected[4])
 
 
+@each_fused
 @pytest.mark.parametrize("recompute", [False, True])
-def test_what_was_kept_reaches_the_ops_where_somebody_sees_them(recompute, seed):
+def test_what_was_kept_reaches_the_ops_where_somebody_sees_them(recompute, backend, seed):
     torch.manual_seed(seed)
-    layer, x = make(dtype=torch.bfloat16, recompute=recompute)
+    layer, x = make(dtype=torch.bfloat16, recompute=recompute, backend=backend)
     expected = results(layer, x)
     y, leaves = layer(x), (x, *layer.parameters())
     with Watching() as mode:
@@ -117,6 +121,7 @@ def test_what_was_kept_reaches_the_ops_where_somebody_sees_them(recompute, seed)
         twice[0].sum().backward()
 
 
+@on_cuda
 def test_what_is_kept_may_move_between_the_passes(seed):
     """Hooks put it elsewhere: one int32 tensor beside x and the weights, and with recompute no activations in it."""
     torch.manual_seed(seed)
@@ -138,6 +143,7 @@ def test_what_is_kept_may_move_between_the_passes(seed):
     assert 0 <= sizes[0] - sizes[1] - activations < 2 * 256
 
 
+@on_cuda
 def test_arguments_unlike_those_before_are_checked(seed):
     """What was found of the first call holds for none of the others."""
     layer, x = make()
@@ -165,9 +171,10 @@ def test_arguments_unlike_those_before_are_checked(seed):
             call(**changed)
 
 
+@each_fused
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU cannot raise")
-def test_logits_that_are_not_finite_are_refused():
-    layer, x = make()
+def test_logits_that_are_not_finite_are_refused(backend):
+    layer, x = make(backend=backend)
     with torch.no_grad():
         x[0, 3, 0] = torch.inf
     for grad in (True, False):
@@ -175,22 +182,25 @@ def test_logits_that_are_not_finite_are_refused():
             layer(x)
 
 
+@on_cuda
 def test_bindings_check_what_was_kept():
     layer, x = make()
     x, gate_weight, w = x.detach()[0], layer.gate_weight.detach(), [p.detach() for p in list(layer.parameters())[1:]]
     weights, dx, dgate_weight = (*w, None, None), torch.empty_like(x), torch.empty_like(gate_weight)
-    _, kept = cuda.CudaBackend().token_choice(x, gate_weight, cuda.MoEWeights(*w), 2, "swiglu", True)
+    _, kept = cuda.CudaBackend().token_choice(x, gate_weight, cuda.MoEWeights(*w), 2, "swiglu", True, True)
 
-    def call(memory, router, kept_gate_up=True):
-        how = 2, "swiglu", False, kept_gate_up
-        grads = dx, *map(torch.empty_like, w), *router
-        cuda._c.token_choice_bwd(x, None, x, gate_weight, weights, memory, *how, *grads, cuda._allocator(x), 0)
+    def call(memory, dgate_weight):
+        how = 2, "swiglu", False, True
+        grads = dx, *map(torch.empty_like, w), dgate_weight
+        cuda._c.token_choice_bwd(x, 0.0, x, gate_weight, weights, memory, *how, *grads, cuda._allocator(x), 0)
 
     with pytest.raises(ValueError, match=r"kept: .* bytes, expected at least"):
-        call(kept.memory[:-64], (dx, dgate_weight))
-    with pytest.raises(ValueError, match="one of two, expected both or none"):
-        call(kept.memory, (dx, None))
+        call(kept.tensors[0][:-64], dgate_weight)
+    with pytest.raises(ValueError, match="dgate_weight: dtype tag 1, expected 0"):
+        call(kept.tensors[0], dgate_weight.bfloat16())
     with pytest.raises(ValueError, match="top_k: 6, expected 0 to 5 experts"):
-        cuda._c.token_choice_fwd(x, gate_weight, weights, 6, "swiglu", False, True, dx, cuda._allocator(x), 0)
+        cuda._c.token_choice_fwd(x, gate_weight, weights, 6, "swiglu", False, True, True, dx, cuda._allocator(x), 0)
     with pytest.raises(ValueError, match="workspace: 4 bytes, expected at least"):
-        cuda._c.token_choice_fwd(x, gate_weight, weights, 2, "swiglu", False, True, dx, lambda words: x.new_empty(1), 0)
+        cuda._c.token_choice_fwd(
+            x, gate_weight, weights, 2, "swiglu", False, True, True, dx, lambda words: x.new_empty(1), 0
+        )

@@ -14,7 +14,7 @@ import torch
 from bench.instrument import workloads
 from bench.instrument.shapes import MODEL_SHAPES
 from bench.instrument.verify import whole_error
-from moe_kernels import dispatch
+from moe_kernels import dispatch, modulated_gating
 from moe_kernels.backends import preferred, registry
 from moe_kernels.backends.base import Request
 from moe_kernels.backends.eager import EagerBackend
@@ -26,7 +26,7 @@ triton_backend = pytest.importorskip("moe_kernels.backends.triton.backend", exc_
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from moe_kernels.backends.triton import gating, grid, tiles  # noqa: E402
+from moe_kernels.backends.triton import gating, grid, sums, tiles  # noqa: E402
 from moe_kernels.backends.triton.experts import rounded  # noqa: E402
 
 where_it_runs = pytest.mark.skipif(
@@ -237,6 +237,39 @@ def test_operands_that_the_copy_engine_cannot_take_go_as_pointers():
     for pair, tma in (((even, None), True), ((even, odd[0]), False), ((narrow, None), False), ((empty, None), False)):
         used, operands = grid.operands(tile, *((t, (1, 16, 16)) for t in pair))
         assert used == tma and all(isinstance(operand, torch.Tensor) != tma for operand in operands)
+
+
+@where_it_runs
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks at what the interpreter is asked for")
+def test_nothing_of_router_and_moments_is_divided_approximately(monkeypatch, seed):
+    """On a GPU `/` and tl.sqrt err by 2 ulp; in a token's deviation that is 2 ulp of all of its dx."""
+    builder = triton.runtime.interpreter.InterpreterBuilder
+
+    def refuse(*_):
+        raise AssertionError("expected div_rn and sqrt_rn")
+
+    for name in ("create_fdiv", "create_sqrt"):
+        monkeypatch.setattr(builder, name, refuse)
+    torch.manual_seed(seed)
+    inputs = [torch.randn(*sizes, requires_grad=True) for sizes in ((2, 5, 40), (2, 40), (2, 40), (8, 40))]
+    tokens, weights, _, probs = modulated_gating(*inputs, 2, backend="triton")
+    torch.autograd.grad(tokens.sum() + weights.sum() + probs.square().sum(), inputs)
+
+
+@where_it_runs
+def test_sums_of_many_lose_fewer_bits_than_one_after_the_other(seed):
+    torch.manual_seed(seed)
+    shapes = (600, 3, 70), (300, 130), (16, 5, 4), (1, 2100)
+    jobs = [(torch.rand(shape, device=DEVICE), torch.empty(shape[1:], device=DEVICE)) for shape in shapes]
+    sums.sum_in_order(*jobs)
+    for partials, out in jobs:
+        serial, exact = torch.zeros_like(out), partials.double().sum(0)
+        for partial in partials:
+            serial += partial
+        if len(partials) > 16:
+            assert (out - exact).norm() < 0.6 * (serial - exact).norm()
+        else:
+            assert torch.equal(out, serial)
 
 
 @where_it_runs

@@ -49,7 +49,7 @@ def adaln_fwd_gating(
         h = first + tl.arange(0, BLOCK_H)
         live = live_t[:, None] & (h < H)[None, :]
         total += tl.sum(tl.load(x + at + h[None, :], mask=live, other=0.0).to(tl.float32), 1)
-    mean = total / H
+    mean = tl.div_rn(total, 1.0 * H)  # `/`, tl.sqrt err 2 ulp on a GPU: all of a token's dx would, and add up to 1.5x
     square = tl.zeros((BLOCK_T,), tl.float32)
     for first in range(0, H, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)
@@ -57,7 +57,7 @@ def adaln_fwd_gating(
         value = tl.load(x + at + h[None, :], mask=live, other=0.0).to(tl.float32)
         centred = tl.where(live, value - mean[:, None], 0.0)
         square += tl.sum(centred * centred, 1)
-    reciprocal = 1.0 / tl.sqrt(square / H + eps)
+    reciprocal = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(square, 1.0 * H) + eps))
     tl.store(moments + t, mean, mask=live_t)
     tl.store(moments + T + t, reciprocal, mask=live_t)
     experts = tl.arange(0, E_PADDED)
@@ -127,7 +127,7 @@ def adaln_bwd_sums(
     topk_ids,
     probs,
     moments,
-    sums,
+    means,
     T,
     L,
     H: tl.constexpr,
@@ -140,7 +140,7 @@ def adaln_bwd_sums(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """sums (2, T): over a token's features, of dnormal and of dnormal normal, which LayerNorm's gradient needs."""
+    """means (2, T) over a token's features, of dnormal and dnormal normal, which LayerNorm's gradient needs."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     live_t = t < T
     at = t.to(tl.int64)[:, None] * H
@@ -166,8 +166,8 @@ def adaln_bwd_sums(
         dnormal = tl.where(live, gradient * factor, 0.0)
         plain += tl.sum(dnormal, 1)
         along += tl.sum(dnormal * normal, 1)
-    tl.store(sums + t, plain, mask=live_t)
-    tl.store(sums + T + t, along, mask=live_t)
+    tl.store(means + t, tl.div_rn(plain, 1.0 * H), mask=live_t)
+    tl.store(means + T + t, tl.div_rn(along, 1.0 * H), mask=live_t)
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def adaln_bwd_gating(
     topk_ids,
     probs,
     moments,
-    sums,
+    means,
     dx,
     partial_dmodulation,
     partial_dweight,
@@ -231,10 +231,10 @@ def adaln_bwd_gating(
             gradient += tl.load(dtokens + at, mask=live, other=0.0).to(tl.float32)
         mean = tl.load(moments + t, mask=live_t, other=0.0)[:, None]
         reciprocal = tl.load(moments + T + t, mask=live_t, other=0.0)[:, None]
-        plain = tl.load(sums + t, mask=live_t, other=0.0)[:, None]
-        along = tl.load(sums + T + t, mask=live_t, other=0.0)[:, None]
+        plain = tl.load(means + t, mask=live_t, other=0.0)[:, None]
+        along = tl.load(means + T + t, mask=live_t, other=0.0)[:, None]
         normal = tl.where(live, (tl.load(x + at, mask=live, other=0.0).to(tl.float32) - mean) * reciprocal, 0.0)
-        tl.store(dx + at, reciprocal * (gradient * factor - plain / H - normal * (along / H)), mask=live)
+        tl.store(dx + at, reciprocal * (gradient * factor - plain - normal * along), mask=live)
         dshift += tl.sum(gradient, 0)
         dscale += tl.sum(gradient * normal, 0)
         token = tl.where(live, normal * factor + summand, 0.0).to(ROUNDED).to(tl.float32)
@@ -281,7 +281,7 @@ def modulated_gating_bwd(
         "topk_ids": topk_ids,
         "probs": probs,
         "moments": moments,
-        "sums": torch.empty_like(moments),
+        "means": torch.empty_like(moments),
         "T": B * L,
         "L": L,
         "H": H,

@@ -16,6 +16,7 @@ from ...weights import MoEWeights
 from .._device import unfit_devices
 from .._views import empty_plan
 from ..base import Backend, Request
+from ..kept import Kept
 from . import adaln, combine, dispatch, dispatch_mask, experts, experts_bwd, gating, selection
 from .grid import Pair
 from .sums import sum_in_order
@@ -55,6 +56,7 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
+    fuses_token_choice = True
     reads = "indexed"
 
     def why_not(self) -> str:
@@ -166,10 +168,44 @@ class TritonBackend(Backend):
         activation: str,
         needed: Sequence[bool] = (True,) * 4,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        saved = (gate_up, shared_gate_up)
-        if not gate_up.numel():
-            saved = experts.up(x, plan, w.gate_up, w.down, save=True)[1]
-        return self._backward(dout, x, plan, w, saved, combined=True)
+        return self._combined_backward(dout, x, plan, w, gate_up, shared_gate_up)
+
+    @_on_device
+    def token_choice(
+        self, x: Tensor, gate_weight: Tensor, w: MoEWeights, top_k: int, activation: str, keep: bool, keep_gate_up: bool
+    ) -> tuple[Tensor, Kept]:
+        topk_weights, topk_ids, probs = gating.forward(x, gate_weight, top_k)
+        _checks.finite(probs)
+        plan = empty_plan(x.device, x.shape[0], gate_weight.shape[0], topk_ids.numel())
+        _filled(plan, dispatch.token_choice, topk_ids, topk_weights)
+        act, gate_up = experts.up(x, plan, w.gate_up, w.down, keep_gate_up)
+        y_rows = experts.rows_times(act, w.down, plan, x, k_inner=True)
+        out = combine.sum_rows(y_rows, plan, torch.empty_like(x), weighted=True)
+        return out, Kept((topk_ids, probs, *gate_up, *plan.tensors()))
+
+    @_on_device
+    def token_choice_bwd(
+        self,
+        dout: Tensor,
+        aux_scale: float,
+        x: Tensor,
+        gate_weight: Tensor,
+        w: MoEWeights,
+        kept: Kept,
+        top_k: int,
+        activation: str,
+        kept_gate_up: bool,
+        router: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+        topk_ids, probs, gate_up, shared_gate_up, *tensors = kept.tensors
+        plan = RoutingPlan(*tensors)
+        dx, drow_weight, *gradients = self._combined_backward(dout, x, plan, w, gate_up, shared_gate_up)
+        if not router:
+            return dx, None, *gradients
+        dpicks = dispatch.backward(drow_weight, plan.row_pick, topk_ids.numel())
+        dprobs = plan.expert_counts.float().mul_(aux_scale).unsqueeze(0) if aux_scale else None
+        through, dgate_weight = gating.backward(dpicks, dprobs, x, gate_weight, topk_ids, probs)
+        return dx.add_(through), dgate_weight, *gradients
 
     @_on_device
     def modulated_gating(
@@ -194,6 +230,11 @@ class TritonBackend(Backend):
     @_on_device
     def gated_residual_bwd(self, dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         return adaln.gated_residual_bwd(dout, y, gate)
+
+    def _combined_backward(self, dout, x, plan, w, *gate_up: Tensor):
+        if not gate_up[0].numel():
+            gate_up = experts.up(x, plan, w.gate_up, w.down, save=True)[1]
+        return self._backward(dout, x, plan, w, gate_up, combined=True)
 
     @staticmethod
     def _backward(dout: Tensor, x: Tensor, plan: RoutingPlan, w: MoEWeights, gate_up: Pair, combined: bool):

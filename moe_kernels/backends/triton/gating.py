@@ -31,7 +31,7 @@ def picks(
     at = tokens.to(tl.int64)
     logits = tl.where(live_e[None, :], logits, float("-inf"))
     shifted = exact_exp(logits - tl.max(logits, 1)[:, None])
-    scores = shifted / tl.sum(shifted, 1)[:, None]
+    scores = tl.div_rn(shifted, tl.sum(shifted, 1)[:, None])
     tl.store(probs + at[:, None] * E + experts[None, :], scores, mask=live_t[:, None] & live_e[None, :])
     nothing = 0.0 * tl.sum(scores, 1)  # NaN where a logit is not finite: the picks stay valid ids, their weights do not
     left = tl.where(live_e[None, :], tl.where(scores == scores, scores, 0.0), -1.0)

@@ -14,7 +14,7 @@ from . import tiles
 
 Pair = tuple[Tensor, Tensor | None]  # of the routed experts and of the shared one
 MOST_DESCRIPTORS = 1024
-_descriptors: dict[tuple, dict[str, Any]] = {}  # what they say beside their tensors
+_descriptors: dict[tuple, dict[str, Any] | None] = {}  # what they say beside their tensors
 Weight = tuple[Tensor, Tensor | None, Tensor | None]  # a kind of MoEWeights: the two memories, and the index
 
 
@@ -76,32 +76,40 @@ def operands(tile: tiles.Tile, *wanted: tuple[Tensor | None, tuple[int, ...]]) -
 
     The copy engine wants rows and addresses of 16 bytes: where a tensor has others, all go as tensors.
     """
-    filled = []
-    for operand in wanted:
-        filled.append(filled[-1] if operand[0] is None else operand)
-    tma = tile.tma and all(
-        t.numel() and t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0 for t, _ in filled
-    )
-    return tma, [_descriptor(*operand) if tma else operand[0] for operand in filled]
+    tensors, described, before = [], [], None
+    for t, block in wanted:
+        before = (t, block, _descriptor(t, block) if tile.tma else None) if t is not None else before
+        tensors.append(before[0]), described.append(before[2])
+    tma = None not in described
+    return tma, described if tma else tensors
 
 
-def _descriptor(t: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
-    """Describe a tensor as blocks of its last sizes; one that lacks sizes in front gets ones.
+def _descriptor(t: Tensor, block: tuple[int, ...]) -> TensorDescriptor | None:
+    """Describe a tensor as blocks of its last sizes, ones in front if it lacks sizes; None where TMA cannot read it.
 
-    Triton checks and copies what it is given, 10 us: once for each shape, for its address was looked at by `operands`.
+    Triton checks and copies what it is given, 10 us: here that is done once for each shape, but for the address.
     """
+    if t.data_ptr() % 16:
+        return None
     key = t.shape, t.stride(), t.dtype, block
-    known = _descriptors.get(key)
-    if known is None:
-        missing = len(block) - t.dim()
-        sizes, strides = [1] * missing + list(t.shape), [t.numel()] * missing + list(t.stride())
-        known = dict(vars(TensorDescriptor(t, sizes, strides, list(block))), base=None)
+    known = _descriptors.get(key, key)
+    if known is key:
         if len(_descriptors) == MOST_DESCRIPTORS:
             _descriptors.clear()
-        _descriptors[key] = known
+        known = _descriptors[key] = _described(t, block)
+    if known is None:
+        return None
     descriptor = object.__new__(TensorDescriptor)
-    vars(descriptor).update(known, base=t)
+    descriptor.__dict__ = {**known, "base": t}
     return descriptor
+
+
+def _described(t: Tensor, block: tuple[int, ...]) -> dict[str, Any] | None:
+    if not t.numel() or t.shape[-1] * t.element_size() % 16:
+        return None
+    missing = len(block) - t.dim()
+    sizes, strides = [1] * missing + list(t.shape), [t.numel()] * missing + list(t.stride())
+    return dict(vars(TensorDescriptor(t, sizes, strides, list(block))), base=None)
 
 
 def place_of(weight: Weight, tma: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import grid
 
+FEW = 16  # partial sums: where there are more, a program adds 16 at once, of a sixteenth of the columns
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693359375)  # 10 bits: n LN2_HIGH is exact
 LN2_LOW = tl.constexpr(-2.12194440e-4)
@@ -23,8 +24,13 @@ def exact_exp(x):
 
 
 @triton.jit
-def ordered_sum(partials, out, count, n, other_partials, other_out, other_count, other_n, BLOCK: tl.constexpr):
-    """out[i] = partials[0, i] + partials[1, i] + ..., float32 (count, n) -> (n,) in the dtype of out; twice at once."""
+def ordered_sum(
+    partials, out, count, n, other_partials, other_out, other_count, other_n, WAYS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[i] = partials[0, i] + partials[1, i] + ..., float32 (count, n) -> (n,) in the dtype of out; twice at once.
+
+    Every WAYS-th in order, then these sums: so many loads are under way, and a sum of many loses fewer bits.
+    """
     blocks = tl.cdiv(n, BLOCK)
     other = tl.program_id(0) >= blocks
     size = tl.where(other, other_n, n)
@@ -32,10 +38,13 @@ def ordered_sum(partials, out, count, n, other_partials, other_out, other_count,
     first = tl.where(other, tl.program_id(0) - blocks, tl.program_id(0)).to(tl.int64) * BLOCK
     i = first + tl.arange(0, BLOCK)
     live = i < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for partial in range(tl.where(other, other_count, count)):
-        total += tl.load(source + tl.cast(partial, tl.int64) * size + i, mask=live, other=0.0)
-    tl.store(into + i, total, mask=live)
+    ways = tl.arange(0, WAYS)
+    total = tl.zeros((WAYS, BLOCK), tl.float32)
+    end = tl.where(other, other_count, count)
+    for partial in range(0, end, WAYS):
+        at = (partial + ways).to(tl.int64)[:, None] * size + i[None, :]
+        total += tl.load(source + at, mask=(partial + ways < end)[:, None] & live[None, :], other=0.0)
+    tl.store(into + i, tl.sum(total, 0), mask=live)
 
 
 def sum_in_order(*sums: tuple[Tensor, Tensor]) -> None:
@@ -45,7 +54,8 @@ def sum_in_order(*sums: tuple[Tensor, Tensor]) -> None:
         two = first + 1 < len(sums)
         other_partials, other_out = sums[first + 1] if two else (partials, out)
         n, other_n = out.numel(), other_out.numel() if two else 0
-        block = min(1024, grid.padded(max(n, other_n)))
+        ways = FEW if max(partials.shape[0], other_partials.shape[0]) > FEW else 1
+        block = min(1024 // ways, grid.padded(max(n, other_n)))
         grid.launch(
             ordered_sum,
             (grid.cdiv(n, block) + grid.cdiv(other_n, block),),
@@ -57,5 +67,6 @@ def sum_in_order(*sums: tuple[Tensor, Tensor]) -> None:
             other_out=other_out,
             other_count=other_partials.shape[0],
             other_n=other_n,
+            WAYS=ways,
             BLOCK=block,
         )
