@@ -17,6 +17,8 @@ from .ops import (
     gating,
     modulated_gating,
     moe_mlp,
+    select_experts,
+    select_top,
 )
 from .packing import packed_weights
 from .plan import RoutingPlan
@@ -66,5 +68,7 @@ __all__ = [
     "packed_weights",
     "replace_moe",
     "restore_moe",
+    "select_experts",
+    "select_top",
     "set_nonfinite",
 ]

@@ -13,8 +13,8 @@ void dispatch_fwd(int64_t T, int64_t K, int64_t E, const int32_t* topk_ids, cons
 void dispatch_expert_choice_fwd(int64_t T, int64_t E, int64_t capacity, int64_t tokens_per_group,
                                 const float* affinities, int threads, const PlanOut&);
 
-// Any rule: a row for each marked (t, e), at most R; rows behind them have weight 0, token 0, pick T E and are their own
-// token_rows. Throws where more are marked.
+// Any rule: a row for each marked (t, e), at most R; rows behind them have weight 0, token 0, pick T E and are their
+// own token_rows. Throws where more are marked.
 void dispatch_mask_fwd(int64_t T, int64_t E, int64_t R, const float* weights, const uint8_t* picks, const PlanOut&);
 
 }  // namespace moe

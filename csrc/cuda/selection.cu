@@ -62,7 +62,8 @@ struct Scan {
   }
 };
 
-// By all threads: the bound with the digit of `pass`, whose counts are complete. Thread i has the i-th digit from above.
+// By all threads: the bound with the digit of `pass`, whose counts are complete. Thread i has the i-th digit from
+// above.
 __device__ Bound narrowed(const Columns& c, const int32_t* digits, int pass) {
   __shared__ int sums[kWarps];
   __shared__ Bound found;

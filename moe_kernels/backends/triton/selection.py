@@ -212,17 +212,17 @@ def select_best_experts(
             first, place = best_of(own, experts, E_PADDED)
             worth = score_of(first)
             if SIZE > 1:
-                second, _ = best_of(tl.where(experts[None, :] == place[:, None], -2147483648, own), experts, E_PADDED)
-                worth += score_of(second)
+                rest = tl.where(experts[None, :] == place[:, None], -2147483648, own)
+                worth += score_of(tl.max(rest, 1))
             worths = tl.where((groups == g)[None, :], key_of(worth)[:, None], worths)
         outside = tl.full((BLOCK_T, E_PADDED), 1, tl.int32)
-        for _ in range(TAKEN):
-            _, group = best_of(worths, groups, G_PADDED)
+        for step in range(TAKEN):
+            group = best_of(worths, groups, G_PADDED)[1]
             outside = tl.where((experts // SIZE)[None, :] == group[:, None], 0, outside)
             worths = tl.where(groups[None, :] == group[:, None], -2147483648, worths)
         keys = tl.where(live & (outside == 1), -2139095041, keys)  # minus infinity
     for k in range(K):
-        _, expert = best_of(keys, experts, E_PADDED)
+        expert = best_of(keys, experts, E_PADDED)[1]
         tl.store(topk_ids + tokens.to(tl.int64) * K + k, expert, mask=tokens < T)
         keys = tl.where(experts[None, :] == expert[:, None], -2147483648, keys)
 
