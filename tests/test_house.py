@@ -203,7 +203,7 @@ def test_public_functions_say_what_a_caller_needs(name):
     missing = [p for p in parameters if not re.search(rf"\b{p}\b", text)]
     assert re.match(r"[A-Z][a-z]+\b", text) and not missing, f"arguments not explained: {missing}"
     if any("Tensor" in str(p.annotation) for p in parameters.values()):
-        assert re.search(r"\((T|E|R)(, ?\w+)*,?\)", text), "no shapes"
+        assert re.search(r"\((T|E|R|G)(, ?\w+)*,?\)", text), "no shapes"
         order = [text.find(word) for word in ("Args", "Returns", "Raises", "Cost", "Source")]
         assert -1 not in order and order == sorted(order), "expected Args, Returns, Raises, Cost, Source in this order"
 
@@ -218,6 +218,7 @@ def test_public_names_are_those_documented():
     documented = "MoELayer RoutingPlan TokenChoice ExpertChoice replace_moe backends BackendInfo gating dispatch "
     documented += "dispatch_expert_choice experts combine moe_mlp aux_loss packed_weights "
     documented += "modulated_gating restore_moe set_nonfinite dispatch_mask dispatch_rows "
+    documented += "select_top select_experts "
     documented += "Router RouterCall Scores GroupLimitedChoice ExpertRace DiffMoE ProMoE Biases ClampedSwiGLU"
     assert PUBLIC == sorted(documented.split()) and moe_kernels.__version__
 

@@ -218,7 +218,8 @@ def test_a_run_without_time_says_what_it_left_out_and_goes_on_like_that(tmp_path
     rows = store.read(tmp_path / "rows.jsonl")
     left = [row for row in rows if row["kind"] == "left_out"]
     assert {"figures", "samplers", "parity: native, fp32"} <= {row["stage"] for row in left}
-    assert sum(row["stage"].startswith("time ") for row in left) == 10
+    races = {f"time {race.name}" for race in stages.plan("tiny", ["native", "eager"], 1)}
+    assert len(races) > 9 and races <= {row["stage"] for row in left}
     assert not [row for row in rows if row["kind"] in ("figures", "parity", "time")]
     assert all(row["stage_s"] >= 0 and row["minutes"] == 1e-5 for row in rows)
     for name in ("index.html", "report.md"):

@@ -27,6 +27,8 @@ from moe_kernels import (
     experts,
     gating,
     replace_moe,
+    select_experts,
+    select_top,
 )
 from reference.moe import SparseMoeBlock
 from tests.contenders import BACKENDS, each_backend, moe_compute, plan_of
@@ -146,12 +148,15 @@ def test_opcheck_on_every_op(backend):
         combine(rows, plan, problem.x, backend=backend).sum().backward()
         weights = torch.randn(7, 5, requires_grad=True)
         dispatch_mask(weights, weights > 0, 30).row_weight.sum().backward()
+        select_top(weights[None], 3, backend)
+        select_experts(weights, 2, backend=backend)
         dispatch_rows(weights[:, 0], torch.arange(7), torch.tensor([5, 0, 4, 5, 1, 0, 4]), 7, 5)
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe_kernels::")}
     assert {func.name() for func in recorder.calls} == names
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for func, args in recorder.calls.items():
-        leaves = tree_map_only(torch.Tensor, lambda t: leaf(t, not func.name().endswith("_bwd")), args)  # noqa: B023
+        differentiable = not (func.name().endswith("_bwd") or "::select_" in func.name())
+        leaves = tree_map_only(torch.Tensor, lambda t: leaf(t, differentiable), args)  # noqa: B023
         torch.library.opcheck(func, leaves, test_utils=tests)
 
 
