@@ -216,7 +216,7 @@ def select_best_experts(
                 worth += score_of(tl.max(rest, 1))
             worths = tl.where((groups == g)[None, :], key_of(worth)[:, None], worths)
         outside = tl.full((BLOCK_T, E_PADDED), 1, tl.int32)
-        for step in range(TAKEN):
+        for _step in range(TAKEN):
             group = best_of(worths, groups, G_PADDED)[1]
             outside = tl.where((experts // SIZE)[None, :] == group[:, None], 0, outside)
             worths = tl.where(groups[None, :] == group[:, None], -2147483648, worths)
