@@ -254,7 +254,7 @@ def test_the_stage_bench_runs_on_a_cpu_and_resumes(tmp_path, capsys):
     argv = ["gpu", "--device", "cpu", "--size", "tiny", "--stage", "bench", "--out", str(tmp_path)]
     assert main(argv) == 0
     rows = store.read(tmp_path / "rows_cpu_tiny.jsonl")
-    assert {r["kind"] for r in rows} == {"ceilings", "time"} and len({r["race"] for r in rows if "race" in r}) == 12
+    assert {r["kind"] for r in rows} == {"ceilings", "time"} and len({r["race"] for r in rows if "race" in r}) == 14
     assert all(r["source"] for r in rows)
     assert main(argv) == 0
     assert len(store.read(tmp_path / "rows_cpu_tiny.jsonl")) == len(rows) + 1  # the ceilings of the second run
