@@ -23,7 +23,7 @@ from torch import Tensor
 
 import moe_kernels
 from bench import stages
-from bench.images import checkpoints, climbs, digits, expert_load, fid, parity, pictures, routed, training
+from bench.images import checkpoints, climbs, digits, expert_load, fid, layers, parity, pictures, training
 from bench.images.analysis.counts import Counter
 from bench.images.analysis.watch import watch
 from bench.images.sampling.contest import compete, entries
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--router",
-        choices=list(routed.ROUTERS),
+        choices=list(layers.ROUTERS),
         default="token_choice",
         help="rule by which the model that is trained routes (default: DiT-MoE's token choice); --ckpt has its own",
     )
@@ -197,7 +197,7 @@ class Job:
     @cached_property
     def ladder(self) -> parity.Ladder:
         trained = self.trained
-        return routed.ladder(trained.model, self.classifier[0], self.data.images, self.case, trained.time_scale)
+        return parity.Ladder(trained.model, self.classifier[0], self.data.images, self.case, trained.time_scale)
 
     def run(self) -> None:
         infos = [info._asdict() for info in moe_kernels.backends()]

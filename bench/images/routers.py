@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.images import checkpoints, digits, fid, parity, routed, training
+from bench.images import checkpoints, digits, fid, layers, parity, training
 from bench.images.analysis.counts import Counter
 from bench.images.analysis.watch import watch
 from bench.instrument import arguments, measure, store
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", choices=list(SIZES), default="default", help="tiny: seconds; small: minutes a seed; default: an hour"
     )
-    parser.add_argument("--routers", help=f"comma-separated, some of {', '.join(routed.ROUTERS)} (default: all)")
+    parser.add_argument("--routers", help=f"comma-separated, some of {', '.join(layers.ROUTERS)} (default: all)")
     parser.add_argument("--seeds", type=arguments.count, default=1, help="trainings of each rule (default: 1)")
     parser.add_argument("--threads", type=arguments.count, default=1, help="default: 1, whose clock is CPU time")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder of rows and checkpoints")
@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Train and judge each rule, going on where it was interrupted; returns 130 on Ctrl-C."""
-    names = args.routers.split(",") if args.routers else list(routed.ROUTERS)
-    if unknown := [name for name in names if name not in routed.ROUTERS]:
-        raise ValueError(f"--routers: got {unknown[0]!r}, expected some of {', '.join(routed.ROUTERS)}")
+    names = args.routers.split(",") if args.routers else list(layers.ROUTERS)
+    if unknown := [name for name in names if name not in layers.ROUTERS]:
+        raise ValueError(f"--routers: got {unknown[0]!r}, expected some of {', '.join(layers.ROUTERS)}")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     key = {"source": source_digest(), "size": args.size, "threads": args.threads}
@@ -109,7 +109,7 @@ class Job:
     def row(self, name: str, seed: int) -> dict:
         """Return a trained rule's loss, distance with its 95 % interval, recognised samples and loads."""
         trained, case = self.trained(name, seed), self.size.case
-        ladder = routed.ladder(trained.model, self.classifier, self.data.images, case, trained.time_scale)
+        ladder = parity.Ladder(trained.model, self.classifier, self.data.images, case, trained.time_scale)
         counter = Counter(len(trained.model.blocks), case.steps, case.samples)
         counter.begin(0, ladder.labels, guided=case.guidance != 1)
         with watch(trained.model, counter):
@@ -137,7 +137,7 @@ class Job:
 
 def training_step(trained: checkpoints.Trained, data: digits.Dataset) -> Callable[[], Any]:
     """Return one step's loss and gradients of a trained model whose layers are ours, on a batch of its recipe."""
-    replaced = parity.replaced if trained.recipe.router == "token_choice" else routed.replaced
+    replaced = parity.replaced if trained.recipe.router == "token_choice" else layers.replaced
     model = replaced(trained.model, "auto").train()
     net, batch = training.TimeScaled(model, trained.time_scale), slice(trained.recipe.batch)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.images import checkpoints, digits, parity, routed, routers, training
+from bench.images import checkpoints, digits, layers, parity, routers, training
 from bench.instrument import ledger, store
 from bench.page import report
 from reference.family import RULES
 
 RECIPE = dict(hidden_size=16, depth=1, num_heads=2, steps=3, batch=8, warmup=1)
 CASE = parity.Case(samples=20, steps=2, margin=0.05, probe_tokens=96)
-OTHERS = [name for name in routed.ROUTERS if name != "token_choice"]
+OTHERS = [name for name in layers.ROUTERS if name != "token_choice"]
 
 
 @cache
@@ -49,12 +49,12 @@ def trained(tmp_path_factory):
 
 
 def test_the_oracle_and_the_product_know_the_same_rules():
-    assert list(RULES) == list(routed.ROUTERS)
+    assert list(RULES) == list(layers.ROUTERS)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_rule_climbs_the_ladder_and_its_faults_fall(name, trained):
-    ladder = routed.ladder(trained(name).model, classifier(), data().images, CASE, 1.0)
+    ladder = parity.Ladder(trained(name).model, classifier(), data().images, CASE, 1.0)
     base = ladder.baseline(torch.float32)
     assert sum(len(x) for _, x, _ in base.probes) > 0
     ours = ladder.replaced(base.model, "native")
@@ -68,7 +68,7 @@ def test_a_rule_climbs_the_ladder_and_its_faults_fall(name, trained):
 
 
 def test_a_router_that_picks_otherwise_fails_the_first_rung(trained):
-    ladder = routed.ladder(trained("expert_race").model, classifier(), data().images, CASE, 1.0)
+    ladder = parity.Ladder(trained("expert_race").model, classifier(), data().images, CASE, 1.0)
     base = ladder.baseline(torch.float32)
     broken = ladder.replaced(base.model, "eager")
     broken.blocks[0].moe.router.threshold += 0.05
