@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.instrument import workloads
 from bench.instrument.cases import BACKENDS, ONLY_ON, ROOMS, Case, backends_on
 from bench.instrument.contender import Contender, by_name
-from bench.peers.libraries import Compute, plain_shared
+from bench.peers.libraries import Compute, joined, plain_shared
 
 
 def _needs(module: str) -> Callable[[], str | None]:
@@ -32,19 +32,6 @@ def _compiled(build: Callable[[Case], workloads.Workload]) -> Callable[[Case], w
         return build(case)
 
     return fresh
-
-
-def with_shared(routed: Callable[[SimpleNamespace], Compute]) -> Callable[[SimpleNamespace], workloads.Run]:
-    """Add the shared expert that a user would write beside a library without one."""
-
-    def prepare(p: SimpleNamespace) -> workloads.Run:
-        first = routed(p)
-        if p.shared_gate_up_proj is None:
-            return lambda: [first()]
-        second = plain_shared(p)
-        return lambda: [first() + second()]
-
-    return prepare
 
 
 def grouped_mm(p: SimpleNamespace) -> Compute:
@@ -102,7 +89,7 @@ def _rows_apart(named: workloads.Named) -> workloads.Named:
 def _layer(
     routed: Callable[[SimpleNamespace], Compute], *merge: Callable[[workloads.Named], workloads.Named]
 ) -> Callable[[Case], workloads.Workload]:
-    return lambda case: workloads.build_layer(case, with_shared(routed), *merge)
+    return lambda case: workloads.build_layer(case, joined(routed, plain_shared), *merge)
 
 
 _ROOMS, _LAYER = (*ROOMS, "layer"), ("layer",)

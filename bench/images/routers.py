@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.images import checkpoints, digits, fid, layers, parity, training
+from bench.images.analysis import statistics
 from bench.images.analysis.counts import Counter
 from bench.images.analysis.watch import watch
 from bench.instrument import arguments, measure, store
@@ -156,14 +156,11 @@ def loads(load: Tensor) -> dict[str, float]:
     Returns: entropy, of the experts' shares over that of equal ones; max_over_mean, of the busiest expert; idle, the
         share of experts without any; balanced means 1, 1 and 0.
     """
-    counts = load.sum((1, 2)).double()
-    shares = counts / counts.sum(-1, keepdim=True)
-    entropy = -torch.special.xlogy(shares, shares).sum(-1) / math.log(shares.shape[-1])
-    worst = shares.amax(-1) * shares.shape[-1]
+    counts = load.sum((1, 2)).numpy()
     return {
-        "entropy": float(entropy.mean()),
-        "max_over_mean": float(worst.mean()),
-        "idle": float((counts == 0).double().mean()),
+        "entropy": float(statistics.entropy(counts).mean()),
+        "max_over_mean": float(statistics.max_over_mean(counts).mean()),
+        "idle": float((counts == 0).mean()),
     }
 
 

@@ -79,7 +79,7 @@ def _layer(prepare: Prepare) -> Callable[[Case], workloads.Workload]:
     return lambda case: workloads.build_layer(case, prepare)
 
 
-def _joined(routed: Callable[[SimpleNamespace], Compute], shared: Callable[[SimpleNamespace], Compute]) -> Prepare:
+def joined(routed: Callable[[SimpleNamespace], Compute], shared: Callable[[SimpleNamespace], Compute]) -> Prepare:
     """Make a whole layer of a routed part and a shared expert."""
 
     def prepare(p: SimpleNamespace) -> workloads.Run:
@@ -315,20 +315,20 @@ CONTENDERS: dict[str, Contender] = {
         _contender("sorted_loop", "sorted loop"),
         _contender("grouped", "torch grouped_mm"),
         _contender("compiled", "torch.compile", _compiled),
-        _contender("onednn", "oneDNN packed", _layer(_joined(onednn_routed, onednn_shared)), **INFERENCE,
+        _contender("onednn", "oneDNN packed", _layer(joined(onednn_routed, onednn_shared)), **INFERENCE,
                    refuses=onednn_refuses),
-        _contender("hf_eager", "transformers eager", _layer(_joined(transformers_routed("eager"), plain_shared)),
+        _contender("hf_eager", "transformers eager", _layer(joined(transformers_routed("eager"), plain_shared)),
                    **_of("transformers")),
         _contender("hf_grouped", "transformers grouped_mm",
-                   _layer(_joined(transformers_routed("grouped_mm"), plain_shared)), **_of("transformers")),
-        _contender("vllm_fused", "vLLM fused", _layer(_joined(vllm_fused, plain_shared)), **_of("vllm"), **INFERENCE),
-        _contender("vllm_sgl", "vLLM sgl", _layer(_joined(vllm_sgl, plain_shared)), **_of("vllm"), **INFERENCE,
+                   _layer(joined(transformers_routed("grouped_mm"), plain_shared)), **_of("transformers")),
+        _contender("vllm_fused", "vLLM fused", _layer(joined(vllm_fused, plain_shared)), **_of("vllm"), **INFERENCE),
+        _contender("vllm_sgl", "vLLM sgl", _layer(joined(vllm_sgl, plain_shared)), **_of("vllm"), **INFERENCE,
                    dtypes=("bf16",), refuses=vllm_sgl_refuses),
-        _contender("kt", "KTransformers", _layer(_joined(kt_routed, plain_shared)), **_of("kt"), **INFERENCE,
+        _contender("kt", "KTransformers", _layer(joined(kt_routed, plain_shared)), **_of("kt"), **INFERENCE,
                    dtypes=("bf16",)),
-        _contender("zentorch", "zentorch", _layer(_joined(zentorch_routed, plain_shared)), **_of("zentorch"),
+        _contender("zentorch", "zentorch", _layer(joined(zentorch_routed, plain_shared)), **_of("zentorch"),
                    **INFERENCE),
-        _contender("zen_onednn", "zentorch + oneDNN", _layer(_joined(zentorch_routed, onednn_shared)),
+        _contender("zen_onednn", "zentorch + oneDNN", _layer(joined(zentorch_routed, onednn_shared)),
                    **_of("zentorch"), **INFERENCE, refuses=onednn_refuses),
     )
 }  # fmt: skip
