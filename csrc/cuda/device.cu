@@ -29,9 +29,7 @@ Engine engine_for(const Device&, Dtype dtype, bool tf32) {
   return name == "sm80" || dtype == Dtype::kFloat32 ? Engine::kSm80 : Engine::kSm90;
 }
 
-int hopper_columns(int64_t, int64_t) {
-  return engine_name() == "sm90_wide" ? 256 : engine_name() == "sm90_middle" ? 192 : 128;
-}
+int asked_columns() { return engine_name() == "sm90_wide" ? 256 : engine_name() == "sm90_middle" ? 192 : 0; }
 
 #else
 
@@ -57,12 +55,7 @@ Engine engine_for(const Device& device, Dtype dtype, bool tf32) {
   return device.capability == 90 && dtype != Dtype::kFloat32 ? Engine::kSm90 : Engine::kSm80;
 }
 
-// Wide tiles reuse more of what they load; narrow ones store while they multiply, which counts when the sums are short.
-// A tile that does not divide the columns wastes a part of the last one.
-int hopper_columns(int64_t depth, int64_t columns) {
-  if (depth < 1024) return 128;
-  return columns % 256 == 0 ? 256 : columns % 192 == 0 ? 192 : 128;
-}
+int asked_columns() { return 0; }
 
 #endif
 

@@ -85,6 +85,20 @@ struct alignas(16) Eight {
   T at[8];
 };
 
+// The same as it was loaded. nvcc takes an Eight of 16 bits apart where it loads it, and waits for the load: what is
+// asked for ahead stays in words.
+template <class T>
+struct __attribute__((may_alias, aligned(16))) Words8 {
+  unsigned words[2 * sizeof(T)];
+
+  __device__ float at(int i) const {
+    if constexpr (sizeof(T) == 4)
+      return __uint_as_float(words[i]);
+    else
+      return wide(T{uint16_t(words[i / 2] >> i % 2 * 16)});
+  }
+};
+
 template <class T>
 __device__ inline void load8(const T* from, float (&values)[8]) {
   const Eight<T> eight = *reinterpret_cast<const Eight<T>*>(from);

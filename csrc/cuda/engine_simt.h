@@ -70,7 +70,8 @@ __device__ void store(const Product& product, const Tile& tile, int row, int col
   }
   float sum = 0;
   if (live)
-    sum = product.store(tile, row, col, values, Product::kHalves == 2 ? up : values, product.kept(tile, row, col));
+    sum = product.store(tile, row, col, values, Product::kHalves == 2 ? up : values, product.kept(tile, row, col),
+                        Store8{});
   if constexpr (Product::kRowSum) {
 #pragma unroll
     for (int distance = 1; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);

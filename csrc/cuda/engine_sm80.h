@@ -23,9 +23,9 @@ struct LoaderB {
   One second;
   __device__ LoaderB(const Product& product, const Tile& tile, int n)
       : first(product.b(tile, 0), n, tile.k_begin), second(product.b(tile, Product::kHalves - 1), n, tile.k_begin) {}
-  __device__ void load(char* shared, int k) {
-    first.load(shared, k);
-    if (Product::kHalves == 2) second.load(shared + kSize * kLine, k);
+  __device__ void load(char* shared, int k, int step) {
+    first.load(shared, k, step);
+    if (Product::kHalves == 2) second.load(shared + kSize * kLine, k, step);
   }
 };
 
@@ -113,7 +113,7 @@ __device__ void multiply_tile(const Product& product, const Tile& tile, char* me
     const int k = tile.k_begin + step * kK;
     if (step < steps) {
       product.enter(tile, k, b.first.matrix);
-      a.load(stage, k), b.load(stage + kOperandBytes, k);
+      a.load(stage, k, step), b.load(stage + kOperandBytes, k, step);
     }
     commit_chunks();
   };

@@ -114,9 +114,9 @@ __device__ void load_tiles(const Product& product, const Maps& maps, const Share
     const TileSlices slices = slices_of(product, tile);
     const TensorMap& a = tile.shared ? maps.shared_a : maps.a;
     const TensorMap& b = tile.shared ? maps.shared_b : maps.b;
-    Loader<T, kGatherA ? Product::kA : Product::kB, kGatherA ? kM : N, kGroup> gather(
-        kGatherA ? product.a(tile) : product.b(tile, 0), kGatherA ? m : n, tile.k_begin);
-    for (int k = tile.k_begin; k < tile.k_end; k += kK, ring.advance()) {
+    using Gather = Loader<T, kGatherA ? Product::kA : Product::kB, kGatherA ? kM : N, kGroup>;
+    Gather gather(kGatherA ? product.a(tile) : product.b(tile, 0), kGatherA ? m : n, tile.k_begin);
+    const auto load_step = [&](int k, int step) {
       Barrier& full = shared.full(ring.stage);
       wait(shared.empty(ring.stage), ring.phase ^ 1);
       if (leads) {
@@ -128,10 +128,15 @@ __device__ void load_tiles(const Product& product, const Maps& maps, const Share
           load_boxes<Product::kB, N>(b, full, shared.b(ring.stage), k, n, tile.first, 0);
       }
       if constexpr (C::kGathers) {
-        gather.load(kGatherA ? shared.a(ring.stage) : shared.b(ring.stage), k);
+        gather.load(kGatherA ? shared.a(ring.stage) : shared.b(ring.stage), k, step);
         arrive_after_chunks(full);
       }
-    }
+      ring.advance();
+    };
+    for (int first = tile.k_begin; first < tile.k_end; first += Gather::kHeld * kK)
+#pragma unroll
+      for (int step = 0; step < Gather::kHeld; ++step)  // unrolled, or the rows looked up ahead would be waited for
+        if (const int k = first + step * kK; k < tile.k_end) load_step(k, step);
   }
   if constexpr (C::kGathers) wait_chunks<0>();  // a thread must not end before its copies
 }

@@ -14,8 +14,7 @@ struct Device {
 };
 Device current_device();
 Engine engine_for(const Device&, Dtype, bool tf32);
-// Columns of a tile on Hopper, for a product with so many columns that sums over `depth` elements.
-int hopper_columns(int64_t depth, int64_t columns);
+int asked_columns();  // of Hopper's tiles: what a test asks for, or 0
 
 // y_rows (R, H): each routed row through its expert, unweighted. gate_up (R, halves I) is kept when not null.
 // Widths are multiples of 8, pointers of 16 bytes.

@@ -11,7 +11,7 @@ namespace moe::cuda {
 template <class T>
 struct Matrix {
   const T* data;
-  int64_t stride;
+  int stride;
   const int32_t* row_of;
   int rows, cols;
 
@@ -42,6 +42,14 @@ struct Tile {
 
 // What the end of a product reads beside its sums: nothing, or Kept of the product. Engines ask one step ahead.
 struct Nothing {};
+
+// How a product stores eight of its results in a row: as they are, or an engine's own way.
+struct Store8 {
+  template <class T>
+  __device__ void operator()(T* to, const float (&values)[8]) const {
+    store8(to, values);
+  }
+};
 
 constexpr int kBand = 8;  // tiles in m that come for one n before the next: neighbours in time share operands
 
@@ -141,7 +149,7 @@ struct Up : RowsTimesWeights<T_> {
   static constexpr int kHalves = GELU ? 1 : 2;
   static constexpr Summed kA = Summed::kInner, kB = Summed::kInner;
   static constexpr Gathered kGathered = Gathered::kA;
-  static constexpr bool kRowSum = false, kLongEpilogue = false;
+  static constexpr bool kColumnsFirst = sizeof(T) == 4, kRowSum = false, kLongEpilogue = false;
   T* act;
   T* shared_act;
   T* gate_up;
@@ -151,19 +159,20 @@ struct Up : RowsTimesWeights<T_> {
     return this->template weights<Summed::kInner>(tile, part);
   }
   __device__ Kept kept(const Tile&, int, int) const { return {}; }
-  __device__ float store(const Tile& tile, int row, int col, const float (&gate)[8], const float (&up)[8],
-                         const Kept&) const {
+  template <class Store>
+  __device__ float store(const Tile& tile, int row, int col, const float (&gate)[8], const float (&up)[8], const Kept&,
+                         const Store& put) const {
     const int n = this->width(tile);
     const int64_t at = int64_t(tile.first) + row;
     T* kept = tile.shared ? shared_gate_up : gate_up;
-    if (kept) {
-      store8(kept + at * (kHalves * n) + col, gate);
-      if (!GELU) store8(kept + at * (kHalves * n) + n + col, up);
-    }
     float values[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[i] = activation<GELU, T>(gate[i], up[i]);
-    store8((tile.shared ? shared_act : act) + at * n + col, values);
+    put((tile.shared ? shared_act : act) + at * n + col, values);
+    if (kept) {
+      put(kept + at * (kHalves * n) + col, gate);
+      if (!GELU) put(kept + at * (kHalves * n) + n + col, up);
+    }
     return 0;
   }
   __device__ void finish_row(const Tile&, int, int, float) const {}
@@ -178,7 +187,7 @@ struct RowsTimes : RowsTimesWeights<T_> {
   static constexpr int kHalves = 1;
   static constexpr Summed kA = Summed::kInner, kB = WEIGHTS;
   static constexpr Gathered kGathered = Gathered::kNone;
-  static constexpr bool kRowSum = false, kLongEpilogue = false;
+  static constexpr bool kColumnsFirst = false, kRowSum = false, kLongEpilogue = false;
   T* out;
   T* shared_out;
   int split, shared_split;  // with an index: where K goes on in the second matrix of an expert, or -1
@@ -191,12 +200,13 @@ struct RowsTimes : RowsTimesWeights<T_> {
   // Called before each step of K, which ascend: rows k and following of b are then those of the matrix that holds them.
   __device__ void enter(const Tile& tile, int k, Matrix<T>& b) const {
     if (WEIGHTS == Summed::kOuter && k == split_of(tile))
-      b.data = this->template weights<WEIGHTS>(tile, 1).data - k * b.stride;
+      b.data = this->template weights<WEIGHTS>(tile, 1).data - int64_t(k) * b.stride;
   }
   __device__ Kept kept(const Tile&, int, int) const { return {}; }
-  __device__ float store(const Tile& tile, int row, int col, const float (&values)[8], const float (&)[8],
-                         const Kept&) const {
-    store8((tile.shared ? shared_out : out) + (int64_t(tile.first) + row) * this->width(tile) + col, values);
+  template <class Store>
+  __device__ float store(const Tile& tile, int row, int col, const float (&values)[8], const float (&)[8], const Kept&,
+                         const Store& put) const {
+    put((tile.shared ? shared_out : out) + (int64_t(tile.first) + row) * this->width(tile) + col, values);
     return 0;
   }
   __device__ void finish_row(const Tile&, int, int, float) const {}
@@ -210,13 +220,14 @@ struct Dact : RowsTimesWeights<T_> {
   using T = T_;
   using Tiles = RowTiles;
   struct Kept {
-    Eight<T> gate, up;
+    Words8<T> gate, up;
     float row_weight;
   };
   static constexpr int kHalves = 1, kKeptHalves = GELU ? 1 : 2;
   static constexpr Summed kA = Summed::kInner, kB = Summed::kOuter;
   static constexpr Gathered kGathered = Gathered::kA;
-  static constexpr bool kRowSum = true, kLongEpilogue = true;  // as long as its products: to be done beside them
+  static constexpr bool kColumnsFirst = true, kRowSum = true;
+  static constexpr bool kLongEpilogue = true;  // as long as its products: to be done beside them
   const float* row_weight;
   const T* gate_up;
   const T* shared_gate_up;
@@ -232,11 +243,13 @@ struct Dact : RowsTimesWeights<T_> {
     const int n = this->width(tile);
     const int64_t r = int64_t(tile.first) + row;
     const T* from = (tile.shared ? shared_gate_up : gate_up) + r * (kKeptHalves * n) + col;
-    return {*reinterpret_cast<const Eight<T>*>(from), GELU ? Eight<T>{} : *reinterpret_cast<const Eight<T>*>(from + n),
+    using Words = Words8<T>;
+    return {*reinterpret_cast<const Words*>(from), GELU ? Words{} : *reinterpret_cast<const Words*>(from + n),
             tile.shared || !row_weight ? 1.0f : row_weight[r]};
   }
+  template <class Store>
   __device__ float store(const Tile& tile, int row, int col, const float (&dact)[8], const float (&)[8],
-                         const Kept& kept) const {
+                         const Kept& kept, const Store& put) const {
     const int n = this->width(tile);
     const int64_t r = int64_t(tile.first) + row, wide_at = r * (kKeptHalves * n) + col;
     const float weight = kept.row_weight;
@@ -244,14 +257,14 @@ struct Dact : RowsTimesWeights<T_> {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const ActivationGradient g =
-          activation_bwd<GELU, T>(weight * dact[i], wide(kept.gate.at[i]), GELU ? 0.0f : wide(kept.up.at[i]));
+          activation_bwd<GELU, T>(weight * dact[i], kept.gate.at(i), GELU ? 0.0f : kept.up.at(i));
       sum += dact[i] * g.act;
       value[i] = weight * g.act, gate[i] = g.dgate, up[i] = g.dup;
     }
     T* into = (tile.shared ? shared_dgate_up : dgate_up) + wide_at;
-    store8(into, gate);
-    if (!GELU) store8(into + n, up);
-    store8((tile.shared ? shared_act : act) + r * n + col, value);
+    put(into, gate);
+    if (!GELU) put(into + n, up);
+    put((tile.shared ? shared_act : act) + r * n + col, value);
     return sum;
   }
   __device__ void finish_row(const Tile& tile, int row, int col, float sum) const {  // col: the first that was summed
@@ -311,7 +324,7 @@ struct Dweight {
   static constexpr int kHalves = 1, kRowsAlign = 64;
   static constexpr Summed kA = Summed::kOuter, kB = Summed::kOuter;
   static constexpr Gathered kGathered = GATHERED;
-  static constexpr bool kRowSum = false, kLongEpilogue = false;
+  static constexpr bool kColumnsFirst = true, kRowSum = false, kLongEpilogue = false;
   WeightTiles tiles;
   const T* left;  // (R or T, M)
   const T* shared_left;  // (T, Ms)
@@ -343,15 +356,16 @@ struct Dweight {
   }
   __device__ void enter(const Tile&, int, Matrix<T>&) const {}
   __device__ Kept kept(const Tile&, int, int) const { return {}; }
-  __device__ float store(const Tile& tile, int row, int col, const float (&values)[8], const float (&)[8],
-                         const Kept&) const {
+  template <class Store>
+  __device__ float store(const Tile& tile, int row, int col, const float (&values)[8], const float (&)[8], const Kept&,
+                         const Store& put) const {
     const int m = tile.shared ? Ms : M, n = tile.shared ? Ns : N;
     const int64_t at = int64_t(row) * n + col, matrix = int64_t(m) * n;
     float* part = tile.shared ? shared_partials : partials;
     if (part)
-      store8(part + (tile.shared ? tile.part : int64_t(tile.part) * tiles.groups.E + tile.group) * matrix + at, values);
+      put(part + (tile.shared ? tile.part : int64_t(tile.part) * tiles.groups.E + tile.group) * matrix + at, values);
     else
-      store8((tile.shared ? shared_out : out + tile.group * matrix) + at, values);
+      put((tile.shared ? shared_out : out + tile.group * matrix) + at, values);
     return 0;
   }
   __device__ void finish_row(const Tile&, int, int, float) const {}

@@ -6,6 +6,7 @@
 #include "../cuda/products.h"
 #include "../cuda/selection.h"
 #include "../cuda/sums.h"
+#include "../cuda/waves.h"
 #include "cuda_test_experts.h"
 #include "cuda_test_router.h"
 #include "selection_test.h"
@@ -279,6 +280,24 @@ void test_schedules() {
   }
 }
 
+// What the busiest block does, against blocks that take their tiles one by one.
+void test_busiest() {
+  for (const int blocks : {1, 3, 132})
+    for (const int64_t m : {0, 1, 11, 132, 300})
+      for (const int64_t shared_m : {0, 1, 64, 131})
+        for (const int64_t columns : {0, 100, 384, 1152})
+          for (const double cost : {0.5, 1.0, 3.0}) {
+            const cuda::Areas areas{{{m, columns, 2.0}, {shared_m, columns, cost}}};
+            std::vector<double> load(blocks);
+            const int64_t first = m * cuda::ceil_div(columns, 192),
+                          all = first + shared_m * cuda::ceil_div(columns, 192);
+            for (int64_t tile = 0; tile < all; ++tile) load[tile % blocks] += tile < first ? 2.0 : cost;
+            const double want = *std::max_element(load.begin(), load.end());
+            expect(cuda::busiest(areas, 192, blocks) == want,
+                   label("busiest", Dtype::kInt32, m, shared_m, columns, blocks));
+          }
+}
+
 void test_all(Dtype dtype) {
   struct Shape {
     int64_t T, H, E, K;
@@ -338,6 +357,7 @@ int test_all_orders(const std::string& program) {
 void test_everything() {
   test_sums();
   test_schedules();
+  test_busiest();
   for (const Dtype dtype : kDtypes) test_all(dtype);
   test_weights_anywhere();
   for (const char* routing : {"random", "distinct", "one expert", "outside"})
