@@ -17,7 +17,7 @@ from bench.instrument import store
 from bench.machine_code.static_gate import cuda, nvcc
 
 SM90 = "product_sm90<Up<bf16, false>, 128>"
-GOOD = cuda.Facts(168, 0, 0, 0, 196704, 384, 1, 3000, hgmma=8, hmma=0, utmaldg=2, ldgsts=8, local=0)
+GOOD = cuda.Facts(168, 0, 0, 0, 196704, 384, 1, 3000, hgmma=8, hmma=0, utmaldg=2, ldgsts=8, local=0, waited=0)
 TOOLS = nvcc.find()
 BIN = Path(sys.executable).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="nvdisasm is in Triton's wheel")
@@ -39,6 +39,7 @@ LISTING = (
     + RULE.format(".text.another")
     + "        /*0000*/    LDL R1, [R2] ;\n"
 )
+LOAD = "@P2 LDG.E.128 R4, desc[UR6][R10.64]"
 CODE = ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4]", "@P0 UTMALDG.3D [UR8], [UR4]", "LDGSTS.E.128 [R2], [R4.64]")
 
 
@@ -62,6 +63,10 @@ def compiled(code=CODE, stack=0, spills=0) -> cuda.Object:
         ({"code": CODE[1:]}, "no HGMMA"),
         ({"code": ("HMMA.16816.F32 R4, R8, R12, R4", *CODE[1:])}, "no HGMMA"),
         ({"code": (CODE[0], "UTMASTG.3D [UR8], [UR4]")}, "no UTMALDG"),
+        ({"code": (*CODE, LOAD, "PRMT R9, R6, 0x7632, R9")}, "1 loads of 16 bytes that are waited for"),
+        ({"code": (*CODE, LOAD, *["NOP"] * 15, "@!P1 STG.E.128 [R8.64], R4")}, "1 loads of 16 bytes"),
+        ({"code": (*CODE, LOAD, *["NOP"] * 16, "PRMT R9, R6, 0x7632, R9")}, None),
+        ({"code": (*CODE, LOAD, "IADD3 R4, R8, R9, RZ")}, None),
     ],
 )
 def test_absolute_rules_on_a_listing(changes, said):
@@ -106,6 +111,7 @@ def test_complaints_of_ptxas_and_a_compiler_without_bounds_are_breaches():
         ({"static_bytes": 1024}, "static_bytes 0 -> 1024"),
         ({"dynamic_bytes": 200000}, "dynamic_bytes 196704 -> 200000"),
         ({"spill_bytes": 4}, "spill_bytes 0 -> 4"),
+        ({"waited": 2}, "waited 0 -> 2"),
         ({"hgmma": 4}, "hgmma 8 -> 4"),
         ({"instructions": 2000}, None),
         ({"registers": 160}, None),

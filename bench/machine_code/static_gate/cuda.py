@@ -56,6 +56,7 @@ class Facts:
     utmaldg: int
     ldgsts: int
     local: int
+    waited: int  # machine.waited_for
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Object:
 
 # Whether a figure that grows (1) or shrinks (-1) is a breach of the budget. Registers count through `blocks`.
 WORSE = {
-    "stack_bytes": 1, "spill_bytes": 1, "local": 1, "static_bytes": 1, "dynamic_bytes": 1,
+    "stack_bytes": 1, "spill_bytes": 1, "local": 1, "waited": 1, "static_bytes": 1, "dynamic_bytes": 1,
     "blocks": -1, "hgmma": -1, "hmma": -1, "utmaldg": -1,
 }  # fmt: skip
 
@@ -128,7 +129,8 @@ def facts(sm: str, usage: Mapping[str, int], dynamic: int | None, listing: tuple
     threads = int(bound[1], 16) if bound else 1024
     shared = usage["static_bytes"] + (dynamic or 0)
     blocks = machine.blocks_at_once(capability(sm), usage["registers"], -(-threads // 32), shared)
-    return Facts(**usage, dynamic_bytes=dynamic, threads=threads, blocks=blocks, **machine.counts(code, COUNTED))
+    counts = machine.counts(code, COUNTED) | {"waited": machine.waited_for(code)}
+    return Facts(**usage, dynamic_bytes=dynamic, threads=threads, blocks=blocks, **counts)
 
 
 def capability(sm: str) -> int:
@@ -194,9 +196,12 @@ def breaches(name: str, got: Object) -> list[str]:
                 f"{name} {kernel}: {f.local} local-memory instructions, {f.stack_bytes} bytes of stack, "
                 f"{f.spill_bytes} of spills, expected none"
             )
-        for figure in MUST.get(kernel.partition("<")[0], ()):
+        must = MUST.get(kernel.partition("<")[0], ())
+        for figure in must:
             if not getattr(f, figure):
                 out.append(f"{name} {kernel}: no {figure.upper()}, expected the product to use it")
+        if must and f.waited:
+            out.append(f"{name} {kernel}: {f.waited} loads of 16 bytes that are waited for, expected them ahead of use")
     return out
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 THREADS, REGISTERS, BLOCKS = 2048, 65536, 32  # of a processor
 MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # its bytes of shared memory; a block takes a KiB for itself
+AT_ONCE = 16  # instructions
 SUMMARY = ("variants", "registers", "shared KiB", "blocks", "instructions", "tensor-core", "spills")
 
 
@@ -24,6 +25,23 @@ def counts(code: str, patterns: Mapping[str, str]) -> dict[str, int]:
     """Count instructions in a listing of nvdisasm: all of them, and those of each pattern."""
     found = {"instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))}
     return found | {name: len(re.findall(pattern, code)) for name, pattern in patterns.items()}
+
+
+def waited_for(code: str) -> int:
+    """Count loads of 16 bytes a thread that one of the next AT_ONCE instructions reads: nothing hides how long they take."""
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*([^;]*);", code, re.MULTILINE)
+    found = 0
+    for i, (name, operands) in enumerate(lines):
+        if not re.match(r"LDG?\.E\S*\.128", name):
+            continue
+        first = int(re.match(r"R(\d+)", operands)[1])
+        loaded = {f"R{first + word}" for word in range(4)}
+        for after, reads in lines[i + 1 : i + 1 + AT_ONCE]:
+            sources = reads if after.startswith("ST") else reads.partition(",")[2]
+            if loaded & set(re.findall(r"\bR\d+\b", sources)):
+                found += 1
+                break
+    return found
 
 
 def blocks_at_once(sm: int, registers: int, warps: int, shared: int) -> int:
