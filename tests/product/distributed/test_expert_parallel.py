@@ -28,6 +28,13 @@ PROBLEMS = {
     "groups": Problem((2, 4), router=PER_GROUP, shared=False, activation="gelu"),
     "recompute": Problem((2, 2), recompute=True),
     "bf16": Problem((2, 2), dtype=torch.bfloat16),
+    "biases": Problem((2, 1), bias=True),
+    "biases_of_idle_ranks": Problem((2, 0), bias=True, used=E // 2),
+    "biases_adaln": Problem((2, 1), bias=True, adaln=True, recompute=True),
+    "biases_bf16": Problem((2, 2), bias=True, dtype=torch.bfloat16),
+    "biases_no_shared": Problem((1, 2), bias=True, shared=False, layout="up_gate_in_out"),
+    "biases_gelu": Problem((1, 2), bias=True, activation="gelu_tanh"),
+    "biases_expert_choice": Problem((2, 2), bias=True, router=PER_IMAGE, activation="gelu"),
 }
 DISPATCHERS = {"exact": None, "bounded": BoundedDispatcher(4 * L)}
 WRAPPERS = {"ddp": data_parallel, "fsdp": fully_shard}
@@ -50,10 +57,32 @@ def test_two_ranks_equal_one_process(two, case, dispatcher, seed):
 
 
 @pytest.mark.parametrize("wrapper", [None, "ddp", "fsdp"])
-@pytest.mark.parametrize("case", ["uneven", "to_one_rank"])
+@pytest.mark.parametrize("case", ["uneven", "to_one_rank", "biases"])
 def test_four_ranks_equal_one_process(four, case, wrapper, seed):
     sizes = {"dp": 2, "ep": 2} if wrapper else {"ep": 4}
     four.run(judge_case, case=case, dispatcher="exact", sizes=sizes, wrapper=wrapper, seed=seed)
+
+
+class Autocast(torch.nn.Module):
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.module(x)
+
+
+def judge_autocast(bias: bool, seed: int) -> None:
+    """Weights in float32, of bfloat16 values, computed in bfloat16: against a layer in bfloat16."""
+    problem, mesh = Problem((2, 1), bias=bias, dtype=torch.bfloat16), mesh_of(ep=2)
+    made = compute(problem, lambda layer: Autocast(expert_parallel(layer.float(), mesh)))
+    judge("autocast", made, problems.BACKEND, problem.dtype, seed)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_autocast_keeps_the_error_rule(two, bias, seed):
+    two.run(judge_autocast, bias=bias, seed=seed)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])

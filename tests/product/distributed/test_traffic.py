@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import fsdp
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.clusters import cost
@@ -19,6 +20,7 @@ from moe_kernels.distributed import (
     expert_parallel,
     fully_shard,
 )
+from reference.moe import expert_mlp, of_each_expert
 from tests.product.distributed.problems import BACKEND, E, H, K, L, Problem, call, mesh_of
 from tests.product.ownership.models import make_model
 
@@ -177,17 +179,17 @@ def without(layer: MoELayer, x: Tensor, kept: Tensor) -> Tensor:
     weights, ids = (x @ layer.gate_weight.T).softmax(-1).topk(K)
     weights = torch.zeros_like(kept, dtype=x.dtype).scatter(1, ids, weights) * kept
 
-    def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        gate, up = (x @ gate_up.T).chunk(2, -1)
-        return (nn.functional.silu(gate) * up) @ down.T
-
-    y = mlp(x, layer.shared_gate_up_proj, layer.shared_down_proj)
-    return y + sum(weights[:, e, None] * mlp(x, layer.gate_up_proj[e], layer.down_proj[e]) for e in range(E))
+    own = of_each_expert(layer.gate_up_proj, layer.down_proj, layer.gate_up_bias, layer.down_bias)
+    experts = [expert_mlp(x, gate_up, down, "swiglu", *biases) for gate_up, down, *biases in own]
+    shared_biases = layer.shared_gate_up_bias, layer.shared_down_bias
+    y = expert_mlp(x, layer.shared_gate_up_proj, layer.shared_down_proj, "swiglu", *shared_biases)
+    return y + sum(weights[:, e, None] * experts[e] for e in range(E))
 
 
 def test_what_does_not_fit_is_an_error_on_all_ranks_or_counted(two, seed):
     """One rank alone has too many rows for a bound of 1: images 2 and 0."""
     two.run(overflow, problem=PLAIN, seed=seed)
+    two.run(overflow, problem=replace(PLAIN, bias=True), seed=seed)
     two.run(overflow_of_one, problem=Problem((2, 0)), seed=seed)
 
 
@@ -198,13 +200,18 @@ def overflow_of_one(problem: Problem, seed: int) -> None:
 
 def compiled(problem: Problem, seed: int, dispatcher) -> None:
     layer, x = parallel(problem, seed, dispatcher), mine(problem, seed)["x"]
-    expected = layer(x)
-    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)(x), expected)
+    found = []
+    for module in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)):
+        y = module(x)
+        grads = torch.autograd.grad(y.square().sum(), [*layer.parameters()])
+        found.append([y, *(grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads)])
+    assert all(map(torch.equal, *found))
 
 
 def test_the_bounded_dispatcher_compiles_as_one_graph(two, seed):
     """A graph without breaks reads nothing on the host."""
-    two.run(compiled, problem=PLAIN, seed=seed, dispatcher=BoundedDispatcher(4 * L))
+    for bias in (False, True):
+        two.run(compiled, problem=replace(PLAIN, bias=bias), seed=seed, dispatcher=BoundedDispatcher(4 * L))
 
 
 def refusals(seed: int) -> None:
