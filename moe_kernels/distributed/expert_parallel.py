@@ -55,11 +55,13 @@ class ExpertParallelLayer(MoELayer):
         """Compute what `moe_mlp` documents."""
         x = x.to(_checks.compute_dtype(x))
         plan = _checks.plan(plan, x.shape[0], x)
-        if getattr(self.dispatcher, "waits", False):
-            plan = plan.owned()
         biases = Biases() if biases is None else biases
         how = {"activation": activation, "layout": layout, "backend": backend}
-        arrived = self.dispatcher.send(TakeRows.apply(x, backend, *plan.tensors()), plan, self.ep_mesh)
+
+        def take(plan: RoutingPlan) -> Tensor:
+            return TakeRows.apply(x, backend, *plan.tensors())
+
+        arrived = self.dispatcher.send(take, plan, self.ep_mesh)
         shared = None
         if shared_down_proj is not None:  # before anybody waits for the rows
             one = shared_gate_up_proj[None], shared_down_proj[None]
@@ -70,7 +72,8 @@ class ExpertParallelLayer(MoELayer):
         own = _plan_of_rows(arrived.expert_ids, x, len(weights[0]), backend)
         of_own = _each(self._own, biases[:2])
         y = ops.moe_mlp(arrived.rows(), own, *weights, recompute=recompute, biases=of_own, **how)
-        y = ops.combine(arrived.back(y), plan, shared, backend)
+        y = arrived.back(y)
+        y = ops.combine(y, plan.first(len(y)), shared, backend)
         return y if residual is None else add_gated(residual, gate, y)
 
     def _own(self, whole: DTensor) -> Tensor:

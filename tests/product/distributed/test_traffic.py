@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.clusters import cost
@@ -21,6 +23,7 @@ from moe_kernels.distributed import (
     fully_shard,
 )
 from reference.moe import expert_mlp, of_each_expert
+from tests.contenders import BACKENDS
 from tests.product.distributed.problems import BACKEND, E, H, K, L, Problem, call, mesh_of
 from tests.product.ownership.models import make_model
 
@@ -71,6 +74,38 @@ def count_messages(problem: Problem, seed: int) -> None:
         totals = [None] * distributed.get_world_size()
         distributed.all_gather_object(totals, (there, back))
         assert sum(t for t, _ in totals) == sum(b for _, b in totals), "what comes back is what was sent"
+
+
+class HostReads(TorchFunctionMode):
+    """How often sizes are read on the host; what is only checked on CPUs (`bool`, `int`) does not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in (Tensor.tolist, Tensor.item)
+        return func(*args, **(kwargs or {}))
+
+
+def count_waits(seed: int) -> None:
+    """By the backend whose rooms read nothing themselves, for plans with and without rows behind their last."""
+    race = MoELayer(H, 8, E, 2, router=ExpertRace(2), backend="grouped").eval()
+    for layer in (PLAIN.layer(seed, "grouped"), race):
+        for dispatcher, expected in ((ExactDispatcher(), 1), (BoundedDispatcher(2 * L), 0)):
+            parallel = expert_parallel(deepcopy(layer), mesh_of(ep=distributed.get_world_size()), dispatcher)
+            x = mine(PLAIN, seed)["x"].requires_grad_()
+            with HostReads() as reads:
+                y = parallel(x)
+            assert reads.count == expected
+            with HostReads() as reads:
+                y.sum().backward()
+            assert reads.count == 0
+
+
+@pytest.mark.skipif("grouped" not in BACKENDS, reason="this torch has no grouped_mm for CPUs")
+def test_the_exact_dispatcher_waits_once_and_the_bounded_never(two, seed):
+    two.run(count_waits, seed=seed)
 
 
 class Doubled(MoELayer):
@@ -125,8 +160,8 @@ def overlap(problem: Problem, seed: int) -> None:
     waits = []
 
     class Late(ExactDispatcher):
-        def send(self, rows, plan, mesh):
-            arrived = super().send(rows, plan, mesh)
+        def send(self, take, plan, mesh):
+            arrived = super().send(take, plan, mesh)
 
             def received() -> Tensor:
                 waits.append(len(record.called))
