@@ -82,10 +82,16 @@ def unstack_dit_moe(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a state dict as safetensors; views of a slab are written as tensors of their own."""
+    """Write a state dict as safetensors; views of a slab are written as tensors of their own.
+
+    Raises: OSError naming the file where it cannot be written.
+    """
     save_file = _safetensors("safetensors.torch").save_file
     copies = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state_dict.items()}
-    save_file(copies, path)
+    try:
+        save_file(copies, path)
+    except _safetensors("safetensors").SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{path}: {error}") from error
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
