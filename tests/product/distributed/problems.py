@@ -149,19 +149,28 @@ def named(parts: list[tuple[Tensor, dict[str, Tensor]]], grads: dict[str, Tensor
 
 def by_many(module: nn.Module, problem: Problem, seed: int, averaged: bool) -> dict[str, Tensor]:
     """Compute this rank's part and gather all; averaged: somebody averages the gradients of what is replicated."""
-    world = distributed.get_world_size()
     mine = call(module, problem.batches(seed)[distributed.get_rank()])
+    return of_all(mine, module, problem.dtype, averaged)
+
+
+def of_all(
+    mine: tuple[Tensor, dict[str, Tensor]], module: nn.Module, dtype: torch.dtype, averaged: bool
+) -> dict[str, Tensor]:
+    """Gather the ranks' parts and the gradients of the parameters."""
+    world = distributed.get_world_size()
     parts = [None] * world
     distributed.all_gather_object(parts, mine)
     grads = {}
     for name, p in module.named_parameters():
         grad = p.grad
+        if grad is None:
+            continue
         if isinstance(grad, DTensor):
             grad = grad.full_tensor()
         elif not averaged:
             distributed.all_reduce(grad)
             grad = grad / world
-        grads[name.removeprefix("module.")] = grad.to(problem.dtype)  # a policy of mixed precision keeps more
+        grads[name.removeprefix("module.")] = grad.to(dtype)  # a policy of mixed precision keeps more
     return named(parts, grads)
 
 
