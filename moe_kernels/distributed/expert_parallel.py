@@ -182,7 +182,7 @@ def _layers(module: nn.Module) -> dict[str, MoELayer]:
         if isinstance(child, MoEBlock):
             raise ValueError(
                 f"module: got a replaced block at {name or 'the root'}, expected MoELayer: its experts are modules of "
-                "their own, and none can be split over ranks; `stack_experts` makes MoELayers of such blocks"
+                "their own, and none can be split over ranks; `stack_experts` makes MoELayers of DiT-MoE's blocks"
             )
     layers = {name or "the root": child for name, child in module.named_modules() if isinstance(child, MoELayer)}
     if not layers:

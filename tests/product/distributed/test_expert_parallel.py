@@ -110,9 +110,8 @@ def judge_router(name: str, dispatcher: str, seed: int) -> None:
             grads = {name: p.grad / 2 for name, p in layer.named_parameters() if p.grad is not None}
             results = problems.named(parts, grads)
         else:
-            layer = expert_parallel(
-                layer, mesh, None if dispatcher == "exact" else BoundedDispatcher(len(x) * x.shape[1])
-            )
+            every_token = BoundedDispatcher(x.shape[0] * x.shape[1])
+            layer = expert_parallel(layer, mesh, every_token if dispatcher == "bounded" else None)
             results = problems.of_all(part(torch.distributed.get_rank()), layer, torch.float32, averaged=False)
         if "dgate_weight" in results:  # an expert's row may cancel: see tests/product/test_routers.py
             results["dgate_weight"] = results["dgate_weight"].T

@@ -263,10 +263,14 @@ def refusals(seed: int) -> None:
         expert_parallel(nn.Linear(2, 2), mesh)
     model = make_model(seed)
     replace_moe(model)
-    with pytest.raises(ValueError, match="module: got a replaced block at moe, expected MoELayer"):
+    with pytest.raises(ValueError, match=r"got a replaced block at moe, expected .* of DiT-MoE's"):
         expert_parallel(model, mesh)
     with pytest.raises(ValueError, match="module: got different gate_weight on the ranks"):
         expert_parallel(PLAIN.layer(seed + distributed.get_rank(), BACKEND), mesh)
+    with pytest.raises(ValueError, match="module: got different shared_down_bias on the ranks"):
+        biased = replace(PLAIN, bias=True).layer(seed, BACKEND)
+        biased.shared_down_bias.data += distributed.get_rank()
+        expert_parallel(biased, mesh)
     with pytest.raises(ValueError, match="module: got different modules on the ranks"):
         other = replace(PLAIN, shared=distributed.get_rank() == 0).layer(seed, BACKEND)
         expert_parallel(other, mesh)
