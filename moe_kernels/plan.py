@@ -46,7 +46,11 @@ class RoutingPlan:
         """Return the plan without the rows behind expert_offsets[E]; the same one if there are none. Reads that number,
         hence waits for the device."""
         end = self.expert_offsets.tolist()[-1]  # a quarter of int(expert_offsets[-1])
-        if not 0 <= end < self.num_rows:
+        return self.first(end) if 0 <= end < self.num_rows else self
+
+    def first(self, end: int) -> RoutingPlan:
+        """Return the plan of the first `end` rows, which are at least those that there are; the same one for all."""
+        if end == self.num_rows:
             return self
         rows = "row_weight", "row_token", "row_pick", "token_rows"
         return replace(self, **{name: getattr(self, name)[:end] for name in rows})

@@ -83,10 +83,18 @@ def check_layout(model: nn.Module, state: dict[str, Tensor], source: str = "stat
 
 
 def save_safetensors(state: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a state dict as safetensors; tensors may live on any device and share storage."""
+    """Write a state dict as safetensors; tensors may live on any device and share storage.
+
+    Raises: OSError naming the file where it cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, path, metadata)
+    copies = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    try:
+        save_file(copies, path, metadata)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{path}: {error}") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -114,10 +114,10 @@ CASES = {
 }
 
 
-def draw(case: RouterCase, backend: str, seed: int) -> tuple[MoELayer, Tensor, dict[str, Any]]:
+def draw(case: RouterCase, backend: str, seed: int, bias: bool = False) -> tuple[MoELayer, Tensor, dict[str, Any]]:
     """Return a layer, x (B, L, H) and what forward gets beside it, such that no pick hangs by a rounding error."""
     for attempt in range(1000):
-        layer, x, call = _draw(case, backend, seed * 1000 + attempt)
+        layer, x, call = _draw(case, backend, seed * 1000 + attempt, bias)
         exact, wide, more = double(layer, x, call)
         noise = torch.randn_like(wide)
         same = [case.oracle(exact, (wide + s * noise).flatten(0, 1), more)[1] for s in (0.0, 1e-5, -1e-5)]
@@ -126,11 +126,12 @@ def draw(case: RouterCase, backend: str, seed: int) -> tuple[MoELayer, Tensor, d
     raise AssertionError("near ties in every draw")
 
 
-def _draw(case: RouterCase, backend: str, seed: int) -> tuple[MoELayer, Tensor, dict[str, Any]]:
+def _draw(case: RouterCase, backend: str, seed: int, bias: bool) -> tuple[MoELayer, Tensor, dict[str, Any]]:
     torch.manual_seed(seed)
-    layer = MoELayer(H, I, E, getattr(case.make(), "top_k", 2), router=case.make(), backend=backend).train(
-        case.training
-    )
+    top_k = getattr(case.make(), "top_k", 2)
+    layer = MoELayer(H, I, E, top_k, router=case.make(), backend=backend, bias=bias).train(case.training)
+    if bias:
+        torch.nn.init.normal_(layer.gate_up_bias), torch.nn.init.normal_(layer.down_bias)
     for name, buffer in layer.named_buffers():
         if "decay" not in name:
             buffer.copy_(0.5 + torch.randn(buffer.shape) * 0.05 if "threshold" in name else torch.randn(buffer.shape))
@@ -152,5 +153,6 @@ def by_oracle(case: RouterCase, layer: MoELayer, x: Tensor, call: dict[str, Any]
     """Return what a layer's forward returns, and the auxiliary loss, from the oracle's routing and its loop."""
     tokens = x.flatten(0, 1)
     weights, picks, aux = case.oracle(layer, tokens, call)
-    out = reference.moe.moe_expert_choice(tokens, weights, picks, layer.gate_up_proj, layer.down_proj, "swiglu")
+    experts = layer.gate_up_proj, layer.down_proj, "swiglu", layer.gate_up_bias, layer.down_bias
+    out = reference.moe.moe_expert_choice(tokens, weights, picks, *experts)
     return out.view(x.shape), aux

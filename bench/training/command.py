@@ -26,7 +26,7 @@ from bench.instrument.progress import Pace, say
 from bench.training import layouts, processes
 from bench.training.data import Source, open_source
 from bench.training.log import Log
-from bench.training.processes import AgreedError, Ranks
+from bench.training.processes import AgreedError, DiskError, Ranks
 from bench.training.trainer import PRECISIONS, Job, Trainer
 from moe_kernels.distributed import checkpoints
 from reference.checkpoint import save_safetensors
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
         if ranks.rank:
             return 2
         raise
-    except (FloatingPointError, CheckpointException) as error:
+    except (FloatingPointError, CheckpointException, DiskError) as error:
         tell(f"stopped: {_short(error)}; {_last(args)}")
         return 1
     except OSError as error:
@@ -98,7 +98,8 @@ def main(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace, ranks: Ranks) -> None:
     """Train what the arguments name. Collective; what is wrong raises on all ranks.
 
-    Raises: AgreedError for bad input; FloatingPointError; torch's CheckpointException where a rank could not save.
+    Raises: AgreedError for bad input; FloatingPointError; torch's CheckpointException where a rank could not save;
+        DiskError where the first could not write the weights, or remove an old checkpoint.
     """
     trainer = prepare(args, ranks)
     folder, steps = args.out / CHECKPOINTS, trainer.job.recipe.steps
@@ -112,12 +113,12 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
                 pace.advance(1)
             if trainer.step % args.save_every == 0 or trainer.step == steps:
                 trainer.save(folder)
-                ranks.first(lambda: _forget(folder, args.keep))
+                ranks.first(lambda: _forget(folder, args.keep), DiskError)
     finally:
         if log:
             log.close()
     weights = trainer.gather_ema()
-    ranks.first(lambda: _write(args.out / WEIGHTS, weights, trainer.job))
+    ranks.first(lambda: _write(args.out / WEIGHTS, weights, trainer.job), DiskError)
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks) -> Trainer:
@@ -181,8 +182,11 @@ def _forget(folder: Path, keep: int) -> None:
 
 def _write(path: Path, weights: dict[str, torch.Tensor], job: Job) -> None:
     spare = path.with_name("weights.tmp.safetensors")
-    save_safetensors(weights, spare, job.metadata)
-    os.replace(spare, path)
+    try:
+        save_safetensors(weights, spare, job.metadata)
+        os.replace(spare, path)
+    finally:
+        spare.unlink(missing_ok=True)
     say(f"{path}: EMA of {job.recipe.steps} steps; python -m bench sample --ckpt {path}")
 
 
@@ -192,5 +196,5 @@ def _last(args: argparse.Namespace) -> str:
 
 
 def _short(error: BaseException) -> str:
-    text = str(error) if isinstance(error, FloatingPointError) else "a checkpoint could not be written: " + str(error)
-    return " ".join(text.split())[:400]
+    what = "a checkpoint could not be written: " if isinstance(error, CheckpointException) else ""
+    return " ".join(f"{what}{error}".split())[:400]

@@ -20,6 +20,10 @@ class AgreedError(ValueError):
     """Bad input that all ranks know of, so that one of them may tell it."""
 
 
+class DiskError(OSError):
+    """What a rank could not write or remove while training, which is no bad input, and all ranks know of."""
+
+
 def lost_another(error: RuntimeError) -> bool:
     """Tell whether a collective failed because another process has ended, or did not come in time.
 
@@ -45,26 +49,26 @@ class Ranks:
         distributed.all_gather_object(values, value)
         return values
 
-    def together(self, action: Callable[[], T]) -> T:
+    def together(self, action: Callable[[], T], error: type[Exception] = AgreedError) -> T:
         """Let every rank do something by itself; where it fails for one, it fails for all. Collective.
 
-        Raises: AgreedError with the first rank's reason, for ValueError and OSError.
+        Raises: `error` with the first rank's reason, for ValueError and OSError.
         """
         result, reason = None, None
         try:
             result = action()
-        except (ValueError, OSError) as error:
-            reason = str(error)
+        except (ValueError, OSError) as failure:
+            reason = str(failure)
         reasons = self.gather(reason)
         failed = [rank for rank, found in enumerate(reasons) if found is not None]
         if failed:
             alone = f"rank {failed[0]}: " if len(failed) < self.world else ""
-            raise AgreedError(f"{alone}{reasons[failed[0]]}")
+            raise error(f"{alone}{reasons[failed[0]]}")
         return result
 
-    def first(self, action: Callable[[], T]) -> T:
+    def first(self, action: Callable[[], T], error: type[Exception] = AgreedError) -> T:
         """Let rank 0 do something and return its result on all ranks. Collective. Raises: as `together`."""
-        return self.gather(self.together(lambda: action() if self.rank == 0 else None))[0]
+        return self.gather(self.together(lambda: action() if self.rank == 0 else None, error))[0]
 
     def expect_same(self, values: Mapping[str, Any]) -> None:
         """Compare values, by name, that must not differ between ranks. Collective.

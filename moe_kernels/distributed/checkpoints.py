@@ -91,7 +91,7 @@ def latest(folder: str | Path) -> Path | None:
 def gather_dit_moe(model: nn.Module) -> dict[str, Tensor]:
     """Return the whole model on the CPU of rank 0 under the names of DiT-MoE's public checkpoints; {} elsewhere.
 
-    Collective. Save it with `moe_kernels.weights.save`.
+    Collective. Save it with `moe_kernels.weights.save`. Raises: as `unstack_dit_moe`, on rank 0.
     """
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return unstack_dit_moe(state) if state else {}

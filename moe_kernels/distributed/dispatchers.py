@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,15 +25,18 @@ class Arrived:
 
     rows: Callable[[], Tensor]  # () -> (R', H): for the experts of this rank, from all ranks
     expert_ids: Tensor  # (R',) int32: which of this rank's experts
-    back: Callable[[Tensor], Tensor]  # (R', H) -> (R, H): results to the senders, in the order of their rows
+    back: Callable[[Tensor], Tensor]  # (R', H) -> (R, H): results to the senders, in the order of the rows taken
     dropped: Tensor | None = None  # (): how many rows of this rank did not travel
 
 
 class Dispatcher(Protocol):
     """What an expert-parallel layer asks for. Rank r of n owns the experts r E/n to (r+1) E/n."""
 
-    def send(self, rows: Tensor, plan: RoutingPlan, mesh: DeviceMesh) -> Arrived:
-        """Send (R, H) rows in the order of the plan over a mesh of one dimension; differentiable."""
+    def send(self, take: Callable[[RoutingPlan], Tensor], plan: RoutingPlan, mesh: DeviceMesh) -> Arrived:
+        """Send the rows (R, H) that `take` makes of a plan over a mesh of one dimension; differentiable.
+
+        take: called once, with the plan or with its first rows, of which those that there are may not be left out.
+        """
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,20 @@ class ExactDispatcher:
     """All-to-all with exchanged counts: every row travels, none is padded.
 
     Two exchanges before the experts, E int32 and then the rows, one behind them. The sizes of the second are read on
-    the host: one sync per layer and direction, forward only.
+    the host: one sync per layer, in forward. They say how many rows there are, too: what a plan holds behind those
+    (thresholds) is not taken.
     """
 
-    waits: ClassVar[bool] = True  # for the device: so the rows behind the last expert's, if any, can be left out first
-
-    def send(self, rows: Tensor, plan: RoutingPlan, mesh: DeviceMesh) -> Arrived:
+    def send(self, take: Callable[[RoutingPlan], Tensor], plan: RoutingPlan, mesh: DeviceMesh) -> Arrived:
         """See Dispatcher."""
         ranks = mesh.size()
         counts = plan.expert_counts
         theirs = exchange_counts(counts, mesh)  # (ranks E/ranks,): by sender, by own expert
         splits = torch.stack([counts.view(ranks, -1).sum(1), theirs.view(ranks, -1).sum(1)])
         sent, received = splits.tolist()  # the host sync
-        own = torch.arange(counts.shape[0] // ranks, dtype=torch.int32, device=rows.device).repeat(ranks)
+        own = torch.arange(counts.shape[0] // ranks, dtype=torch.int32, device=counts.device).repeat(ranks)
         return Arrived(
-            exchange(rows, received, sent, mesh),
+            exchange(take(plan.first(sum(sent))), received, sent, mesh),
             own.repeat_interleave(theirs, output_size=sum(received)),
             lambda y: exchange(y, sent, received, mesh)(),
         )
@@ -82,14 +84,15 @@ class BoundedDispatcher:
         if self.overflow not in OVERFLOWS:
             raise ValueError(f"overflow: got {self.overflow!r}, expected one of {', '.join(map(repr, OVERFLOWS))}")
 
-    def send(self, rows: Tensor, plan: RoutingPlan, mesh: DeviceMesh) -> Arrived:
+    def send(self, take: Callable[[RoutingPlan], Tensor], plan: RoutingPlan, mesh: DeviceMesh) -> Arrived:
         """See Dispatcher."""
-        E, C, R, ranks = plan.num_experts, self.rows_per_expert, rows.shape[0], mesh.size()
+        E, C, R, ranks = plan.num_experts, self.rows_per_expert, plan.num_rows, mesh.size()
         starts, counts = plan.expert_offsets[:-1], plan.expert_counts
         over = (counts - C).clamp(min=0).sum()
         if self.overflow == "error":
             worst = collectives.all_reduce(over, "max", mesh)
             torch._assert_async(worst == 0, f"rows_per_expert: got more rows for an expert on a rank, expected {C}")
+        rows = take(plan)
         place = torch.arange(C, dtype=torch.int32, device=rows.device)
         filled = torch.where(place < counts[:, None], starts[:, None] + place, R).flatten()  # R: the row of zeros
         arrived = exchange(_take(rows, filled), None, None, mesh)

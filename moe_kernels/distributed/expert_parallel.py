@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +14,20 @@ from .. import _checks, ops
 from ..adapters.block import MoEBlock
 from ..layer import MoELayer
 from ..plan import RoutingPlan
+from ..weights import Biases
 from .dispatchers import Dispatcher, ExactDispatcher
 from .in_sync import check_in_sync
 
 EP = "ep"
-EXPERTS = ("gate_up_proj", "down_proj")
+EXPERTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")  # biases where a layer has them
 
 
 class ExpertParallelLayer(MoELayer):
     """A MoELayer whose class `expert_parallel` has changed; same arguments, results and parameter names.
 
-    gate_up_proj and down_proj are DTensors, Shard(0) over the mesh dimension "ep"; the rest is as it was. Their
-    gradients are means over the ranks' losses, as those of DDP and FSDP2: the sum over the ranks whose tokens came,
-    divided by the ranks of "ep".
+    The routed experts' matrices and biases are DTensors, Shard(0) over the mesh dimension "ep"; the rest is as it was.
+    Their gradients are means over the ranks' losses, as those of DDP and FSDP2: the sum over the ranks whose tokens
+    came, divided by the ranks of "ep".
 
     dropped_rows: int64, how many rows of this rank a BoundedDispatcher with overflow "drop" has dropped so far.
     """
@@ -46,27 +48,37 @@ class ExpertParallelLayer(MoELayer):
         layout: str,
         backend: str,
         recompute: bool,
-        biases: None,
+        biases: Biases | None,
         residual: Tensor | None = None,
         gate: Tensor | None = None,
     ) -> Tensor:
         """Compute what `moe_mlp` documents."""
         x = x.to(_checks.compute_dtype(x))
         plan = _checks.plan(plan, x.shape[0], x)
-        if getattr(self.dispatcher, "waits", False):
-            plan = plan.owned()
+        biases = Biases() if biases is None else biases
         how = {"activation": activation, "layout": layout, "backend": backend}
-        arrived = self.dispatcher.send(TakeRows.apply(x, backend, *plan.tensors()), plan, self.ep_mesh)
+
+        def take(plan: RoutingPlan) -> Tensor:
+            return TakeRows.apply(x, backend, *plan.tensors())
+
+        arrived = self.dispatcher.send(take, plan, self.ep_mesh)
         shared = None
         if shared_down_proj is not None:  # before anybody waits for the rows
-            shared = ops.experts(x, _all_to_one(x), shared_gate_up_proj[None], shared_down_proj[None], **how)
+            one = shared_gate_up_proj[None], shared_down_proj[None]
+            shared = ops.experts(x, _all_to_one(x), *one, biases=_each(lambda bias: bias[None], biases[2:]), **how)
         if arrived.dropped is not None:
             self.dropped_rows += arrived.dropped
-        weights = [MeanGradient.apply(weight.to_local(), self.ep_mesh.size()) for weight in (gate_up_proj, down_proj)]
-        own = _plan_of_rows(arrived.expert_ids, x, weights[0].shape[0], backend)
-        y = ops.moe_mlp(arrived.rows(), own, *weights, recompute=recompute, **how)
-        y = ops.combine(arrived.back(y), plan, shared, backend)
+        weights = self._own(gate_up_proj), self._own(down_proj)
+        own = _plan_of_rows(arrived.expert_ids, x, len(weights[0]), backend)
+        of_own = _each(self._own, biases[:2])
+        y = ops.moe_mlp(arrived.rows(), own, *weights, recompute=recompute, biases=of_own, **how)
+        y = arrived.back(y)
+        y = ops.combine(y, plan.first(len(y)), shared, backend)
         return y if residual is None else add_gated(residual, gate, y)
+
+    def _own(self, whole: DTensor) -> Tensor:
+        """Return what this rank has of a parameter of all experts."""
+        return MeanGradient.apply(whole.to_local(), self.ep_mesh.size())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ep={self.ep_mesh.size()}, dispatcher={self.dispatcher}"
@@ -128,8 +140,6 @@ def expert_parallel(module: nn.Module, mesh: DeviceMesh, dispatcher: Dispatcher 
         E = layer.down_proj.shape[0]
         if isinstance(layer, ExpertParallelLayer) or isinstance(layer.down_proj, DTensor):
             raise ValueError(f"module: got {name} with distributed weights, expected one that holds all its experts")
-        if layer.down_bias is not None:
-            raise ValueError(f"module: got {name} with biases in its experts, expected none: they are not distributed")
         if E % ep.size():
             raise ValueError(
                 f"module: got num_experts = {E} in {name}, expected a multiple of the {ep.size()} ranks of mesh {EP!r}"
@@ -140,12 +150,16 @@ def expert_parallel(module: nn.Module, mesh: DeviceMesh, dispatcher: Dispatcher 
         layer.ep_mesh, layer.dispatcher = ep, dispatcher
         zero = torch.zeros((), dtype=torch.int64, device=layer.gate_weight.device)
         layer.register_buffer("dropped_rows", zero, persistent=False)
-        for name in EXPERTS:
-            whole = getattr(layer, name)
+        for name, whole in experts_of(layer).items():
             own = whole.detach().chunk(ep.size())[ep.get_local_rank()].clone()
             own = DTensor.from_local(own, ep, [Shard(0)], run_check=False)
             setattr(layer, name, nn.Parameter(own, requires_grad=whole.requires_grad))
     return module
+
+
+def experts_of(layer: MoELayer) -> dict[str, nn.Parameter]:
+    """Return the parameters of the routed experts, by name: what is split over "ep"."""
+    return {name: p for name in EXPERTS if (p := getattr(layer, name)) is not None}
 
 
 def _class_of(cls: type[MoELayer]) -> type[MoELayer]:
@@ -168,7 +182,7 @@ def _layers(module: nn.Module) -> dict[str, MoELayer]:
         if isinstance(child, MoEBlock):
             raise ValueError(
                 f"module: got a replaced block at {name or 'the root'}, expected MoELayer: its experts are modules of "
-                "their own, and none can be split over ranks; `stack_experts` makes MoELayers of such blocks"
+                "their own, and none can be split over ranks; `stack_experts` makes MoELayers of DiT-MoE's blocks"
             )
     layers = {name or "the root": child for name, child in module.named_modules() if isinstance(child, MoELayer)}
     if not layers:
@@ -179,6 +193,11 @@ def _layers(module: nn.Module) -> dict[str, MoELayer]:
 def _plan_of_rows(expert_ids: Tensor, x: Tensor, num_experts: int, backend: str) -> RoutingPlan:
     ones = torch.ones(expert_ids.shape[0], 1, dtype=_checks.accumulator(x.dtype), device=x.device)
     return ops.dispatch(expert_ids[:, None], ones, num_experts, backend)
+
+
+def _each(of: Callable[[Tensor], Tensor], biases: Sequence[Tensor | None]) -> Biases:
+    """Return a function of two biases, of which any may be missing, as those of routed experts."""
+    return Biases(*(bias if bias is None else of(bias) for bias in biases))
 
 
 def _all_to_one(x: Tensor) -> RoutingPlan:

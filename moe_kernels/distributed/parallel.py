@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .expert_parallel import EP, EXPERTS, ExpertParallelLayer
+from .expert_parallel import EP, ExpertParallelLayer, experts_of
 
 Unit = TypeVar("Unit", nn.Module, list[nn.Module])
 POLICIES = {"mp_policy", "offload_policy"}  # of FSDP2, about parameters
@@ -85,7 +85,7 @@ def data_parallel(module: nn.Module, mesh: DeviceMesh, **options: Any) -> Distri
 def _experts(module: nn.Module | list[nn.Module]) -> list[nn.Parameter]:
     modules = module if isinstance(module, list) else [module]
     layers = [layer for unit in modules for layer in unit.modules() if isinstance(layer, ExpertParallelLayer)]
-    return [getattr(layer, name) for layer in layers for name in EXPERTS]
+    return [p for layer in layers for p in experts_of(layer).values()]
 
 
 def _other_dimension(mesh: DeviceMesh) -> str:

@@ -55,7 +55,7 @@ def unstack_dit_moe(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Returns: a dict whose expert weights are views of the stacked ones.
     Raises: ValueError where no `gate_up_proj` is found, or one of its companions is missing or does not fit it; so does
-        none in a layer of GELU experts, for which DiT-MoE has no names.
+        none in a layer of GELU experts; and where there are biases: DiT-MoE has no names for either.
     """
     rest = dict(state_dict)
     suffix = "gate_up_proj"
@@ -64,6 +64,9 @@ def unstack_dit_moe(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         shown = ", ".join(list(state_dict)[:4])
         raise ValueError(f"state_dict: got keys like {shown}, expected MoELayer's gate_up_proj")
     for prefix in prefixes:
+        for name in (prefix + name.replace("_proj", "_bias") for name in _STACKED[1:]):
+            if name in rest:
+                raise ValueError(f"state_dict: {name}: got biases, expected none: DiT-MoE has no names for them")
         gate_weight, gate_up_proj, down_proj = (_take(rest, prefix + name) for name in _STACKED[:3])
         if gate_weight.dim() != 2:
             raise ValueError(f"state_dict: {prefix}gate_weight: got shape {tuple(gate_weight.shape)}, expected (E,H)")
@@ -79,10 +82,16 @@ def unstack_dit_moe(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a state dict as safetensors; views of a slab are written as tensors of their own."""
+    """Write a state dict as safetensors; views of a slab are written as tensors of their own.
+
+    Raises: OSError naming the file where it cannot be written.
+    """
     save_file = _safetensors("safetensors.torch").save_file
     copies = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state_dict.items()}
-    save_file(copies, path)
+    try:
+        save_file(copies, path)
+    except _safetensors("safetensors").SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{path}: {error}") from error
 
 
 def load(path: str | Path) -> dict[str, Tensor]:

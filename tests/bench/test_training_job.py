@@ -219,6 +219,24 @@ def test_a_full_disk_stops_all_and_keeps_what_was_good(two, tmp_path):
     assert code == 0 and "resumes at step 2" in out and [row["step"] for row in rows_of(tmp_path)] == [*range(1, 7)]
 
 
+@pytest.mark.parametrize(
+    ("trouble", "said", "last"),
+    [
+        ("no_room_for_weights", "weights.tmp.safetensors: Error while serializing: I/O error: File too large", 6),
+        ("no_way_to_forget", "[Errno 30] Read-only file system", 2),
+    ],
+)
+def test_what_the_first_rank_cannot_write_or_remove_is_no_bad_input(two, trouble, said, last, tmp_path):
+    """Exit code 1, told once; nothing half-written is left, and the same command goes on."""
+    words = ["--steps", "6", "--out", str(tmp_path), "--resume"]
+    (code, out, _), (other, quiet, _) = two.run(training_jobs.train, words=words, trouble=trouble)
+    assert (code, other) == (1, 1) and not quiet
+    assert "stopped: rank 0: " in out and said in out and f"step_{last:08d} is the last checkpoint" in out
+    assert not [*tmp_path.glob("*.safetensors")]
+    assert [code for code, *_ in two.run(training_jobs.train, words=words)] == [0, 0]
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "ep"])
 def test_a_rank_with_nan_stops_all_and_is_named(two, parallel, tmp_path):
     """The bad sample lies in the second rank's part of the third step."""

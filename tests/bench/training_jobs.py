@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import resource
@@ -31,7 +32,7 @@ def tiny_job(args, source):
     return replace(job, recipe=replace(job.recipe, **TINY))
 
 
-JOB_OF = command.job_of
+JOB_OF, WRITE = command.job_of, command._write
 
 
 def write_shards(folder: Path, count: int = 40, bad: int | None = None) -> Path:
@@ -82,6 +83,28 @@ def full_disk(rank: int) -> Iterator[None]:
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def no_room_for_weights(rank: int) -> Iterator[None]:
+    """Let files of rank 0 grow no longer than a page while it writes the final weights."""
+
+    def limited(*given):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            WRITE(*given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with mock.patch.object(command, "_write", limited):
+        yield
+
+
+@contextlib.contextmanager
+def no_way_to_forget(rank: int) -> Iterator[None]:
+    with mock.patch.object(command, "_forget", side_effect=OSError(errno.EROFS, "Read-only file system")):
+        yield
 
 
 def accident() -> None:

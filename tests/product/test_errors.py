@@ -375,6 +375,8 @@ def test_conversions_refuse_foreign_layouts(tmp_path):
     with pytest.raises(ValueError, match=r"experts\.1\.up_proj\.weight"):
         stack_dit_moe({key: value for key, value in split.items() if key != "experts.1.up_proj.weight"})
     save(state, tmp_path / "layer.safetensors")
+    with pytest.raises(OSError, match="nowhere/layer"):
+        save(state, tmp_path / "nowhere/layer.safetensors")
     whole = (tmp_path / "layer.safetensors").read_bytes()
     for name, content in {"truncated": whole[:-5], "empty": b"", "foreign": json.dumps({}).encode()}.items():
         (tmp_path / name).write_bytes(content)

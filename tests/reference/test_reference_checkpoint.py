@@ -117,6 +117,11 @@ def test_safetensors_of_views_of_one_slab(tmp_path):
     )
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(OSError, match="nowhere/weights"):
+        save_safetensors(STATE, tmp_path / "nowhere/weights.safetensors")
+
+
 def test_no_code_is_run_unless_trusted(tmp_path):
     path, touched = tmp_path / "evil.pt", tmp_path / "touched"
     torch.save({"model": STATE, "args": RunsCode(touched)}, path)

@@ -12,13 +12,14 @@ from torch.distributed.tensor import DTensor
 
 import reference.moe
 from moe_kernels import ExpertChoice, MoELayer, TokenChoice
-from moe_kernels.weights import stack_dit_moe, unstack_dit_moe
+from moe_kernels.weights import LAYOUTS, stack_dit_moe, unstack_dit_moe
 from tests.contenders import BACKENDS
 from tests.trap_cases import draw_router
 
 L, H, I, Is, E, K = 5, 32, 24, 16, 8, 2
 BACKEND = "native" if "native" in BACKENDS else "eager"
-PARAMETERS = ("gate_weight", "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj")
+BIASES = ("gate_up_bias", "down_bias", "shared_gate_up_bias", "shared_down_bias")
+PARAMETERS = ("gate_weight", "gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj", *BIASES)
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,17 @@ class Problem:
     layout: str = "gate_up"
     activation: str = "swiglu"
     recompute: bool = False
+    bias: bool = False
 
     def layer(self, seed: int, backend: str) -> MoELayer:
         torch.manual_seed(seed)
         sizes = H, I, E, getattr(self.router, "top_k", K), Is if self.shared else 0, self.activation
         how = {"backend": backend, "dtype": self.dtype, "layout": self.layout, "recompute": self.recompute}
-        layer = MoELayer(*sizes, router=self.router, **how)
+        layer = MoELayer(*sizes, router=self.router, bias=self.bias, **how)
         layer.gate_weight.data.copy_(self.routed(seed)[1])
+        for name in BIASES:  # zeros at first
+            if getattr(layer, name) is not None:
+                nn.init.normal_(getattr(layer, name), std=0.3)
         return layer
 
     def routed(self, seed: int) -> tuple[Tensor, Tensor]:
@@ -60,8 +65,45 @@ class Problem:
         return [{name: part[r] for name, part in parts.items()} for r in range(len(self.images))]
 
 
+class Biased(nn.Module):
+    """The parameters of a layer with biases, in its layout, and the oracle's functions around them."""
+
+    def __init__(self, layer: MoELayer):
+        super().__init__()
+        self.router, self.activation, self.layout = layer.router, layer.activation, LAYOUTS[layer.layout]
+        for name in PARAMETERS:
+            p = getattr(layer, name)
+            self.register_parameter(name, None if p is None else nn.Parameter(p.detach().clone()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, aux = x.reshape(-1, H), None
+        if isinstance(self.router, ExpertChoice):
+            group = self.router.tokens_per_group or x.shape[-2]
+            chosen = reference.moe.expert_choice(tokens, self.gate_weight, self.router.capacity_factor, group)
+        else:
+            weights, ids, probs = reference.moe.token_choice(tokens, self.gate_weight, self.router.top_k)
+            aux = reference.moe.aux_loss(probs, ids, self.router.aux_loss_alpha)
+            chosen = reference.moe.spread_picks(weights, ids, E)
+        y = reference.moe.moe_expert_choice(tokens, *chosen, **self.of("") | {"activation": self.activation})
+        if self.shared_down_proj is not None:
+            y = y + reference.moe.expert_mlp(tokens, **self.of("shared_") | {"activation": self.activation})
+        return (y if aux is None else reference.moe.inject_aux(y, aux)).view(x.shape)
+
+    def of(self, prefix: str) -> dict[str, Tensor]:
+        """Return matrices (out, in) with rows [gate; up], and biases."""
+        named = {name: getattr(self, prefix + name) for name in ("gate_up_proj", "down_proj", *BIASES[:2])}
+        if self.layout.in_out:
+            named |= {name: t.mT for name, t in named.items() if name.endswith("proj")}
+        if self.layout.up_first:
+            for name, dim in (("gate_up_proj", -2), ("gate_up_bias", -1)):
+                named[name] = torch.cat(named[name].chunk(2, dim)[::-1], dim)
+        return named
+
+
 def oracle(layer: MoELayer) -> nn.Module:
     (e, h, i), own = layer.down_proj.shape, layer.state_dict()
+    if layer.down_bias is not None:
+        return Biased(layer).double()
     if isinstance(layer.router, ExpertChoice):
         router = layer.router
         block = reference.moe.ExpertChoiceMoE(h, i, e, router.capacity_factor, router.tokens_per_group)
@@ -78,7 +120,7 @@ def call(module: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str,
     leaves = {name: t.detach().requires_grad_() for name, t in batch.items() if name != "dout"}
     if len(leaves) == 1:
         y = module(leaves["x"])
-    elif isinstance(module, reference.moe.SparseMoeBlock):
+    elif isinstance(module, (reference.moe.SparseMoeBlock, Biased)):
         x, shift, scale, gate = (t if t.dim() == 3 else t[:, None] for t in leaves.values())
         y = x + gate * module(nn.functional.layer_norm(x, (H,), eps=1e-6) * (1 + scale) + shift)
     else:
@@ -107,19 +149,28 @@ def named(parts: list[tuple[Tensor, dict[str, Tensor]]], grads: dict[str, Tensor
 
 def by_many(module: nn.Module, problem: Problem, seed: int, averaged: bool) -> dict[str, Tensor]:
     """Compute this rank's part and gather all; averaged: somebody averages the gradients of what is replicated."""
-    world = distributed.get_world_size()
     mine = call(module, problem.batches(seed)[distributed.get_rank()])
+    return of_all(mine, module, problem.dtype, averaged)
+
+
+def of_all(
+    mine: tuple[Tensor, dict[str, Tensor]], module: nn.Module, dtype: torch.dtype, averaged: bool
+) -> dict[str, Tensor]:
+    """Gather the ranks' parts and the gradients of the parameters."""
+    world = distributed.get_world_size()
     parts = [None] * world
     distributed.all_gather_object(parts, mine)
     grads = {}
     for name, p in module.named_parameters():
         grad = p.grad
+        if grad is None:
+            continue
         if isinstance(grad, DTensor):
             grad = grad.full_tensor()
         elif not averaged:
             distributed.all_reduce(grad)
             grad = grad / world
-        grads[name.removeprefix("module.")] = grad.to(problem.dtype)  # a policy of mixed precision keeps more
+        grads[name.removeprefix("module.")] = grad.to(dtype)  # a policy of mixed precision keeps more
     return named(parts, grads)
 
 

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from moe_kernels import MoELayer, replace_moe
 from moe_kernels.distributed import checkpoints, data_parallel, expert_parallel, fully_shard, stack_experts
+from tests.product.distributed import problems
 from tests.product.distributed.problems import BACKEND, H, mesh_of
 from tests.product.distributed.workers import Workers
 from tests.product.ownership.models import Model, make_x
@@ -39,6 +40,14 @@ def stacked(seed: int) -> nn.Module:
     model = dit_moe(seed)
     replace_moe(model, backend=BACKEND)
     assert stack_experts(model) == 1
+    return model
+
+
+def biased(seed: int) -> nn.Module:
+    model = dit_moe(seed)
+    model.moe = MoELayer(H, 24, 8, 2, 16, bias=True, backend=BACKEND)
+    for name in problems.BIASES:
+        nn.init.normal_(getattr(model.moe, name))
     return model
 
 
@@ -68,8 +77,11 @@ LAYOUTS = {make.__name__: make for make in (by_fsdp, by_ep, by_ep_and_ddp, by_ep
 PLACES = [("two", "by_fsdp"), ("two", "by_ep"), ("four", "by_ep_and_fsdp"), ("four", "by_ep_and_ddp")]
 
 
-def made(layout: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = LAYOUTS[layout](stacked(seed))
+MODELS = {"stacked": stacked, "biased": biased}
+
+
+def made(layout: str, seed: int, kind: str = "stacked") -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = LAYOUTS[layout](MODELS[kind](seed))
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
@@ -86,15 +98,15 @@ def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tenso
     return weights | {f"{name} {kind}": t for name, kinds in moments for kind, t in kinds.items()}
 
 
-def save_as(layout: str, folder: str, seed: int, step: int = 1) -> dict[str, Tensor]:
-    model, optimizer = made(layout, seed)
+def save_as(layout: str, folder: str, seed: int, step: int = 1, kind: str = "stacked") -> dict[str, Tensor]:
+    model, optimizer = made(layout, seed, kind)
     train(model, optimizer, seed)
     checkpoints.save(folder, step, model, optimizer, {"seen": torch.tensor(seed)})
     return whole(model, optimizer)
 
 
-def load_as(layout: str, folder: str, seed: int) -> dict[str, Tensor]:
-    model, optimizer = made(layout, seed + 1)
+def load_as(layout: str, folder: str, seed: int, kind: str = "stacked") -> dict[str, Tensor]:
+    model, optimizer = made(layout, seed + 1, kind)
     extra = {"seen": torch.tensor(0)}
     checkpoints.load(checkpoints.latest(folder), model, optimizer, extra)
     assert extra["seen"] == seed
@@ -118,6 +130,32 @@ def test_from_any_layout_to_any_other(group, layout, seed, tmp_path, request):
 def test_from_one_process_to_many(four, seed, tmp_path):
     saved = save_as("by_one", str(tmp_path), seed)
     assert_same(four.run(load_as, layout="by_ep_and_fsdp", folder=str(tmp_path), seed=seed)[0], saved)
+
+
+@pytest.mark.parametrize(("group", "layout"), [("two", "by_ep"), ("four", "by_ep_and_fsdp"), (None, "by_one")])
+def test_biases_go_from_any_layout_to_any_other(group, layout, seed, tmp_path, request):
+    how = {"folder": str(tmp_path), "seed": seed, "kind": "biased"}
+    if group is None:
+        saved = save_as(layout, **how)
+    else:
+        saved = request.getfixturevalue(group).run(save_as, layout=layout, **how)[0]
+    assert {f"moe.{name}" for name in problems.BIASES} < saved.keys()
+    for other, into in PLACES:
+        assert_same(request.getfixturevalue(other).run(load_as, layout=into, **how)[0], saved)
+    assert_same(load_as("by_one", **how), saved)
+
+
+def biases_as_dit_moe(seed: int) -> None:
+    model = by_ep(biased(seed))
+    if distributed.get_rank() == 0:
+        with pytest.raises(ValueError, match=r"state_dict: moe\.gate_up_bias: got biases, expected none"):
+            checkpoints.gather_dit_moe(model)
+    else:
+        assert checkpoints.gather_dit_moe(model) == {}
+
+
+def test_biases_have_no_public_names(two, seed):
+    two.run(biases_as_dit_moe, seed=seed)
 
 
 def to_and_from_dit_moe(layout: str, seed: int) -> dict[str, Tensor]:

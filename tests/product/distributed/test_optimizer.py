@@ -31,7 +31,8 @@ def norms(problem: Problem, seed: int, world: int) -> None:
 
 
 def test_the_norm_of_gradients_on_two_meshes(four, seed):
-    four.run(norms, problem=Problem((2, 1, 1, 2)), seed=seed, world=4)
+    for bias in (False, True):
+        four.run(norms, problem=Problem((2, 1, 1, 2), bias=bias), seed=seed, world=4)
 
 
 def spread(t: Tensor) -> list[Tensor]:

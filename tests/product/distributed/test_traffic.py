@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import fsdp
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.clusters import cost
@@ -19,6 +22,8 @@ from moe_kernels.distributed import (
     expert_parallel,
     fully_shard,
 )
+from reference.moe import expert_mlp, of_each_expert
+from tests.contenders import BACKENDS
 from tests.product.distributed.problems import BACKEND, E, H, K, L, Problem, call, mesh_of
 from tests.product.ownership.models import make_model
 
@@ -69,6 +74,38 @@ def count_messages(problem: Problem, seed: int) -> None:
         totals = [None] * distributed.get_world_size()
         distributed.all_gather_object(totals, (there, back))
         assert sum(t for t, _ in totals) == sum(b for _, b in totals), "what comes back is what was sent"
+
+
+class HostReads(TorchFunctionMode):
+    """How often sizes are read on the host; what is only checked on CPUs (`bool`, `int`) does not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in (Tensor.tolist, Tensor.item)
+        return func(*args, **(kwargs or {}))
+
+
+def count_waits(seed: int) -> None:
+    """By the backend whose rooms read nothing themselves, for plans with and without rows behind their last."""
+    race = MoELayer(H, 8, E, 2, router=ExpertRace(2), backend="grouped").eval()
+    for layer in (PLAIN.layer(seed, "grouped"), race):
+        for dispatcher, expected in ((ExactDispatcher(), 1), (BoundedDispatcher(2 * L), 0)):
+            parallel = expert_parallel(deepcopy(layer), mesh_of(ep=distributed.get_world_size()), dispatcher)
+            x = mine(PLAIN, seed)["x"].requires_grad_()
+            with HostReads() as reads:
+                y = parallel(x)
+            assert reads.count == expected
+            with HostReads() as reads:
+                y.sum().backward()
+            assert reads.count == 0
+
+
+@pytest.mark.skipif("grouped" not in BACKENDS, reason="this torch has no grouped_mm for CPUs")
+def test_the_exact_dispatcher_waits_once_and_the_bounded_never(two, seed):
+    two.run(count_waits, seed=seed)
 
 
 class Doubled(MoELayer):
@@ -123,8 +160,8 @@ def overlap(problem: Problem, seed: int) -> None:
     waits = []
 
     class Late(ExactDispatcher):
-        def send(self, rows, plan, mesh):
-            arrived = super().send(rows, plan, mesh)
+        def send(self, take, plan, mesh):
+            arrived = super().send(take, plan, mesh)
 
             def received() -> Tensor:
                 waits.append(len(record.called))
@@ -177,17 +214,17 @@ def without(layer: MoELayer, x: Tensor, kept: Tensor) -> Tensor:
     weights, ids = (x @ layer.gate_weight.T).softmax(-1).topk(K)
     weights = torch.zeros_like(kept, dtype=x.dtype).scatter(1, ids, weights) * kept
 
-    def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        gate, up = (x @ gate_up.T).chunk(2, -1)
-        return (nn.functional.silu(gate) * up) @ down.T
-
-    y = mlp(x, layer.shared_gate_up_proj, layer.shared_down_proj)
-    return y + sum(weights[:, e, None] * mlp(x, layer.gate_up_proj[e], layer.down_proj[e]) for e in range(E))
+    own = of_each_expert(layer.gate_up_proj, layer.down_proj, layer.gate_up_bias, layer.down_bias)
+    experts = [expert_mlp(x, gate_up, down, "swiglu", *biases) for gate_up, down, *biases in own]
+    shared_biases = layer.shared_gate_up_bias, layer.shared_down_bias
+    y = expert_mlp(x, layer.shared_gate_up_proj, layer.shared_down_proj, "swiglu", *shared_biases)
+    return y + sum(weights[:, e, None] * experts[e] for e in range(E))
 
 
 def test_what_does_not_fit_is_an_error_on_all_ranks_or_counted(two, seed):
     """One rank alone has too many rows for a bound of 1: images 2 and 0."""
     two.run(overflow, problem=PLAIN, seed=seed)
+    two.run(overflow, problem=replace(PLAIN, bias=True), seed=seed)
     two.run(overflow_of_one, problem=Problem((2, 0)), seed=seed)
 
 
@@ -198,13 +235,18 @@ def overflow_of_one(problem: Problem, seed: int) -> None:
 
 def compiled(problem: Problem, seed: int, dispatcher) -> None:
     layer, x = parallel(problem, seed, dispatcher), mine(problem, seed)["x"]
-    expected = layer(x)
-    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)(x), expected)
+    found = []
+    for module in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)):
+        y = module(x)
+        grads = torch.autograd.grad(y.square().sum(), [*layer.parameters()])
+        found.append([y, *(grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads)])
+    assert all(map(torch.equal, *found))
 
 
 def test_the_bounded_dispatcher_compiles_as_one_graph(two, seed):
     """A graph without breaks reads nothing on the host."""
-    two.run(compiled, problem=PLAIN, seed=seed, dispatcher=BoundedDispatcher(4 * L))
+    for bias in (False, True):
+        two.run(compiled, problem=replace(PLAIN, bias=bias), seed=seed, dispatcher=BoundedDispatcher(4 * L))
 
 
 def refusals(seed: int) -> None:
@@ -221,10 +263,14 @@ def refusals(seed: int) -> None:
         expert_parallel(nn.Linear(2, 2), mesh)
     model = make_model(seed)
     replace_moe(model)
-    with pytest.raises(ValueError, match="module: got a replaced block at moe, expected MoELayer"):
+    with pytest.raises(ValueError, match=r"got a replaced block at moe, expected .* of DiT-MoE's"):
         expert_parallel(model, mesh)
     with pytest.raises(ValueError, match="module: got different gate_weight on the ranks"):
         expert_parallel(PLAIN.layer(seed + distributed.get_rank(), BACKEND), mesh)
+    with pytest.raises(ValueError, match="module: got different shared_down_bias on the ranks"):
+        biased = replace(PLAIN, bias=True).layer(seed, BACKEND)
+        biased.shared_down_bias.data += distributed.get_rank()
+        expert_parallel(biased, mesh)
     with pytest.raises(ValueError, match="module: got different modules on the ranks"):
         other = replace(PLAIN, shared=distributed.get_rank() == 0).layer(seed, BACKEND)
         expert_parallel(other, mesh)

@@ -12,7 +12,7 @@ from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from moe_kernels import replace_moe
+from moe_kernels import MoELayer, TokenChoice, replace_moe
 from moe_kernels.distributed import data_parallel, expert_parallel, fully_shard, stack_experts
 from moe_kernels.weights import unstack_dit_moe
 from reference.moe import SparseMoeBlock
@@ -25,9 +25,11 @@ STEPS, PARTS = 4, 2  # a step accumulates gradients over its parts
 
 
 class Block(nn.Module):
-    def __init__(self, recomputed: bool):
+    def __init__(self, recomputed: bool, bias: bool):
         super().__init__()
         self.moe, self.recomputed = SparseMoeBlock(H, I, E, K, Is, alpha=0.0), recomputed
+        if bias:
+            self.moe = MoELayer(H, I, E, K, Is, bias=True, router=TokenChoice(K, 0.0))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + (checkpoint(self.moe, x, use_reentrant=False) if self.recomputed else self.moe(x))
@@ -36,9 +38,9 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Two blocks, so that there are two units."""
 
-    def __init__(self, recomputed: bool):
+    def __init__(self, recomputed: bool, bias: bool = False):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(recomputed) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(recomputed, bias) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -53,9 +55,14 @@ def by_fsdp(model: nn.Module) -> nn.Module:
     return fsdp.fully_shard(model, mesh=mesh)
 
 
+def stack(model: nn.Module) -> None:
+    if not isinstance(model.blocks[0].moe, MoELayer):
+        stack_experts(model)
+
+
 def by_ep_and_fsdp(model: nn.Module) -> nn.Module:
     mesh = mesh_of(dp=distributed.get_world_size() // 2, ep=2)
-    stack_experts(model)
+    stack(model)
     expert_parallel(model, mesh)
     for block in model.blocks:
         fully_shard(block, mesh)
@@ -64,14 +71,14 @@ def by_ep_and_fsdp(model: nn.Module) -> nn.Module:
 
 def by_ep_and_ddp(model: nn.Module) -> nn.Module:
     mesh = mesh_of(dp=distributed.get_world_size() // 2, ep=2)
-    stack_experts(model)
+    stack(model)
     return data_parallel(expert_parallel(model, mesh), mesh)
 
 
 def by_ep_and_one_unit(model: nn.Module) -> nn.Module:
     """No experts are left for FSDP2, and both blocks are gathered together."""
     mesh = mesh_of(dp=1, ep=distributed.get_world_size())
-    stack_experts(model)
+    stack(model)
     expert_parallel(model, mesh)
     fully_shard(list(model.blocks), mesh)
     return fully_shard(model, mesh)
@@ -102,17 +109,27 @@ def train(model: nn.Module, backward: Callable[[int, int], None]) -> None:
         optimizer.zero_grad()
 
 
-def updates(way: str, recomputed: bool, world: int) -> Callable[[int, str], dict[str, Tensor]]:
+def computed_by(model: nn.Module, how: str) -> None:
+    biased = [block for block in model.blocks if isinstance(block.moe, MoELayer)]
+    if how == "oracle":
+        for block in biased:
+            block.moe = problems.oracle(block.moe)
+        model.double()
+    elif biased:
+        for block in biased:
+            block.moe.backend = how
+    else:
+        replace_moe(model, backend=how)
+
+
+def updates(way: str, recomputed: bool, world: int, bias: bool) -> Callable[[int, str], dict[str, Tensor]]:
     """Return compute(seed, how) for `judge`: by how much each weight has moved."""
 
     def computed(seed: int, how: str) -> dict[str, Tensor]:
         torch.manual_seed(seed)
-        model, single = Model(recomputed), how in ("oracle", "eager")
+        model, single = Model(recomputed, bias), how in ("oracle", "eager")
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        if how == "oracle":
-            model.double()
-        else:
-            replace_moe(model, backend=how)
+        computed_by(model, how)
         model = model if single else WAYS[way](model)
 
         def loss(step: int, part: int, rank: int) -> Tensor:
@@ -138,9 +155,9 @@ def whole(p: Tensor) -> Tensor:
     return p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
 
 
-def judge_training(way: str, recomputed: bool, seed: int) -> None:
+def judge_training(way: str, recomputed: bool, seed: int, bias: bool = False) -> None:
     world = distributed.get_world_size()
-    judge(f"train_{way}", updates(way, recomputed, world), BACKEND, torch.float32, seed)
+    judge(f"train_{way}", updates(way, recomputed, world, bias), BACKEND, torch.float32, seed)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
@@ -156,10 +173,15 @@ def test_four_ranks_with_expert_parallelism_train_like_one_process(four, way, re
     four.run(judge_training, way=way, recomputed=recomputed, seed=seed)
 
 
-def judge_mixed(with_ep: bool, seed: int) -> None:
+@pytest.mark.parametrize("way", ["by_ep_and_fsdp", "by_ep_and_ddp"])
+def test_biases_train_like_those_of_one_process(four, way, seed):
+    four.run(judge_training, way=way, recomputed=False, seed=seed, bias=True)
+
+
+def judge_mixed(with_ep: bool, bias: bool, seed: int) -> None:
     """Weights in float32, computed in bfloat16, reduced in float32: against a layer in bfloat16."""
     policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    problem = Problem((2, 1), dtype=torch.bfloat16)
+    problem = Problem((2, 1), dtype=torch.bfloat16, bias=bias)
 
     def make(layer):
         if not with_ep:
@@ -170,6 +192,6 @@ def judge_mixed(with_ep: bool, seed: int) -> None:
     judge("mixed", problems.compute(problem, make, averaged=True), BACKEND, problem.dtype, seed)
 
 
-@pytest.mark.parametrize("with_ep", [False, True])
-def test_mixed_precision_keeps_the_error_rule(two, with_ep, seed):
-    two.run(judge_mixed, with_ep=with_ep, seed=seed)
+@pytest.mark.parametrize(("with_ep", "bias"), [(False, False), (True, False), (True, True)])
+def test_mixed_precision_keeps_the_error_rule(two, with_ep, bias, seed):
+    two.run(judge_mixed, with_ep=with_ep, bias=bias, seed=seed)
