@@ -175,7 +175,7 @@ class LayerWeights:
         size = t.element_size()
         step = t.stride(0) * size if t.dim() == 3 else 0
         first = t.data_ptr() + half * rows * (1 if transposed else ld) * size
-        addresses = [first + e * step for e in range(count)]
+        addresses = list(range(first, first + count * step, step)) if step else [first] * count
         return Matrices(addresses, rows, self._columns(t), ld, transposed, t.dtype)
 
     def _columns(self, t: Tensor) -> int:
