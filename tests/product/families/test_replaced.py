@@ -143,6 +143,14 @@ def test_offloaded_stacks_are_read_while_they_are_there(seed):
             assert torch.equal(case.call(ours, arguments), expected)
 
 
+def test_stacks_of_two_dtypes_are_named(seed):
+    _, ours, arguments = replaced(BY_NAME["LingBot"], seed)
+    ours.experts.w3.data = ours.experts.w3.data.bfloat16()
+    said = r"up_proj: got \(6, 24, 32\) torch.bfloat16 \S+, other than gate_proj; the block's original forward"
+    with pytest.warns(UserWarning, match=said), pytest.raises(RuntimeError, match="dtype"):
+        ours(*arguments.values())
+
+
 @pytest.mark.unpoisoned  # what fills the tensors would be counted
 @pytest.mark.parametrize("in_out", [True, False], ids=["in_out", "out_in"])
 @needs_native
