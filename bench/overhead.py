@@ -25,6 +25,7 @@ from reference.moe import SparseMoeBlock
 
 EXPERTS = (8, 64)
 NARROW = 16, 16, 8, 2  # H, I, E, K
+STACKED = 3072  # experts of a layer of MAGI-2, 12 heads of 256
 YARDSTICK = "torch.add"  # of two numbers: what an operator costs at least, on this machine, now
 COUNTED = {"tiny": {"digits": 1}, "default": {"digits": 4, "S/2-8E2A": 2}}  # models, and how many of their blocks
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
@@ -59,6 +60,30 @@ def calling(backend: str, seconds: float) -> dict:
     check = judge(*({"y": m(v).detach()} for m, v in ((layer, x), (exact.double(), x.double()), (eager, x))))
     case = f"layer-{backend}-E{NARROW[2]}"
     return store.row("calling", case=case, figures=_times(samples, check.wrong), errors=check.errors, wrong=check.wrong)
+
+
+def two_stacks(num_experts: int, seconds: float) -> dict:
+    """Return a row: microseconds, and functions called, of a narrow fused layer whose gate and up are two stacks; and
+    of the same where all its matrices are taken apart first."""
+    H, I = NARROW[:2]
+    x, ids = torch.randn(16, H), torch.arange(32).view(16, 2) % num_experts
+    plan = moe_kernels.dispatch(ids, torch.full((16, 2), 0.5), num_experts, backend="native")
+    gate, up, down = (torch.randn(num_experts, *shape) for shape in ((I, H), (I, H), (H, I)))
+
+    def in_turn() -> Tensor:
+        pairs = zip(gate.unbind(), up.unbind(), strict=True)
+        return moe_kernels.moe_mlp(x, plan, [m for pair in pairs for m in pair], down.unbind(), backend="native")
+
+    calls = {
+        "forward": lambda: moe_kernels.moe_mlp(x, plan, [gate, up], down, backend="native"),
+        "in_turn": in_turn,
+        YARDSTICK: _operator(),
+    }
+    samples = measure.interleave(calls, 15, seconds)
+    wrong = None if torch.equal(calls["forward"](), in_turn()) else "two stacks: got other bits than in turn"
+    counts = {f"{name}_calls": issuing.counted(calls[name], lambda: 0)["calls"] for name in ("forward", "in_turn")}
+    case = f"two_stacks-native-E{num_experts}"
+    return store.row("calling", case=case, figures=_times(samples, wrong) | ({} if wrong else counts), wrong=wrong)
 
 
 def _times(samples: Mapping[str, measure.Samples], wrong: str | None) -> dict[str, float]:
@@ -146,6 +171,7 @@ def main(args: argparse.Namespace) -> int:
     rows = []
     with measure.threads(1):
         rows.append(calling("native", min(args.seconds, 5.0)))
+        rows.append(two_stacks(STACKED, min(args.seconds, 5.0)))
         for backend in kernels_on("cuda"):
             if why := issuing.why_not(backend):
                 say(f"issuing {backend}: {why}")

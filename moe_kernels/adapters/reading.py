@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..weights import Biases
+from ..weights.layouts import in_two_stacks
 from .linear import NotUnderstoodError, bias_of, plain, refuse_watched, watched, weight_of
 
 Matrices = Sequence[Tensor] | None
 
 
 class Experts(NamedTuple):
-    """The weights of a block as `moe_mlp` takes them: a kind is one stacked tensor in a list, or all its matrices."""
+    """The weights of a block as `moe_mlp` takes them: a kind is one stacked tensor in a list, or all its matrices;
+    gate_up may be [gate_proj, up_proj], two stacks."""
 
     gate_up: Sequence[Tensor]
     down: Sequence[Tensor]
@@ -242,6 +244,8 @@ def unequal(path: str, weights: tuple[Matrices, ...], dtype: torch.dtype, device
             got, expected = ((t.shape, t.dtype, t.device) for t in (tensor, first))
             if got != expected:
                 what = " ".join(map(str, (tuple(got[0]), *got[1:])))
+                if in_two_stacks(tensors):
+                    return f"{path}: up_proj: got {what}, other than gate_proj"
                 return f"{path}.experts.{position // count} ({kind}): got {what}, other than experts.0"
     for tensor in (tensor for kind in weights for tensor in kind or ()):
         if (tensor.dtype, tensor.device) != (dtype, device):

@@ -166,7 +166,7 @@ def lay_out(experts: Experts) -> None:
             if "in_out" in experts.layout:
                 for stack in _stacks(kind):
                     stack.data = stack.data.transpose(-1, -2).contiguous().transpose(-1, -2)
-            elif len(kind) > 1 and all(type(t) is nn.Parameter and t.is_leaf for t in kind):
+            elif len(kind) > 1 and all(type(t) is nn.Parameter and t.is_leaf and t.dim() == 2 for t in kind):
                 together = torch.stack([t.detach() for t in kind])
                 for parameter, place in zip(kind, together.unbind(), strict=True):
                     parameter.data = own_storage(place)

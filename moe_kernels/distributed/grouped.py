@@ -42,5 +42,4 @@ def experts_on_rows(
     expert = torch.searchsorted(rows_per_expert.cumsum(0), place, right=True)  # E: behind the last expert's
     ones = torch.ones(R, dtype=_checks.accumulator(rows.dtype), device=rows.device)
     plan = ops.dispatch_rows(ones, place, expert, R, E)
-    gate_up = [matrix for pair in zip(gate_proj, up_proj, strict=True) for matrix in pair]
-    return ops.moe_mlp(rows, plan, gate_up, list(down_proj), backend=backend).to(rows.dtype)
+    return ops.moe_mlp(rows, plan, [gate_proj, up_proj], down_proj, backend=backend).to(rows.dtype)

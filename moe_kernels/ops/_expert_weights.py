@@ -1,4 +1,4 @@
-"""Weight arguments of the ops, stacked or matrix by matrix: their checks, how they reach a backend and come back."""
+"""Weight arguments of the ops, in stacks or matrix by matrix: their checks, how they reach a backend and come back."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .. import _checks
 from ..activation import halves as halves_of
 from ..backends.base import Backend
 from ..weights import LAYOUTS, Biases, LayerWeights, MoEWeights
+from ..weights.layouts import in_two_stacks, width
 
 Weights = Tensor | Sequence[Tensor]
 Lists = Sequence[Sequence[Tensor]]  # gate_up, down, and those of the shared expert, as LayerWeights takes them; biases
@@ -23,16 +24,17 @@ def _shape(name: str, tensors: Sequence[Tensor], lead: tuple[int, ...], halves: 
         *outer, rows, columns = first.shape
         return (*outer, columns, rows) if in_out else (*outer, rows, columns)
     count = halves * lead[0] if lead else halves
-    if len(tensors) != count or first.dim() != 2:
+    two_stacks = lead and halves == 2
+    if not (two_stacks and in_two_stacks(tensors)) and (len(tensors) != count or first.dim() != 2):
         raise ValueError(
             f"{name}: got {len(tensors)} tensors, the first of shape {tuple(first.shape)}, expected one stacked tensor "
-            f"with {len(lead) + 2} dimensions or {count} matrices"
+            f"with {len(lead) + 2} dimensions{', or two such, [gate, up],' if two_stacks else ''} or {count} matrices"
         )
     for position, tensor in enumerate(tensors):
         if tensor.shape != first.shape:
             raise ValueError(f"{name}[{position}]: got shape {tuple(tensor.shape)}, expected {tuple(first.shape)}")
-    rows, columns = reversed(first.shape) if in_out else first.shape
-    return (*lead, halves * rows, columns)
+    *outer, rows, columns = first.shape
+    return (*(outer or lead), halves * (columns if in_out else rows), rows if in_out else columns)
 
 
 def check(
@@ -62,6 +64,8 @@ def check(
     if rows % halves or rows == 0:
         expected = f"a positive multiple of {halves} ({activation})"
         raise ValueError(f"{prefix}gate_up_proj: got {rows} {'columns' if in_out else 'rows'}, expected {expected}")
+    if in_two_stacks(gate_up):
+        expect("gate_up_proj[0]", (*shape[:-2], rows // 2, shape[-1]), rows // 2, H, ("I", "H"))
     expect("gate_up_proj", shape, rows, H, (f"{halves if halves > 1 else ''}I", "H"))
     down_shape = _shape(prefix + "down_proj", down, lead, 1, in_out)
     expect("down_proj", down_shape, H, rows // halves, ("H", "I"))
@@ -138,8 +142,7 @@ def _as_list(name: str, value: Weights, x: Tensor) -> list[Tensor]:
 
 def gate_up_width(gate_up: Sequence[Tensor], num_experts: int, layout: str) -> int:
     """Return the columns of gate_up: 2I or I. num_experts is 1 for the shared expert."""
-    matrices = 1 if len(gate_up) == 1 else len(gate_up) // num_experts
-    return matrices * gate_up[0].shape[-1 if LAYOUTS[layout].in_out else -2]
+    return width(gate_up, num_experts, LAYOUTS[layout])
 
 
 def for_backend(backend: Backend, w: LayerWeights) -> LayerWeights | MoEWeights:

@@ -48,7 +48,8 @@ def experts(
         x: (T, H) tokens; float32, bfloat16, float16 or float64. Under autocast x is cast to its dtype.
         plan: made for T tokens and E experts.
         gate_up_proj: (E, 2I, H), rows [gate; up]; (E, I, H) without a gate (gelu, gelu_tanh); the dtype of x. Or the
-            sequence [gate_0, up_0, gate_1, ...] of (I, H) matrices, wherever each lies.
+            pair [gate_proj, up_proj], two stacks (E, I, H), in this order in every layout. Or the sequence
+            [gate_0, up_0, gate_1, ...] of (I, H) matrices, wherever each lies.
         down_proj: (E, H, I), or the sequence [down_0, ...] of (H, I) matrices.
         activation: "swiglu", "gelu", "gelu_tanh" or a ClampedSwiGLU. Triton and cuda have the first two.
         backend: "auto" or a name out of `backends()`.

@@ -19,31 +19,42 @@ ALIGNMENT = 16  # bytes: what copy engines want of addresses and strides
 MOST_TABLES = 4096
 
 
+Numbers = tuple[Sequence[int], ...]  # of slices, to be taken in turn: the first of each, the second of each ...
+
+
 class Slices(NamedTuple):
-    """Matrix i is memory[numbers[i]]."""
+    """Matrix i is memory[in_turn(numbers)[i]]."""
 
     memory: Tensor  # (n, rows, columns)
-    numbers: tuple[int, ...]
+    numbers: Numbers  # hashable: tuples, or ranges, which say in three numbers where a stack's matrices are
 
 
-def slices_of(matrices: Sequence[Tensor]) -> Slices | None:
-    """Return contiguous matrices of one shape as slices of one tensor; None where no step of 16 bytes leads to all."""
-    first = matrices[0]
-    addresses = [m.data_ptr() for m in matrices]
+def in_turn(numbers: Numbers) -> list[int]:
+    return [number for each in zip(*numbers, strict=True) for number in each]
+
+
+def slices_of(tensors: Sequence[Tensor]) -> Slices | None:
+    """Return contiguous tensors of one shape, matrices or stacks (E, rows, columns), as slices of one tensor; of stacks
+    the first matrix of each comes first. None where no step of 16 bytes leads to all."""
+    first = tensors[0]
+    size, (*count, rows, columns) = first.element_size(), first.shape
+    matrix = rows * columns * size
+    addresses = [t.data_ptr() for t in tensors]
     lowest = min(addresses)
     offsets = [address - lowest for address in addresses]
-    size = first.element_size()
-    step = math.gcd(*offsets) or first.numel() * size
-    last = max(offsets) // step
-    fits = lowest % ALIGNMENT == 0 == step % ALIGNMENT and last < 2**31
-    if not fits or any(not m.is_contiguous() for m in matrices):
-        return None
+    step = math.gcd(*offsets, matrix if count else 0) or matrix
     nbytes = max(offsets) + first.numel() * size
+    last = (nbytes - matrix) // step
+    fits = lowest % ALIGNMENT == 0 == step % ALIGNMENT and last < 2**31
+    if not fits or any(not t.is_contiguous() for t in tensors):
+        return None
     storage = torch._C._construct_storage_from_data_pointer(lowest, first.device, nbytes)
-    rows, columns = first.shape
     memory = torch.empty(0, dtype=first.dtype, device=first.device)
     memory.set_(storage, 0, (last + 1, rows, columns), (step // size, columns, 1))
-    return Slices(memory, tuple(offset // step for offset in offsets))
+    starts, apart = [offset // step for offset in offsets], matrix // step
+    if not count:
+        return Slices(memory, (tuple(starts),))
+    return Slices(memory, tuple(range(start, start + count[0] * apart, apart) for start in starts))
 
 
 class _Tables:
@@ -54,23 +65,23 @@ class _Tables:
         self.kept: dict[tuple, tuple[Tensor, torch.cuda.Stream | None, torch.cuda.Event | None]] = {}
         self.captured: dict[tuple, Tensor] = {}
 
-    def get(self, numbers: tuple[int, ...], device: torch.device) -> Tensor | None:
-        """Return the numbers as int32 on a device, without waiting for it.
+    def get(self, kinds: tuple[Numbers, ...], device: torch.device) -> Tensor | None:
+        """Return the numbers of each kind in turn as int32 on a device, without waiting for it.
 
         None while a CUDA graph is captured that meets them for the first time: the upload would be part of the graph.
         """
-        key = (device, numbers)
+        key = (device, kinds)
         if device.type != "cuda":
             with self.lock:
                 if key not in self.kept:
-                    self._keep(key, torch.tensor(numbers, dtype=torch.int32, device=device), None, None)
+                    self._keep(key, torch.tensor(_laid_out(kinds), dtype=torch.int32, device=device), None, None)
                 return self.kept[key][0]
         capturing = torch.cuda.is_current_stream_capturing()
         with self.lock:
             if key not in self.kept:
                 if capturing:
                     return self.captured.get(key)
-                host = torch.tensor(numbers, dtype=torch.int32, pin_memory=True)
+                host = torch.tensor(_laid_out(kinds), dtype=torch.int32, pin_memory=True)
                 stream, event = torch.cuda.current_stream(device), torch.cuda.Event()
                 self._keep(key, host.to(device, non_blocking=True), stream, event)
                 event.record(stream)
@@ -88,6 +99,10 @@ class _Tables:
         if len(self.kept) >= MOST_TABLES:
             del self.kept[next(iter(self.kept))]
         self.kept[key] = (table, *upload)
+
+
+def _laid_out(kinds: tuple[Numbers, ...]) -> list[int]:
+    return [number for numbers in kinds for number in in_turn(numbers)]
 
 
 tables = _Tables()

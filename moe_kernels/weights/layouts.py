@@ -1,4 +1,5 @@
-"""Where the expert weights of a layer lie: stacked or one by one, in either orientation, their halves in either order.
+"""Where the expert weights of a layer lie: stacked, gate and up stacked each by itself, or all matrices one by one; in
+either orientation, their halves in either order.
 
 Nothing here moves a weight. Kernels that can take addresses (native) get those; the others get stacked views where the
 addresses are regular, and stacked copies where they are not.
@@ -102,10 +103,12 @@ class Matrices(NamedTuple):
 
 
 class LayerWeights:
-    """The weights of one layer as they are: for each kind one stacked tensor, or all its matrices in turn.
+    """The weights of one layer as they are: for each kind one stacked tensor, or all its matrices in turn; for gate_up
+    two stacked tensors, too.
 
     Args:
-        gate_up: [gate_up_proj], stacked as `layout` says, or [gate_0, up_0, gate_1, ...]; [up_0, ...] for gelu.
+        gate_up: [gate_up_proj], stacked as `layout` says, or [gate_proj, up_proj] of (E, I, H), or
+            [gate_0, up_0, gate_1, ...]; [up_0, ...] for gelu. In sequences gate is first in every layout.
         down: [down_proj] or [down_0, down_1, ...].
         shared_gate_up, shared_down: [] without a shared expert; else [proj], or [gate, up] and [down].
         layout: a name out of LAYOUTS.
@@ -154,6 +157,8 @@ class LayerWeights:
     def _both(self, tensors: list[Tensor], count: int, rows: int) -> list[Matrices | None]:
         if self.halves == 1:
             return [None, self._matrices(tensors, count, 0, 1, rows)]
+        if in_two_stacks(tensors):
+            return [self._matrices([stack], count, 0, 1, rows) for stack in tensors]
         # Matrices in turn are always [gate, up]: an order of halves is something that stacked ones have.
         gate = 1 if self.layout.up_first and len(tensors) == 1 else 0
         return [self._matrices(tensors, count, half, 2, rows) for half in (gate, 1 - gate)]
@@ -167,10 +172,10 @@ class LayerWeights:
             return Matrices([t.data_ptr() for t in mine], rows, self._columns(mine[0]), ld, transposed, mine[0].dtype)
         t = tensors[0]
         ld, transposed = self._steps(t)
-        step = t.stride(0) if t.dim() == 3 else 0
-        start = half * rows * (1 if transposed else ld)
-        size, base = t.element_size(), t.data_ptr()
-        addresses = [base + (e * step + start) * size for e in range(count)]
+        size = t.element_size()
+        step = t.stride(0) * size if t.dim() == 3 else 0
+        first = t.data_ptr() + half * rows * (1 if transposed else ld) * size
+        addresses = list(range(first, first + count * step, step)) if step else [first] * count
         return Matrices(addresses, rows, self._columns(t), ld, transposed, t.dtype)
 
     def _columns(self, t: Tensor) -> int:
@@ -239,7 +244,7 @@ class LayerWeights:
 
     def _lies_stacked(self, position: int) -> bool:
         kind = self.kinds[position]
-        if self.layout.in_out:
+        if self.layout.in_out or in_two_stacks(kind):
             return False
         if self._is_stacked(position):
             return kind[0].is_contiguous() and not (self.layout.up_first and self._halves_of(position) == 2)
@@ -254,7 +259,7 @@ class LayerWeights:
         found = [self._slices(position) for position in positions]
         if None in found:
             return None
-        index = tables.get(tuple(n for slices in found for n in slices.numbers), found[0].memory.device)
+        index = tables.get(tuple(slices.numbers for slices in found), found[0].memory.device)
         return None if index is None else [*(slices.memory for slices in found), index]
 
     def _slices(self, position: int) -> Slices | None:
@@ -267,8 +272,8 @@ class LayerWeights:
         if not kind[0].is_contiguous() or kind[0].data_ptr() % ALIGNMENT:
             return None
         memory = kind[0].view(-1, rows // halves, columns)
-        swapped = int(self.layout.up_first and halves == 2)
-        return Slices(memory, tuple(i ^ swapped for i in range(memory.shape[0])))
+        numbers = [range(half, memory.shape[0], halves) for half in range(halves)]
+        return Slices(memory, tuple(numbers[::-1] if self.layout.up_first else numbers))
 
     def _halves_of(self, position: int) -> int:
         return 1 if position % 2 else self.halves
@@ -283,6 +288,8 @@ class LayerWeights:
         if self._is_stacked(position):
             t = tensors[0].mT if self.layout.in_out else tensors[0]
             return self._ordered(t, position).contiguous()
+        if in_two_stacks(tensors):
+            return torch.cat([t.mT if self.layout.in_out else t for t in tensors], -2)
         matrices = [t.mT for t in tensors] if self.layout.in_out else tensors
         together = consecutive(matrices)
         return (_filled(matrices) if together is None else together).view(shape)
@@ -306,6 +313,9 @@ class LayerWeights:
             elif self._is_stacked(position):
                 ordered = self._ordered(gradient, position)
                 lists.append([(ordered.mT if self.layout.in_out else ordered).contiguous()])
+            elif in_two_stacks(kind):
+                halves = (half.mT if self.layout.in_out else half for half in gradient.chunk(2, -2))
+                lists.append([half.clone(memory_format=torch.contiguous_format) for half in halves])
             else:
                 lists.append(self._split(gradient, kind))
         return lists
@@ -319,8 +329,13 @@ class LayerWeights:
 
 def width(gate_up: Sequence[Tensor], num_experts: int, layout: Layout) -> int:
     """Return the columns of gate_up, 2I or I. For the shared expert num_experts is 1."""
-    matrices = 1 if len(gate_up) == 1 else len(gate_up) // num_experts
+    matrices = len(gate_up) if gate_up[0].dim() == 3 else len(gate_up) // num_experts
     return matrices * gate_up[0].shape[-1 if layout.in_out else -2]
+
+
+def in_two_stacks(tensors: Sequence[Tensor]) -> bool:
+    """Say whether a kind is [gate_proj, up_proj], each stacked: matrices in turn have two dimensions."""
+    return len(tensors) == 2 and tensors[0].dim() == 3
 
 
 def _alike(kind: Sequence[Tensor]) -> bool:

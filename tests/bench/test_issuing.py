@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bench.gpu import issuing
 from bench.instrument.cases import kernels_on
+from moe_kernels import dispatch, moe_mlp
 from moe_kernels.backends import registry
 from moe_kernels.backends.triton import grid
 
@@ -44,6 +46,32 @@ def test_a_call_issues_few_launches_and_computes_nothing(backend):
     assert 0 < figures["forward_us"] < figures["forward_backward_us"]
     assert row["case"] == f"layer-{backend}-digits-uniform-T16_H96_I384_Is192_E8_K2-bf16-fwd-t1"
     assert (grid.launch, dict(registry.get("native").__dict__)) == before
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("backend", kernels_on("cuda"))
+def test_gate_and_up_in_two_stacks_cost_the_same_whatever_they_hold(backend):
+    """Where their matrices lie is a table on the device, and nobody lists them to find it again."""
+    if why := issuing.why_not(backend):
+        pytest.skip(why)
+
+    def counts(num_experts: int) -> list[dict[str, int]]:
+        x, both = torch.zeros(4, 64), torch.zeros(2, num_experts, 64, 64)
+        leaves = gate, up, down = [*both.unbind(), torch.zeros(num_experts, 64, 64)]
+        plan = dispatch(torch.zeros(4, 1, dtype=torch.int32), torch.ones(4, 1), num_experts, backend="eager")
+
+        def forward() -> torch.Tensor:
+            return moe_mlp(x, plan, [gate, up], down, backend=backend)
+
+        found = [issuing.counted(forward, launches)]
+        for t in leaves:
+            t.requires_grad_()
+        return [*found, issuing.counted(lambda: torch.autograd.grad(forward(), leaves, x), launches)]
+
+    with issuing.empty_kernels(backend) as launches:
+        few, many = counts(64), counts(512)
+    for some, more, most in zip(few, many, (500, 1300), strict=True):  # a sum over rows is cut into fewer parts
+        assert more["calls"] <= some["calls"] < most and more["allocations"] == some["allocations"]
 
 
 def test_a_backend_that_cannot_be_tried_says_why(monkeypatch):

@@ -26,6 +26,7 @@ from moe_kernels import (
     dispatch_rows,
     experts,
     gating,
+    moe_mlp,
     replace_moe,
     select_experts,
     select_top,
@@ -153,6 +154,29 @@ def test_opcheck_on_every_op(backend):
         dispatch_rows(weights[:, 0], torch.arange(7), torch.tensor([5, 0, 4, 5, 1, 0, 4]), 7, 5)
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe_kernels::")}
     assert {func.name() for func in recorder.calls} == names
+    check_ops(recorder)
+
+
+@pytest.mark.unpoisoned
+@each_backend
+@pytest.mark.parametrize("layout", ["gate_up", "gate_up_in_out"])
+def test_opcheck_of_gate_and_up_in_two_stacks(layout, backend):
+    problem, _ = make_problem(PLAIN, 0, torch.float32).with_leaves()
+    weights = problem.gate_up_proj.chunk(2, 1), problem.down_proj
+    if layout == "gate_up_in_out":
+        weights = [stack.mT for stack in weights[0]], weights[1].mT
+    with Recorder() as recorder:
+        for call in (experts, moe_mlp):
+            call(problem.x, plan_of(problem, backend), *weights, backend=backend, layout=layout).sum().backward()
+    recorder.calls = {func: args for func, args in recorder.calls.items() if func.name() in OF_WEIGHTS}
+    assert len(recorder.calls) == 4
+    check_ops(recorder)
+
+
+OF_WEIGHTS = [f"moe_kernels::{op}" for op in ("experts", "experts_bwd", "moe_mlp", "moe_mlp_bwd")]
+
+
+def check_ops(recorder: Recorder) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for func, args in recorder.calls.items():
         differentiable = not (func.name().endswith("_bwd") or "::select_" in func.name())

@@ -97,6 +97,16 @@ BAD_INPUTS = [  # op, argument, value, what the message must show
     ("experts", "gate_up_proj", None, "NoneType"),
     ("experts", "gate_up_proj", [], "empty"),
     ("experts", "gate_up_proj", GATE_UP[:, :0], "0"),
+    (
+        "experts",
+        "gate_up_proj",
+        GATE_UP[:3].chunk(2, 1),
+        r"_proj\[0\]: got shape \(3, 8, 16\), .*\(E,I,H\) = \(4, 8, 16",
+    ),
+    ("experts", "gate_up_proj", GATE_UP[..., :9].chunk(2, 1), r"_proj\[0\]: got shape \(4, 8, 9\), .* = \(4, 8, 16\)"),
+    ("experts", "gate_up_proj", GATE_UP.split([8, 7, 1], 1)[:2], r"_proj\[1\]: got shape \(4, 7, 16\), .*\(4, 8, 16\)"),
+    ("experts", "gate_up_proj", [GATE_UP[:, :I]] * 3, r"got 3 tensors.* or two such, \[gate, up\], or 8 matrices"),
+    ("experts", "gate_up_proj", torch.stack(GATE_UP.chunk(2, 1)), r"got 1 tensors.*\(2, 4, 8, 16\)"),
     ("experts", "down_proj", DOWN[..., :3], r"\(4, 16, 3\)"),
     ("experts", "down_proj", DOWN.transpose(1, 2), r"\(4, 8, 16\)"),
     ("experts", "activation", "relu", "relu"),
@@ -132,6 +142,21 @@ def test_bad_input(op, argument, value, shown, backend):
     message = str(raised.value)
     assert re.search(rf"\b({RELATED.get(argument, argument)})\b", message) and re.search(shown, message), message
     assert "expected" in message, message
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("argument", "activation", "shown"),
+    [
+        ("gate_up_proj", "gelu", r"gate_up_proj: got 2 tensors.*\(4, 8, 16\), expected one .* or 4 matrices"),
+        ("down_proj", "swiglu", r"down_proj: got 2 tensors.*\(4, 8, 16\), expected one .* or 4 matrices"),
+        ("shared_gate_up_proj", "swiglu", r"shared_gate_up_proj: got 2 tensors.* 2 dimensions or 2 matrices"),
+    ],
+)
+def test_two_stacks_are_a_gate_and_an_up_of_routed_experts(argument, activation, shown, backend):
+    function, arguments = CALLS["moe_mlp"]
+    with pytest.raises(ValueError, match=shown):
+        function(**arguments | {argument: GATE_UP.chunk(2, 1), "activation": activation}, backend=backend)
 
 
 @each_backend

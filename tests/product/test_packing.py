@@ -7,6 +7,7 @@ import moe_kernels
 from bench.instrument.cases import DTYPES
 from moe_kernels.backends import registry
 from reference.moe import SparseMoeBlock
+from tests.product.families.standins import CoreMultiHeadMoE, LingBotVideoSparseMoeBlock
 
 SIZES = dict(hidden_size=40, intermediate_size=72, num_experts=5, top_k=2)  # no multiple of a panel
 
@@ -51,6 +52,23 @@ def test_replaced_blocks_and_gradients():
         assert packed == 1
         for got, want in zip(step(), expected, strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "block", [LingBotVideoSparseMoeBlock, lambda: CoreMultiHeadMoE(heads=2)], ids=["LingBot", "MAGI-2"]
+)
+def test_blocks_whose_gate_and_up_are_two_stacks(block):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(block())
+    moe_kernels.replace_moe(model, "native")
+    (stack, *_), x = (p for p in model.parameters() if p.dim() == 3), torch.randn(19, 32)
+    with torch.no_grad():
+        expected = model(x)
+        with moe_kernels.packed_weights(model) as packed:
+            assert packed == 1 and torch.equal(model(x), expected)
+            stack.mul_(2)
+            with pytest.raises(ValueError, match=r"packed.weights.*changed"):
+                model(x)
 
 
 @pytest.mark.parametrize(

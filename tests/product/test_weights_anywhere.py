@@ -76,6 +76,19 @@ def up_first(problem: Problem, name: str) -> list[Tensor]:
     return [torch.cat(parts[::-1], dim=-2)]
 
 
+def two_stacks(problem: Problem, name: str) -> list[Tensor]:
+    """Stack gate and up each by itself; the shared expert's are two matrices."""
+    if parts_of(problem.trap, name) == 1:
+        return [getattr(problem, name)]
+    matrices = matrices_of(problem, name)
+    return scattered(matrices if name.startswith("shared") else [torch.stack(matrices[i::2]) for i in (0, 1)])
+
+
+def two_stacks_up_first(problem: Problem, name: str) -> list[Tensor]:
+    """As two_stacks, gate before up, beside the shared expert's one stack, [up; gate]."""
+    return (up_first if name.startswith("shared") else two_stacks)(problem, name)
+
+
 PLACES = {
     "in_turn": (in_turn, "gate_up"),
     "fresh": (fresh, "gate_up"),
@@ -83,9 +96,17 @@ PLACES = {
     "down_by_themselves": (others_by_themselves, "gate_up"),
     "up_first": (up_first, "up_gate"),
     "in_turn_in_out": (lambda problem, name: [m.T.contiguous() for m in matrices_of(problem, name)], "gate_up_in_out"),
+    "two_stacks": (two_stacks, "gate_up"),
+    "two_stacks_up_first": (two_stacks_up_first, "up_gate"),
+    "two_stacks_in_out": (
+        lambda problem, name: [m.mT.contiguous() for m in two_stacks(problem, name)],
+        "gate_up_in_out",
+    ),
 }
 each_place = pytest.mark.parametrize("place", PLACES)
-IN_PLACE = ("in_turn", "gate_up_by_themselves", "down_by_themselves", "up_first")
+IN_PLACE = (
+    "in_turn", "gate_up_by_themselves", "down_by_themselves", "up_first", "two_stacks", "two_stacks_up_first",
+)  # fmt: skip
 
 
 def lists_of(problem: Problem, place: str) -> list[list[Tensor]]:
@@ -102,6 +123,11 @@ def gate_up_form(gradient: Tensor, problem: Problem, name: str, layout: str) -> 
     return gradient.reshape(-1, gradient.shape[-1])
 
 
+def as_one_stack(stacks: list[Tensor], layout: str) -> Tensor:
+    gate, up = (stack.mT if layout.endswith("in_out") else stack for stack in stacks)
+    return torch.cat([gate, up], -2).flatten(0, 1)
+
+
 def run(call, problem: Problem, backend: str, lists: list[list[Tensor]], layout: str) -> list[Tensor]:
     """Return y, dx, the gradient of the rows' weights, and those of the four kinds, as layout "gate_up" has them."""
     x, routing = problem.x.detach().requires_grad_(), problem.routing.detach().requires_grad_()
@@ -114,7 +140,11 @@ def run(call, problem: Problem, backend: str, lists: list[list[Tensor]], layout:
     results = [y.detach(), *grads[: len(inputs) - sum(map(len, leaves))]]
     rest = iter(grads[len(results) - 1 :])
     for name, kind in zip(KINDS, leaves, strict=False):
-        results.append(torch.cat([gate_up_form(next(rest), problem, name, layout) for _ in kind]))
+        parts = [next(rest) for _ in kind]
+        if len(kind) == 2 and kind[0].dim() == 3:
+            results.append(as_one_stack(parts, layout))
+        else:
+            results.append(torch.cat([gate_up_form(part, problem, name, layout) for part in parts]))
     return results
 
 
@@ -176,13 +206,10 @@ def test_an_index_copies_nothing(trap, place, seed):
     for made in seen.ranges:
         inside = any(s.data_ptr() <= made.start and made.stop <= s.data_ptr() + s.nbytes() for s in originals)
         assert inside or len(made) < 256, f"{len(made)} bytes are made"
-    indices = {"gate_up_proj": found.gate_up_index, "down_proj": found.down_index}
-    if place != "up_first" or trap.activation == "swiglu":
-        assert any(index is not None for index in indices.values())
-    for name, index in indices.items():
+    for name, index in {"gate_up_proj": found.gate_up_index, "down_proj": found.down_index}.items():
         lie_stacked = place == "gate_up_by_themselves" and name == "down_proj"
         lie_stacked |= place == "down_by_themselves" and name == "gate_up_proj"
-        lie_stacked |= place == "up_first" and parts_of(trap, name) == 1
+        lie_stacked |= place in ("up_first", "two_stacks", "two_stacks_up_first") and parts_of(trap, name) == 1
         assert (index is None) == lie_stacked
 
 
@@ -219,8 +246,10 @@ NARROW = Trap("narrow", "widths that end within a step of a sum", **SIZES | {"I"
 
 @pytest.mark.parametrize(
     ("trap", "place"),
-    [(NARROW, "in_turn"), (NARROW, "up_first"), (TRAPS[0], "in_turn_in_out")],
-    ids=["narrow", "narrow_up_first", "in_out"],
+    [
+        *((NARROW, place) for place in ("in_turn", "up_first", "two_stacks")),
+        *((TRAPS[0], place) for place in ("in_turn_in_out", "two_stacks_in_out")),
+    ],
 )
 def test_what_has_no_index_is_stacked(trap, place, seed):
     problem = make_problem(trap, seed, torch.float32)
@@ -233,7 +262,7 @@ def test_what_has_no_index_is_stacked(trap, place, seed):
 
 
 @each_kernel
-@pytest.mark.parametrize("place", ["in_turn", "fresh", "up_first"])
+@pytest.mark.parametrize("place", ["in_turn", "fresh", "up_first", "two_stacks"])
 def test_narrow_weights_have_the_bits_of_the_stack(place, backend, seed):
     problem = make_problem(NARROW, seed, torch.float32)
     torch.manual_seed(seed)
@@ -250,30 +279,31 @@ def tables(monkeypatch) -> indexed._Tables:
 
 def test_tables_are_kept_and_old_ones_given_up(tables):
     cpu = torch.device("cpu")
-    first = tables.get((2, 0, 1), cpu)
-    assert first.tolist() == [2, 0, 1] and first.dtype == torch.int32
-    assert tables.get((2, 0, 1), cpu) is first
+    kinds = ((2, 0, 1),), (range(3, 8, 4), range(5, 10, 4))
+    first = tables.get(kinds, cpu)
+    assert first.tolist() == [2, 0, 1, 3, 5, 7, 9] and first.dtype == torch.int32
+    assert tables.get(kinds, cpu) is first
     for n in range(3):
-        tables.get((n,), cpu)
-    assert len(tables.kept) == 3 and tables.get((2, 0, 1), cpu) is not first
+        tables.get((((n,),),), cpu)
+    assert len(tables.kept) == 3 and tables.get(kinds, cpu) is not first
 
 
 def test_a_graph_being_captured_uploads_nothing_and_keeps_what_it_reads(tables, monkeypatch):
     """An upload would become part of the graph, and a replay would read host memory that is another's by then."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    gpu, table = torch.device("cuda:0"), torch.tensor([1, 0], dtype=torch.int32)
-    assert tables.get((1, 0), gpu) is None and not tables.kept
-    tables.kept[gpu, (1, 0)] = (table, None, None)  # as a call before the capture leaves it
-    assert tables.get((1, 0), gpu) is table
+    gpu, table, kinds = torch.device("cuda:0"), torch.tensor([1, 0], dtype=torch.int32), (((1, 0),),)
+    assert tables.get(kinds, gpu) is None and not tables.kept
+    tables.kept[gpu, kinds] = (table, None, None)  # as a call before the capture leaves it
+    assert tables.get(kinds, gpu) is table
     tables.kept.clear()
-    assert tables.get((1, 0), gpu) is table
+    assert tables.get(kinds, gpu) is table
 
 
 def test_without_a_table_weights_are_copied(monkeypatch):
     """As in that capture: still right."""
     problem = make_problem(TRAPS[0], 0, torch.float32)
     w = LayerWeights(*(in_turn(problem, name) for name in KINDS))
-    monkeypatch.setattr(indexed.tables, "get", lambda numbers, device: None)
+    monkeypatch.setattr(indexed.tables, "get", lambda kinds, device: None)
     got = w.indexed()
     assert got.gate_up_index is None and got.down_index is None
     assert all(map(torch.equal, got[:4], w.stacked()[:4]))

@@ -28,9 +28,7 @@ class LingBot(Family):
 
     def experts(self, block: nn.Module, read: Reader) -> Experts:
         gate, up, down = (read.parameter(block, f"experts.{name}") for name in ("w1", "w3", "w2"))
-        pairs = zip(gate.unbind(), up.unbind(), strict=True)
-        routed = [matrix for pair in pairs for matrix in pair]
-        return Experts(routed, down.unbind(), *read.mlps(block, "shared_experts", KINDS))
+        return Experts([gate, up], [down], *read.mlps(block, "shared_experts", KINDS))
 
     def route(self, block: nn.Module, backend: str, x: Tensor, padding_mask: Tensor | None = None) -> Routed:
         tokens = x.reshape(-1, x.shape[-1])

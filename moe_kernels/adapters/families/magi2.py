@@ -43,9 +43,8 @@ class MAGI2(Family):
         stacks = [read.parameter(block, name) for name in ("W_gate", "W_up", "W_down")]
         in_out = not all(stack.transpose(1, 2).is_contiguous() for stack in stacks)
         gate, up, down = (stack if in_out else stack.transpose(1, 2) for stack in stacks)
-        pairs = zip(gate.unbind(), up.unbind(), strict=True)
         layout = "gate_up_in_out" if in_out else "gate_up"
-        return Experts([m for pair in pairs for m in pair], down.unbind(), activation=SWIGLU7, layout=layout)
+        return Experts([gate, up], [down], activation=SWIGLU7, layout=layout)
 
     def route(self, block: nn.Module, backend: str, x: Tensor) -> Routed:
         heads, E = block.num_heads, block.num_experts

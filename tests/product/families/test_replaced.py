@@ -12,12 +12,15 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from bench.gpu.issuing import counted
 from bench.peers.standins import JiTMoE
 from moe_kernels import replace_moe, restore_moe
 from moe_kernels.adapters.family import family_of
 from moe_kernels.adapters.replace import lay_out
-from tests.contenders import BACKENDS
+from moe_kernels.backends import native
+from tests.contenders import BACKENDS, needs_native
 from tests.product.families.cases import BLOCKS, MODELS, blocks_of, build, differentiable
+from tests.product.families.standins import CoreMultiHeadMoE
 from tests.trap_cases import DEVICE
 
 # Each compilation takes seconds: of ProMoE those in training, which do all that eval does.
@@ -98,6 +101,77 @@ def test_lora_on_the_experts_and_on_attention(first, seed):
             (y, dict(zip(wanted, torch.autograd.grad(y.square().mean(), list(wanted.values())), strict=True)))
         )
     torch.testing.assert_close(*results, **CLOSE)
+
+
+@pytest.mark.parametrize("first", ["LoRA first", "replaced first"])
+def test_lora_on_stacks_of_the_block_itself(first, seed):
+    """By target_parameters: what is read then is a tensor that was computed, no Parameter."""
+    peft = pytest.importorskip("peft")
+    case, stacks = BY_NAME["MAGI-2"], ["0.W_gate", "0.W_up", "0.W_down"]
+    config = peft.LoraConfig(r=2, target_parameters=stacks, init_lora_weights=False)
+    results = []
+    for how in ("plain", "ours"):
+        block, arguments = build(case, seed, torch.float32)
+        model = nn.Sequential(block)
+        if how == "ours" and first == "replaced first":
+            replace_moe(model)
+        torch.manual_seed(seed)
+        model = peft.inject_adapter_in_model(config, model)
+        if how == "ours" and first == "LoRA first":
+            replace_moe(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y = case.call(model[0], arguments)
+        wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert len(wanted) == 2 * len(stacks) and all("lora_" in name for name in wanted)
+        grads = torch.autograd.grad(y.square().mean(), list(wanted.values()))
+        results.append((y, dict(zip(wanted, (g / g.norm() for g in grads), strict=True))))
+    torch.testing.assert_close(*results, **CLOSE)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="offloads to the CPU")
+def test_offloaded_stacks_are_read_while_they_are_there(seed):
+    pytest.importorskip("accelerate")
+    case = BY_NAME["MAGI-2"]
+    _, ours, arguments = replaced(case, seed)
+    with torch.no_grad():
+        expected = case.call(ours, arguments)
+        offloaded(ours)
+        assert ours.W_gate.is_meta
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(case.call(ours, arguments), expected)
+
+
+def test_stacks_of_two_dtypes_are_named(seed):
+    _, ours, arguments = replaced(BY_NAME["LingBot"], seed)
+    ours.experts.w3.data = ours.experts.w3.data.bfloat16()
+    said = r"up_proj: got \(6, 24, 32\) torch.bfloat16 \S+, other than gate_proj; the block's original forward"
+    with pytest.warns(UserWarning, match=said), pytest.raises(RuntimeError, match="dtype"):
+        ours(*arguments.values())
+
+
+@pytest.mark.unpoisoned  # what fills the tensors would be counted
+@pytest.mark.parametrize("in_out", [True, False], ids=["in_out", "out_in"])
+@needs_native
+def test_what_a_call_does_for_stacks_does_not_grow_with_their_matrices(in_out, monkeypatch):
+    """MAGI-2 has 9216 matrices in a layer: an object for each would take longer than the products of a small call."""
+    monkeypatch.setattr(native, "_MOST_TABLES", 0)  # whether gradients lie where some lay before is chance
+
+    def calls(heads: int) -> list[int]:
+        block = CoreMultiHeadMoE(heads)
+        replace_moe(block, backend="native")
+        if not in_out:
+            lay_out(family_of(block).experts(block, block.moe_config.read))
+        x, leaves = torch.randn(2, heads * block.d_head), [block.W_gate, block.W_up, block.W_down]
+
+        def step():
+            return torch.autograd.grad(block(x).sum(), leaves)
+
+        return [counted(run, lambda: 0)["calls"] for run in (torch.no_grad()(lambda: block(x)), step)]
+
+    few, many = calls(2), calls(32)
+    assert few == many and few[0] < 600 and few[1] < 1600
 
 
 def hook(model):

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from moe_kernels import MoELayer, experts, moe_mlp
 from moe_kernels.weights import LAYOUTS
-from tests.contenders import each_backend, plan_of
+from tests.contenders import each_backend, each_backend_but_interpreted, plan_of
 from tests.product.ownership.models import E, H, I, Is, K, assert_same, make_x
-from tests.trap_cases import PLAIN, Trap, make_problem, poison
+from tests.trap_cases import DEVICE, PLAIN, Trap, make_problem, poison
 
 KINDS = ("gate_up_proj", "down_proj", "shared_gate_up_proj", "shared_down_proj")
 each_activation = pytest.mark.parametrize("activation", ["swiglu", "gelu"])
@@ -166,3 +166,74 @@ def test_gradients_are_asked_for_some_of_the_matrices(call, backend, seed):
     some = [i for i in range(len(gate_up) + len(down)) if i % 3 == 0]
     whole, part = grads(lambda i: True), grads(lambda i: i in some)
     assert all(torch.equal(whole[i], g) for i, g in zip(some, part, strict=True))
+
+
+def of_one_stack(gate: Tensor, up: Tensor) -> list[Tensor]:
+    return list(torch.cat([gate, up], 1).chunk(2, 1))
+
+
+def of_longer_ones(gate: Tensor, up: Tensor) -> list[Tensor]:
+    return [torch.cat([torch.full_like(t[:1], poison(t.dtype)), t])[1:] for t in (gate, up)]
+
+
+STACKS = {place.__name__: lambda *both, place=place: place(both) for place in (separate, strided, off_by_one_element)}
+STACKS |= {
+    "transposed": lambda *both: [t.mT.contiguous().mT for t in both],
+    "one_transposed": lambda gate, up: [gate.mT.contiguous().mT, up],
+    "of_one_stack": of_one_stack,
+    "of_longer_ones": of_longer_ones,
+}
+SINGLE = Trap("single_expert", "two stacks of one matrix", E=1, K=1)
+STACKED = [(PLAIN, place, layout) for place in STACKS for layout in ("gate_up", "gate_up_in_out")]
+STACKED += [(PLAIN, "separate", "up_gate"), (PLAIN, "separate", "up_gate_in_out"), (SINGLE, "separate", "gate_up")]
+
+
+def two_stacks_and_in_turn(problem, call, place: str, layout: str, backend: str) -> list[list[Tensor]]:
+    """Return y and the gradients of x, gate and up of both ways to give the same memory."""
+    gate_up, *others = (getattr(problem, name).detach() for name in KINDS[: 2 if call is experts else 4])
+    others = [arranged(w, name, layout, "swiglu") for name, w in zip(KINDS[1:], others, strict=False)]
+    stacks = STACKS[place](*(t.mT if LAYOUTS[layout].in_out else t for t in gate_up.chunk(2, 1)))
+    results = []
+    for weights in (stacks, [matrix for pair in zip(*stacks, strict=True) for matrix in pair]):
+        x, *leaves = (t.detach().requires_grad_() for t in (problem.x, *weights))
+        y = call(x, plan_of(problem, backend), leaves, *others, backend=backend, layout=layout)
+        dx, *grads = torch.autograd.grad(y.square().mean(), [x, *leaves])
+        assert all(g.untyped_storage().nbytes() == g.nbytes for g in grads)
+        results.append([y, dx, *(grads if weights is stacks else (torch.stack(grads[i::2]) for i in (0, 1)))])
+    return results
+
+
+@each_backend
+@pytest.mark.parametrize(("trap", "place", "layout"), STACKED)
+@pytest.mark.parametrize("call", [experts, moe_mlp])
+def test_gate_and_up_in_two_stacks_give_the_bits_of_their_matrices_in_turn(call, trap, place, layout, backend, seed):
+    problem = make_problem(trap, seed, torch.float32)
+    stacks, in_turn = two_stacks_and_in_turn(problem, call, place, layout, backend)
+    assert [i for i, (a, b) in enumerate(zip(stacks, in_turn, strict=True)) if not torch.equal(a, b)] == []
+
+
+@each_backend_but_interpreted
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_stacks_under_autocast(layout, backend, seed):
+    problem = make_problem(PLAIN, seed, torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        stacks, in_turn = two_stacks_and_in_turn(problem, moe_mlp, "separate", layout, backend)
+    assert stacks[0].dtype == torch.bfloat16 and stacks[2].dtype == torch.float32
+    assert all(map(torch.equal, stacks, in_turn))
+
+
+@each_backend
+def test_a_gradient_is_asked_for_one_of_two_stacks(backend, seed):
+    problem = make_problem(PLAIN, seed, torch.float32)
+    gate, up = problem.gate_up_proj.chunk(2, 1)
+
+    def grads(**wanted: Tensor) -> tuple[Tensor, ...]:
+        y = moe_mlp(problem.x, plan_of(problem, backend), [gate, up], problem.down_proj, backend=backend)
+        return torch.autograd.grad(y.square().mean(), list(wanted.values()))
+
+    for t in (gate, up):
+        t.requires_grad_()
+    both = grads(gate=gate, up=up)
+    for t, expected in ((gate, both[0]), (up, both[1])):
+        gate.requires_grad_(t is gate), up.requires_grad_(t is up)
+        assert torch.equal(grads(t=t)[0], expected)

@@ -9,8 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_kernels import MoELayer, replace_moe
-from tests.contenders import each_backend
+from moe_kernels import MoELayer, moe_mlp, replace_moe
+from tests.contenders import each_backend, plan_of
 from tests.product.ownership.models import (
     B,
     E,
@@ -28,7 +28,7 @@ from tests.product.ownership.models import (
     make_x,
     native_and_eager,
 )
-from tests.trap_cases import DEVICE
+from tests.trap_cases import DEVICE, PLAIN, make_problem
 
 FLOPS = 6 * B * L * K * H * I + 6 * B * L * H * Is + 2 * B * L * H * E
 
@@ -128,3 +128,13 @@ def test_floating_point_operations_are_counted(module, backend, seed):
     with FlopCounterMode(display=False) as both:
         layer(x).sum().backward()
     assert both.get_total_flops() == 3 * FLOPS
+
+
+@each_backend
+def test_operations_on_gate_and_up_in_two_stacks_are_counted(backend, seed):
+    problem, totals = make_problem(PLAIN, seed, torch.float32).with_leaves()[0], []
+    for gate_up in (problem.gate_up_proj, problem.gate_up_proj.chunk(2, 1)):
+        with FlopCounterMode(display=False) as both:
+            moe_mlp(problem.x, plan_of(problem, backend), gate_up, problem.down_proj, backend=backend).sum().backward()
+        totals.append(both.get_total_flops())
+    assert totals[0] == totals[1] > 0
