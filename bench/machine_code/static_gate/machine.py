@@ -28,7 +28,7 @@ def counts(code: str, patterns: Mapping[str, str]) -> dict[str, int]:
 
 
 def waited_for(code: str) -> int:
-    """Count loads of 16 bytes a thread that one of the next AT_ONCE instructions reads: nothing hides how long they take."""
+    """Count loads of 16 bytes a thread that one of the next AT_ONCE instructions reads: nothing hides their latency."""
     lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*([^;]*);", code, re.MULTILINE)
     found = 0
     for i, (name, operands) in enumerate(lines):
