@@ -390,7 +390,6 @@ inline unsigned __float_as_uint(float value) {
 }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 // The approximations: what they are asked for, 0 where the GPU's divisor is too large for its reciprocal.
-inline float __expf(float value) { return std::exp2(value * 1.4426950408889634f); }
 inline float __fdividef(float a, float b) {
   return std::fabs(b) > 0x1p126f && std::fabs(b) <= 0x1.fffffep127f ? a * 0.0f : a * (1.0f / b);
 }
