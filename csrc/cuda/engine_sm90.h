@@ -133,6 +133,7 @@ __device__ void load_tiles(const Product& product, const Maps& maps, const Share
       }
     }
   }
+  let_successor_start();  // what is left to do is that the products and the stores of the last tiles end
   if constexpr (C::kGathers) wait_chunks<0>();  // a thread must not end before its copies
 }
 
@@ -237,6 +238,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_sm90(const Product produc
     }
     make_barriers_visible();
   }
+  wait_for_predecessor();
   product.tiles.template prepare<kM>(shared.table());  // ends with a barrier of the block
   const int count = product.tiles.template count<kM>(shared.table()), group = threadIdx.x / kGroup;
   if (group == 0) {
