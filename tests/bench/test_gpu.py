@@ -205,7 +205,9 @@ def test_the_compiled_race_among_few():
     compiled = {c.name for c in contenders.contenders_of(LAYER, compiled=True)}
     assert compiled == {"triton", "cuda", "authors_tp1", "grouped_mm", "authors_compiled", "grouped_mm_compiled"}
     assert not {c.name for c in contenders.contenders_of(LAYER, compiled=False)} & {"authors_compiled", "native"}
-    assert {"triton", "cuda"} <= {c.name for c in contenders.contenders_of(LAYER, compiled=False)}
+    assert {"triton", "cuda", "cuda_early"} <= {c.name for c in contenders.contenders_of(LAYER, compiled=False)}
+    other = replace(LAYER, shape=MODEL_SHAPES["XL/2-8E2A"])
+    assert "cuda_early" not in {c.name for c in contenders.contenders_of(other, compiled=False)}
 
 
 def test_sonic_rows_are_told_apart():
