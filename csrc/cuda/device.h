@@ -83,8 +83,9 @@ __device__ inline void let_successor_start() {
 }
 #endif
 
-// The first statement of every kernel but the products, whose blocks fill a processor: they prepare before they wait,
-// and let go when all their loads are issued. After the wait, so that never more than two kernels are under way.
+// The first statement of every kernel but the products, whose blocks fill a processor: those prepare before they wait,
+// and let go at the end (sm90: when all loads are issued), as a small successor would crowd onto the processors that
+// are free first. Here after the wait, so that never more than two kernels are under way.
 __device__ inline void take_turn() {
   wait_for_predecessor();
   let_successor_start();
