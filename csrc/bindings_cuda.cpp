@@ -323,6 +323,8 @@ PYBIND11_MODULE(MOE_MODULE, m) {
   m.attr("on_fibers") = false;
   m.def("use_device", &cuda::use_device);
 #endif
+  m.def("early_starts", &cuda::early_starts);
+  m.def("set_early_starts", &cuda::set_early_starts);
   m.def("aligned", &aligned);
   m.def("gating_fwd", &py_gating_fwd);
   m.def("gating_bwd", &py_gating_bwd);

@@ -231,11 +231,12 @@ class Job:
     def _test(self) -> None:
         """Run the tests of our backends: on the GPU, or Triton's interpreted.
 
-        A run for each backend, on many cores: most of the time kernels are compiled. Those that ask for the free memory
-        of the GPU come last, by themselves.
+        A run for each backend, on many cores: most of the time kernels are compiled. Then those of the layer once more,
+        with kernels that start early. Those that ask for the free memory of the GPU come last, by themselves.
         """
         backends = ["triton"] if self.args.device == "cpu" else self._present(TESTED)
-        names = [f"{backend}{apart}" for apart in ("", " apart") for backend in backends]
+        early = ["cuda early"] if "cuda" in backends else []
+        names = [*backends, *early, *(f"{backend} apart" for backend in backends)]
         missing = [name for name in names if not self._done(f"test {name}")]
         for at, name in enumerate(missing):
             if self.budget.left < LEAST_S:
@@ -245,11 +246,13 @@ class Job:
             self._once(f"test {name}", lambda name=name, seconds=seconds: self._pytest(name, seconds))
 
     def _pytest(self, name: str, seconds: float) -> Iterator[dict]:
-        start, log, (backend, *apart) = time.monotonic(), self.out / "test.log", name.split()
+        start, log, (backend, *rest) = time.monotonic(), self.out / "test.log", name.split()
+        apart, early = rest == ["apart"], rest == ["early"]
         before = log.stat().st_size if log.exists() else 0
-        files = [f"{TESTS}/test_{file}.py" for file in self.size.tests]
+        files = [f"{TESTS}/test_{file}.py" for file in (plan.EARLY_TESTS if early else self.size.tests)]
+        environment = plan.TEST_ENVIRONMENT[self.args.device] | ({"MOE_KERNELS_PDL": "1"} if early else {})
         command = [*PYTEST, *_plugins(not apart), "-m", f"{'' if apart else 'not '}apart", "-k", backend, *files]
-        code = self._logged(log.name, command, plan.TEST_ENVIRONMENT[self.args.device], seconds)
+        code = self._logged(log.name, command, environment, seconds)
         output = log.read_bytes()[before:].decode(errors="replace").strip()
         failures = failed_tests(output)
         summary = f"{name}: {output.splitlines()[-1]}"
@@ -331,7 +334,7 @@ class Job:
 
 def _reserve_s(name: str) -> float:
     """Return what earlier runs must leave of the time to a run of the stage "test"."""
-    return 25.0 if name.endswith("apart") else 210.0
+    return {"apart": 25.0, "early": 60.0}.get(name.split()[-1], 210.0)
 
 
 def _plugins(many: bool) -> list[str]:

@@ -7,7 +7,7 @@ the libraries' own sources; one that does not fit the installed version raises, 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.gpu.plan import S
 from bench.instrument import workloads
-from bench.instrument.cases import BACKENDS, ONLY_ON, ROOMS, Case, backends_on
+from bench.instrument.cases import BACKENDS, ONLY_ON, ROOMS, Case
 from bench.instrument.contender import Contender, by_name
 from bench.peers.libraries import Compute, joined, plain_shared
 
@@ -92,10 +93,34 @@ def _layer(
     return lambda case: workloads.build_layer(case, joined(routed, plain_shared), *merge)
 
 
+def _early(case: Case) -> workloads.Workload:
+    """Our CUDA layer, each kernel launched to start before the one before it has ended."""
+    from moe_kernels.backends.cuda import early_starts  # not before the stage "build" has put the extension there
+
+    work = workloads.build(case, "cuda")
+
+    def run() -> Sequence[Tensor]:
+        with early_starts():
+            return work.run()
+
+    return replace(work, run=run)
+
+
+def _cannot_start_early(case: Case) -> str | None:
+    why = workloads.why_not(replace(case, backend="cuda"))
+    hopper = why or torch.cuda.get_device_capability() == (9, 0)
+    return why or (None if hopper else "only the images for sm_90 wait for their predecessors")
+
+
 _ROOMS, _LAYER = (*ROOMS, "layer"), ("layer",)
+EARLY = replace(
+    by_name("cuda"), name="cuda_early", title="cuda, kernels started early (MOE_KERNELS_PDL)", build=_early,
+    refuses=_cannot_start_early, levels=_LAYER, device="cuda",
+)  # fmt: skip
 CONTENDERS = (
     *(replace(by_name(name), levels=_ROOMS, device=ONLY_ON.get(name, "")) for name in BACKENDS),
     *(replace(by_name(name), levels=_LAYER, strict=False) for name in ("authors_tp1", "sorted_loop")),
+    EARLY,
     Contender("grouped_mm", build=_layer(grouped_mm), levels=_LAYER),
     Contender(
         "liger", build=_layer(liger), package="liger-kernel", missing=_needs("liger_kernel"), levels=_LAYER,
@@ -118,9 +143,10 @@ RACED_WITH_COMPILED = ("triton", "cuda", "native", "authors_tp1", "grouped_mm")
 
 
 def contenders_of(case: Case, compiled: bool) -> list[Contender]:
-    """Return who belongs to a case, able to run it or not; of our backends those of its device.
+    """Return who belongs to a case, able to run it or not; of ours those of its device, EARLY at S/2 only.
 
     compiled: those that torch.compile makes, and the few that they are compared with; else all others.
     """
-    here = [c for c in CONTENDERS if case.level in c.levels and (not c.ours or c.name in backends_on(case.device))]
+    here = [c for c in CONTENDERS if case.level in c.levels and (not c.ours or c.device in ("", case.device))]
+    here = [c for c in here if c is not EARLY or case.shape.name == S]
     return [c for c in here if (c.compiles or c.name in RACED_WITH_COMPILED if compiled else not c.compiles)]

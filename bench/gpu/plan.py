@@ -41,6 +41,7 @@ TESTS = (
     *("gpu_backends", "dispatch", "gating", "combine", "experts", "moe_mlp", "adaln", "layer", "determinism"),
     *("triton", "replace_moe", "routing_properties", "errors", "compile", "packing"),
 )
+EARLY_TESTS = ("gpu_backends", "moe_mlp", "adaln", "layer", "determinism")  # once more with MOE_KERNELS_PDL=1
 SIZES = {
     "tiny": Size(
         layers=(("digits", 64),),

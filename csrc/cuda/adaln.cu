@@ -84,6 +84,7 @@ struct ModulatedRows {
 template <class X, class S>
 __global__ void __launch_bounds__(kThreads, 3)
     adaln_fwd_gating(Router r, Modulated<X> modulated, S* tokens, float* moments) {
+  take_turn();
   MOE_DYNAMIC_SHARED(memory);
   constexpr int N = 8;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -120,6 +121,7 @@ struct Backward {
 // dnormal = (dtokens + dlogits weight) (1 + scale_b). A warp has kTokens tokens.
 template <class X, class S>
 __global__ void __launch_bounds__(kThreads, 5) adaln_bwd_sums(Backward<X, S> b, int padded) {
+  take_turn();
   MOE_DYNAMIC_SHARED(memory);
   constexpr int lanes = kWarp / kTokens;
   const RouterGradient& r = b.r;
@@ -230,6 +232,7 @@ __device__ __forceinline__ void normal_gradient(const Backward<X, S>& b, const S
 template <class X, class S, int N>
 __global__ void __launch_bounds__(kThreads)
     adaln_bwd_gating(Backward<X, S> b, Share share, Outputs out, X* __restrict__ dx) {
+  take_turn();
   MOE_DYNAMIC_SHARED(memory);
   const Tile tile(memory, share);
   const RouterGradient& r = b.r;

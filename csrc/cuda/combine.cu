@@ -58,6 +58,7 @@ __device__ void add_rows(const CombineArgs& a, int64_t t, int64_t h, float (&tot
 // D: of the residual. Grid: (blocks that sum parts + tokens, columns).
 template <class S, class D, bool gated>
 __global__ void __launch_bounds__(kThreads) combine_fwd_rows(CombineArgs a, Grid grid, unsigned tokens_per_image) {
+  take_turn();
   if (blockIdx.x < grid.part_blocks) {
     if (blockIdx.y == 0) sum_parts(a, int64_t(blockIdx.x) * blockDim.x + threadIdx.x);
     return;
@@ -87,9 +88,9 @@ __global__ void __launch_bounds__(kThreads) combine_fwd_rows(CombineArgs a, Grid
 // A warp per row: dy_rows = row_weight dout[token], drow_weight = dout[token] . y_rows.
 template <class S>
 __global__ void __launch_bounds__(kThreads)
-    combine_bwd_rows(int64_t R, int64_t H, const int32_t* __restrict__ row_token, const float* __restrict__ row_weight,
-                     const S* __restrict__ dout, const S* __restrict__ y_rows, S* __restrict__ dy_rows,
-                     float* __restrict__ drow_weight) {
+    combine_bwd_rows(int64_t R, int64_t H, const int32_t* row_token, const float* row_weight, const S* dout,
+                     const S* y_rows, S* __restrict__ dy_rows, float* __restrict__ drow_weight) {
+  take_turn();
   const int lane = threadIdx.x % kWarp;
   const int64_t r = int64_t(blockIdx.x) * (kThreads / kWarp) + int(threadIdx.x) / kWarp;
   if (r >= R) return;
@@ -128,8 +129,9 @@ ImageChunks image_chunks(int64_t B, int64_t T) {
 // Grid: (images x chunks, columns), a thread has 8 columns.
 template <class D, class S>
 __global__ void __launch_bounds__(kThreads, 2)
-    combine_bwd_gate(ImageChunks c, int64_t B, int64_t H, const D* __restrict__ dout, const S* __restrict__ y,
-                     AnyFloats gate, S* __restrict__ dy, float* __restrict__ partials) {
+    combine_bwd_gate(ImageChunks c, int64_t B, int64_t H, const D* dout, const S* y, AnyFloats gate, S* __restrict__ dy,
+                     float* __restrict__ partials) {
+  take_turn();
   const int64_t h = 8 * (int64_t(blockIdx.y) * blockDim.x + threadIdx.x);
   if (h >= H) return;
   const unsigned image = blockIdx.x / c.chunks, part = blockIdx.x % c.chunks;

@@ -10,6 +10,18 @@
 
 namespace moe::cuda {
 
+static std::atomic<bool>& early() {
+  static std::atomic<bool> wanted{[] {
+    const char* given = std::getenv("MOE_KERNELS_PDL");
+    const std::string value = given ? given : "0";
+    MOE_CHECK(value == "0" || value == "1", "MOE_KERNELS_PDL: '", value, "', expected 0 or 1");
+    return value == "1";
+  }()};
+  return wanted;
+}
+bool early_starts() { return early(); }
+void set_early_starts(bool wanted) { early() = wanted; }
+
 #ifdef MOE_FIBERS
 
 // Few processors, so that a block takes several tiles. MOE_FIBER_ENGINE = simt, sm80, sm90, sm90_middle
@@ -48,6 +60,14 @@ Device current_device() {
   MOE_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
   known[index] = int64_t(10 * major + minor) << 32 | processors;
   return {10 * major + minor, processors};
+}
+
+// PTX for older GPUs, which Blackwell gets as well, has no wait in it: such a kernel must not start early.
+bool starts_early(const void* kernel) {
+  if (!early_starts()) return false;
+  cudaFuncAttributes image{};
+  MOE_CUDA(cudaFuncGetAttributes(&image, kernel));
+  return image.ptxVersion >= 90;
 }
 
 Engine engine_for(const Device& device, Dtype dtype, bool tf32) {

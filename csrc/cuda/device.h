@@ -12,6 +12,7 @@
 
 #include "../core/dtype.h"
 #include "../core/error.h"
+#include "context.h"
 #include "stream.h"
 
 #define MOE_CUDA(call)                                                     \
@@ -25,21 +26,69 @@ namespace moe::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
+// Whether a kernel is launched with early_starts here: its image for this GPU must have wait_for_predecessor in it.
+bool starts_early(const void* kernel);
+
 // Launch `kernel` on `blocks` x `threads` with `shared` bytes of dynamic shared memory; nothing without blocks.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared, cudaStream_t stream,
             Arguments&&... arguments) {
   if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
 #ifdef MOE_FIBERS
-  (void)stream;
-  fibers::launch(blocks, threads, shared, [&] { kernel(arguments...); });
+  (void)stream, (void)early_starts();
+  fibers::launch(blocks, threads, shared, [&] {
+    kernel(arguments...);
+    fibers::expect_waited();
+  });
 #else
   if (shared > 48 * 1024)
     MOE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   cudaLaunchConfig_t config{};
   config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  if (starts_early(reinterpret_cast<const void*>(kernel))) config.attrs = &early, config.numAttrs = 1;
   MOE_CUDA(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 #endif
+}
+
+// Programmatic dependent launch. A kernel that is launched so may start once every block of its predecessor in the
+// stream has let it or has ended; what that wrote is there after wait_for_predecessor, which returns when the
+// predecessor has ended. Therefore (CUDA's programming guide, PTX's griddepcontrol):
+// - Before the wait a kernel uses parameters (tensor maps are), indices and shared memory, no global memory: it would
+//   read too early, or write what is still read.
+// - Every thread of every kernel waits, also one that has nothing to do. A grid ends after its threads, so that whoever
+//   waits for it has waited for all before it; otherwise only neighbours would be in order.
+// - No const __restrict__ parameters and no __ldg: such loads are outside of the memory model, so compilers may move
+//   them before the wait, and what they hit may be older than it.
+// - Everything else keeps its full order: kernels launched without (torch's) before and after, copies, memsets, events.
+//   A capture turns it into a programmatic edge between two kernels, with the same meaning (from CUDA 12.3 on).
+// Threads of fibers are checked (expect_waited); the machine code is, by bench static-gate.
+#ifdef MOE_FIBERS
+inline void wait_for_predecessor() { fibers::wait_for_predecessor(); }
+inline void let_successor_start() {}
+#else
+__device__ inline void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// A hint, and no promise about memory. A successor gets what room all blocks of this kernel leave, never room that one
+// still needs: it starts after the last block has come here.
+__device__ inline void let_successor_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+#endif
+
+// The first statement of every kernel but the products, whose blocks fill a processor: those prepare before they wait,
+// and let go at the end (sm90: when all loads are issued), as a small successor would crowd onto the processors that
+// are free first. Here after the wait, so that never more than two kernels are under way.
+__device__ inline void take_turn() {
+  wait_for_predecessor();
+  let_successor_start();
 }
 
 #ifndef MOE_FIBERS

@@ -68,6 +68,7 @@ __device__ inline Range picks_of_warp(const Picks& picks) {
 
 // counts[block, e] = picks of expert e among those of the block.
 __global__ void __launch_bounds__(kThreads) dispatch_fwd_count(Picks picks, int32_t* counts) {
+  take_turn();
   MOE_DYNAMIC_SHARED(memory);
   int* hits = reinterpret_cast<int*>(memory);  // (kWarps, E)
   const Range mine = picks_of_warp(picks);
@@ -137,6 +138,7 @@ __device__ void place_pick(const Picks& picks, const PlanOut& plan, unsigned pic
 
 // row of a pick = first row of its expert + that expert's picks in earlier blocks, in earlier warps, in this warp.
 __global__ void __launch_bounds__(kThreads) dispatch_fwd_place(Picks picks, const int32_t* counts, PlanOut plan) {
+  take_turn();
   MOE_DYNAMIC_SHARED(memory);
   const int E = picks.E, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int* next = reinterpret_cast<int*>(memory);  // (kWarps, E): counts, then the next row of each expert
@@ -170,6 +172,7 @@ __global__ void __launch_bounds__(kThreads) dispatch_fwd_place(Picks picks, cons
 
 // A plan without rows.
 __global__ void __launch_bounds__(kThreads) dispatch_fwd_empty(int64_t T, int64_t E, PlanOut plan) {
+  take_turn();
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < E) plan.expert_counts[i] = 0;
   if (i <= E) plan.expert_offsets[i] = 0;
@@ -177,12 +180,14 @@ __global__ void __launch_bounds__(kThreads) dispatch_fwd_empty(int64_t T, int64_
 }
 
 __global__ void __launch_bounds__(kThreads) dispatch_bwd_zeros(int64_t count, float* out) {
+  take_turn();
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < count) out[i] = 0;
 }
 
 __global__ void __launch_bounds__(kThreads)
     dispatch_bwd_scatter(int64_t R, const float* drow_weight, const int32_t* row_pick, float* out) {
+  take_turn();
   const int64_t r = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (r < R) out[row_pick[r]] = drow_weight[r];
 }

@@ -37,6 +37,7 @@ __device__ void count_marks(const Marks& s, int* hits) {
 }
 
 __global__ void __launch_bounds__(kThreads) dispatch_mask_count(Marks s) {
+  take_turn();
   MOE_DYNAMIC_SHARED(memory);
   int* hits = reinterpret_cast<int*>(memory);  // (kWarps, E)
   count_marks(s, hits + threadIdx.x / kWarp * s.E);
@@ -97,6 +98,7 @@ __device__ void place_marks(const Marks& s, int* next, int slot, const PlanOut& 
 }
 
 __global__ void __launch_bounds__(kThreads) dispatch_mask_place(Marks s, PlanOut plan) {
+  take_turn();
   MOE_DYNAMIC_SHARED(memory);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int* next = reinterpret_cast<int*>(memory);  // (kWarps, E)

@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_simt(const Product produc
   MOE_DYNAMIC_SHARED(dynamic);
   int* table = reinterpret_cast<int*>(dynamic);
   __shared__ float a_block[kK][kM + kPad], b_block[kK][kN + kPad];
+  wait_for_predecessor();
   product.tiles.template prepare<kM>(table);
   const int count = product.tiles.template count<kM>(table), row0 = threadIdx.x / 8 * 4, col0 = threadIdx.x % 8 * 8;
   for (int index = blockIdx.x; index < count; index += gridDim.x) {

@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(kThreads) product_sm80(const Product given) {
   if constexpr (Product::kA == Summed::kInner && !INDEXED) product.from.index = nullptr;
   MOE_DYNAMIC_SHARED(memory);
   int* table = reinterpret_cast<int*>(memory + kStages * kStageBytes);
+  wait_for_predecessor();
   product.tiles.template prepare<kM>(table);
   const int count = product.tiles.template count<kM>(table);
   const int warp = threadIdx.x / kWarp, warp_m = warp / 2, warp_n = warp % 2;

@@ -138,6 +138,7 @@ __device__ void load_tiles(const Product& product, const Maps& maps, const Share
       for (int step = 0; step < Gather::kHeld; ++step)  // unrolled, or the rows looked up ahead would be waited for
         if (const int k = first + step * kK; k < tile.k_end) load_step(k, step);
   }
+  let_successor_start();  // what is left to do is that the products and the stores of the last tiles end
   if constexpr (C::kGathers) wait_chunks<0>();  // a thread must not end before its copies
 }
 
@@ -242,6 +243,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_sm90(const Product produc
     }
     make_barriers_visible();
   }
+  wait_for_predecessor();
   product.tiles.template prepare<kM>(shared.table());  // ends with a barrier of the block
   const int count = product.tiles.template count<kM>(shared.table()), group = threadIdx.x / kGroup;
   if (group == 0) {

@@ -97,6 +97,7 @@ struct Places {
 
 // A block per group and expert, experts next to each other: they read the same lines of the affinities.
 __global__ void __launch_bounds__(kThreads) choice_fwd_select(Choice c, PlanOut plan) {
+  take_turn();
   MOE_DYNAMIC_SHARED(memory);
   __shared__ int counts[2][kWarps], places[2][kWarps];
   const int e = blockIdx.x % c.E;
@@ -125,6 +126,7 @@ __global__ void __launch_bounds__(kThreads) choice_fwd_select(Choice c, PlanOut 
 // A thread per token. The entries before its own are the rows of earlier tokens, at every expert as many as lie before
 // the token's row there, or before the next one where it has none: no scan over tokens. Its rows ascend as experts do.
 __global__ void __launch_bounds__(kThreads) choice_fwd_tokens(Choice c, PlanOut plan) {
+  take_turn();
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < c.E) plan.expert_counts[i] = int32_t(c.rows);
   if (i <= c.E) plan.expert_offsets[i] = int32_t(i * c.rows);

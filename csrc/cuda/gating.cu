@@ -13,7 +13,8 @@ constexpr int kFwdWarps = 4, kFwdThreads = kFwdWarps * kWarp;
 
 // A warp has M tokens at once, and goes through the experts N at a time: x comes from memory once, then from L1.
 template <class S, int M, int N>
-__global__ void __launch_bounds__(kFwdThreads, M == 8 ? 3 : 4) gating_fwd_tokens(Router r, const S* __restrict__ x) {
+__global__ void __launch_bounds__(kFwdThreads, M == 8 ? 3 : 4) gating_fwd_tokens(Router r, const S* x) {
+  take_turn();
   MOE_DYNAMIC_SHARED(memory);
   const int warp = threadIdx.x / kWarp;
   const int64_t first_token = (int64_t(blockIdx.x) * kFwdWarps + warp) * M;
@@ -41,6 +42,7 @@ void choose_gating_fwd(const Router& r, const S* x, cudaStream_t stream) {
 
 template <class W>
 __global__ void __launch_bounds__(kFwdThreads) gating_fwd_widen(int64_t n, const W* weight, float* out) {
+  take_turn();
   const int64_t i = int64_t(blockIdx.x) * kFwdThreads + threadIdx.x;
   if (i < n) out[i] = wide(weight[i]);
 }
@@ -75,8 +77,9 @@ __device__ __forceinline__ void store_dx(S* dx, bool add, float (&values)[4]) {
 // Grid: (chunks, columns, experts). partials (chunks, E, H).
 template <class S, int N>
 __global__ void __launch_bounds__(kBwdThreads)
-    gating_bwd_products(RouterGradient r, Share share, const S* __restrict__ x, S* __restrict__ dx, bool add,
+    gating_bwd_products(RouterGradient r, Share share, const S* x, S* __restrict__ dx, bool add,
                         float* __restrict__ partials) {
+  take_turn();
   MOE_DYNAMIC_SHARED(memory);
   float* dlogits = reinterpret_cast<float*>(memory);
   const int64_t h = 4 * (int64_t(blockIdx.y) * blockDim.x + threadIdx.x);

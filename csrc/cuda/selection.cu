@@ -87,6 +87,7 @@ __device__ Bound narrowed(const Columns& c, const int32_t* digits, int pass) {
 
 // Counts the digits of `pass` in a part, of the keys that have all digits of the bound. Block (column, part).
 __global__ void __launch_bounds__(kThreads) select_top_count(Columns c, int pass) {
+  take_turn();
   __shared__ int hits[kWarps][kDigits];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int d = lane; d < kDigits; d += kWarp) hits[warp][d] = 0;
@@ -115,6 +116,7 @@ __global__ void __launch_bounds__(kThreads) select_top_count(Columns c, int pass
 
 // Marks a part: the keys above the bound, and the first of those that equal it. Block (column, part).
 __global__ void __launch_bounds__(kThreads) select_top_mark(Columns c, uint8_t* picks, float* least) {
+  take_turn();
   __shared__ int sums[2][kWarps];
   const bool some = c.wanted() > 0;
   const Bound last = narrowed(c, c.earlier, kPasses - 1);
@@ -145,6 +147,7 @@ Columns columns_of(int64_t G, int64_t M, int64_t N, Scratch& scratch) {
 }
 
 __global__ void __launch_bounds__(kThreads) select_top_none(int64_t columns, float* least) {
+  take_turn();
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < columns) least[i] = INFINITY;
 }
@@ -178,6 +181,7 @@ struct Experts {
 
 // A warp for a token. Keys are above 0, which is what a place has that was taken.
 __global__ void __launch_bounds__(kThreads) select_experts_best(Experts s, const float* scores, int32_t* ids) {
+  take_turn();
   MOE_DYNAMIC_SHARED(memory);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, size = s.E / s.groups;
   unsigned* keys = reinterpret_cast<unsigned*>(memory) + warp * (s.E + s.groups);

@@ -65,6 +65,7 @@ __device__ void sum_runs(const SumJob& job, int64_t block, float* runs) {
 
 // Grid: the blocks of the first job, then those of the second, ...
 __global__ void __launch_bounds__(kThreads) sums_fwd_ordered(Jobs jobs) {
+  take_turn();
   MOE_DYNAMIC_SHARED(memory);
   int mine = 0;
   while (int64_t(blockIdx.x) >= jobs.first_block[mine + 1]) ++mine;

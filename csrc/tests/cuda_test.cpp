@@ -298,6 +298,24 @@ void test_busiest() {
           }
 }
 
+__global__ void wait_but_for(unsigned thread) {
+  if (threadIdx.x != thread) cuda::take_turn();
+}
+
+// A kernel that one thread leaves without having waited is refused.
+void test_waiting() {
+  for (const unsigned thread : {0, 33, 64}) {
+    std::string said;
+    try {
+      cuda::launch(wait_but_for, dim3(2), 64, 0, nullptr, thread);
+    } catch (const std::exception& error) {
+      said = error.what();
+    }
+    const std::string want = "thread " + std::to_string(thread) + " ends without wait_for_predecessor";
+    expect(said == (thread < 64 ? want : ""), "waiting but for " + std::to_string(thread) + ": '" + said + "'");
+  }
+}
+
 void test_all(Dtype dtype) {
   struct Shape {
     int64_t T, H, E, K;
@@ -355,6 +373,7 @@ int test_all_orders(const std::string& program) {
 }
 
 void test_everything() {
+  test_waiting();
   test_sums();
   test_schedules();
   test_busiest();

@@ -107,6 +107,7 @@ struct Fiber {
   Context context;
   char* stack = nullptr;
   bool done = false;
+  bool waited = false;  // for the kernel before
   void* fake_stack = nullptr;
 };
 
@@ -267,7 +268,7 @@ inline void run_block(Block& b, int threads, size_t shared) {
   b.named.assign(16, {});
   poison_shared(b, shared);
   for (Fiber& fiber : b.fibers) {
-    fiber.done = false;
+    fiber.done = fiber.waited = false;
 #ifdef MOE_FIBER_ASAN
     ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStack);  // frames that were left for good
 #endif
@@ -320,6 +321,13 @@ auto exchange(T value, const Read& read) {
   });
   meet(b.warps[warp]);
   return result;
+}
+
+// csrc/cuda/device.h says who has to.
+inline void wait_for_predecessor() { block()->fibers[block()->current].waited = true; }
+inline void expect_waited() {
+  if (!block()->fibers[block()->current].waited)
+    throw std::runtime_error("thread " + std::to_string(block()->current) + " ends without wait_for_predecessor");
 }
 
 inline int lane() { return block()->current % kLanes; }

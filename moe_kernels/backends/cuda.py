@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -40,6 +40,21 @@ def _load() -> ModuleType | None:
 
 
 _c = _load()
+
+
+@contextmanager
+def early_starts(wanted: bool = True) -> Iterator[None]:
+    """Let a kernel start before the one before it in its stream has ended, or not: all that is launched inside.
+
+    Programmatic dependent launch, csrc/cuda/device.h; for the whole process. Outside MOE_KERNELS_PDL decides. The same
+    bits either way.
+    """
+    before = _c.early_starts()
+    _c.set_early_starts(wanted)
+    try:
+        yield
+    finally:
+        _c.set_early_starts(before)
 
 
 def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:

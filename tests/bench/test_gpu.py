@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from dataclasses import replace
@@ -18,6 +19,7 @@ from bench.instrument.contender import Contender
 from bench.instrument.race import race
 from bench.instrument.shapes import MODEL_SHAPES
 from bench.instrument.verify import Check
+from moe_kernels.backends import cuda
 from reference.dit import DiTMoE
 
 LAYER = Case("layer", "any", MODEL_SHAPES["S/2-8E2A"], "uniform", 8192, "bf16", "fwd", device="cuda")
@@ -205,7 +207,18 @@ def test_the_compiled_race_among_few():
     compiled = {c.name for c in contenders.contenders_of(LAYER, compiled=True)}
     assert compiled == {"triton", "cuda", "authors_tp1", "grouped_mm", "authors_compiled", "grouped_mm_compiled"}
     assert not {c.name for c in contenders.contenders_of(LAYER, compiled=False)} & {"authors_compiled", "native"}
-    assert {"triton", "cuda"} <= {c.name for c in contenders.contenders_of(LAYER, compiled=False)}
+    assert {"triton", "cuda", "cuda_early"} <= {c.name for c in contenders.contenders_of(LAYER, compiled=False)}
+    other = replace(LAYER, shape=MODEL_SHAPES["XL/2-8E2A"])
+    assert "cuda_early" not in {c.name for c in contenders.contenders_of(other, compiled=False)}
+
+
+@pytest.mark.skipif(cuda.FIBERS not in os.environ, reason=f"needs {cuda.FIBERS}: make test-cuda")
+def test_cuda_early_is_cuda_with_early_starts(monkeypatch):
+    case = replace(TINY, backend="cuda_early")
+    work = contenders.EARLY.build(case)
+    assert workloads.check(case, work.named(work.run()), contenders.EARLY.bound).wrong is None
+    monkeypatch.setattr(workloads, "build", lambda case, how: replace(work, run=cuda._c.early_starts))
+    assert contenders.EARLY.build(case).run() and not cuda._c.early_starts()
 
 
 def test_sonic_rows_are_told_apart():

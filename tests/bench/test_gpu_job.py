@@ -222,8 +222,12 @@ def test_each_backend_is_tested_in_one_run_and_what_wants_the_whole_memory_apart
 
     def logged(log: str, words: list[str], environment: dict[str, str], seconds: float) -> int:
         words = words[len(command.PYTEST) :]
-        asked.append((words[words.index("-k") + 1], words[words.index("-m") + 1], round(seconds, -1)))
-        assert words[-2:] == [f"{command.TESTS}/test_{room}.py" for room in ("dispatch", "gating")]
+        early = environment.get("MOE_KERNELS_PDL") == "1"
+        asked.append(
+            (words[words.index("-k") + 1], "early" if early else words[words.index("-m") + 1], round(seconds, -1))
+        )
+        files = command.plan.EARLY_TESTS if early else ("dispatch", "gating")
+        assert words[-len(files) :] == [f"{command.TESTS}/test_{room}.py" for room in files]
         assert environment["MOE_TEST_DEVICE"]
         assert words[:2] == ["--timeout=90", "--timeout-method=thread"] and ("-n" in words) == (asked[-1][1] != "apart")
         failed = len(asked) == 2
@@ -234,15 +238,15 @@ def test_each_backend_is_tested_in_one_run_and_what_wants_the_whole_memory_apart
     monkeypatch.setattr(first, "_logged", logged)
     first._test()
     assert asked == [
-        ("cuda", "not apart", 480 - 260), ("triton", "not apart", 480 - 50), ("cuda", "apart", 480 - 30),
-        ("triton", "apart", 480),
+        ("cuda", "not apart", 480 - 320), ("triton", "not apart", 480 - 110), ("cuda", "early", 480 - 50),
+        ("cuda", "apart", 480 - 30), ("triton", "apart", 480),
     ]  # fmt: skip
     rows = {r["stage"]: r for r in first.ledger.rows}
     assert rows["test triton"]["failures"] == [test] and rows["test triton"]["failed"]
     assert rows["test cuda apart"]["failures"] == [] and rows["test cuda apart"]["summary"] == "cuda apart: ok"
     infos[1] = BackendInfo("cuda", False, "built without CUDA", ())
     first._test()
-    assert asked[4:] == [("triton", "not apart", 480)]
+    assert asked[5:] == [("triton", "not apart", 480)]
     assert "without cuda: built without CUDA" in capsys.readouterr().out
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from bench.__main__ import main
 from bench.instrument import store
-from bench.machine_code.static_gate import cuda, nvcc
+from bench.machine_code.static_gate import cuda, nvcc, waiting
 
 SM90 = "product_sm90<Up<bf16, false>, 128>"
 GOOD = cuda.Facts(168, 0, 0, 0, 196704, 384, 1, 3000, hgmma=8, hmma=0, utmaldg=2, ldgsts=8, local=0, waited=0)
@@ -73,6 +73,47 @@ def test_absolute_rules_on_a_listing(changes, said):
     found = cuda.breaches("p.cu sm_90a", compiled(**changes))
     assert len(found) == (said is not None)
     assert said is None or (found[0].startswith(f"p.cu sm_90a {SM90}: ") and said in found[0])
+
+
+WAITING = """
+.text.kernel:
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/              @!P0 BRA `(.L_x_0) ;
+        /*0020*/                   SYNCS.EXCH.64 URZ, [UR4], UR8 ;
+        /*0030*/                   STS [R3], R4 ;
+        /*0040*/                   LDC.64 R4, c[0x0][0x218] ;
+        /*0050*/                   UTMACCTL.PF [UR4] ;
+.L_x_0:
+        /*0060*/                   ACQBULK ;
+        /*0070*/               @P0 EXIT ;
+        /*0080*/                   LDG.E R2, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0090*/                   STG.E desc[UR4][R4.64], R7 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "said"),
+    [
+        ("", "", None),
+        ("ACQBULK", "NOP", "never waits"),
+        ("     ACQBULK", "@P1 ACQBULK", "in some threads only"),
+        ("STS [R3], R4", "@P2 EXIT", "EXIT before it waits"),
+        ("STS [R3], R4", "CALL.REL.NOINC `(.L_x_0)", "CALL.REL.NOINC before it waits"),
+        ("BRA `(.L_x_0)", "BRA `(.L_x_1)", "a jump past the wait for its predecessor, to .L_x_1"),
+        ("LDG.E R2", "LDG.E.128.CONSTANT R2", "1 non-coherent loads"),
+        *(("STS [R3], R4", code, f"{code.split(maxsplit=2)[code[0] == '@']} before it waits") for code in (
+            "LDG.E.64 R2, desc[UR4][R2.64]", "@!P0 STG.E desc[UR4][R2.64], R4", "LD.E R2, [R4.64]", "ST.E [R4.64], R2",
+            "RED.E.ADD.STRONG.GPU desc[UR4][R2.64], R4", "ATOMG.E.ADD R0, desc[UR4][R2.64], R4",
+            "@UP0 UTMALDG.4D [UR8], [UR4]", "UTMASTG.4D [UR8], [UR4]", "LDGSTS.E.128 [R2], [R4.64]", "CCTL.E.PF2 [R4]",
+        )),
+    ],
+)  # fmt: skip
+def test_nothing_of_the_memory_of_all_comes_before_the_wait(line, instead, said):
+    """Barriers, shared memory, parameters and tensor maps do."""
+    found = waiting.faults(WAITING.replace(line, instead))
+    assert len(found) == (said is not None) and (said is None or said in found[0])
 
 
 def test_a_listing_is_read_kernel_by_kernel():
@@ -278,7 +319,8 @@ def test_architectures_and_flags_are_those_that_cmake_uses(tmp_path):
             assert not set(nvcc.flags()) - set(words)
             host_only = {"-D_cuda_EXPORTS", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"}
             other = {"-forward-unknown-to-host-compiler", "-x", "-c", "-o", "-isystem"}
-            options = {word for word in words[1:] if word[0] == "-" and not word.startswith("-gencode")}
+            names = "-gencode", "-Xcompiler=-ffile-prefix-map"  # architectures, and what errors call a file
+            options = {word for word in words[1:] if word[0] == "-" and not word.startswith(names)}
             assert options - host_only - other == set(nvcc.flags())
             objects[Path(entry["file"]).name] = re.findall(r"code=(sm_\w+)", entry["command"])
     ours: dict[str, list[str]] = {}

@@ -242,6 +242,33 @@ def test_an_unknown_engine_is_an_error(monkeypatch):
         moe_mlp(problem.x, plan, problem.gate_up_proj, problem.down_proj, backend="cuda")
 
 
+@on_fibers
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("", "expected 0 or 1"), ("0", "False"), ("1", "True"), ("yes", "MOE_KERNELS_PDL: 'yes', expected 0 or 1")],
+)
+def test_the_environment_says_whether_kernels_start_early(given, said):
+    code = (
+        "import importlib.util as u; s = u.spec_from_file_location('_cuda_fibers', {!r}); m = u.module_from_spec(s); "
+    )
+    code = code.format(os.environ[cuda.FIBERS]) + "s.loader.exec_module(m); print(m.early_starts())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "MOE_KERNELS_PDL": given}, capture_output=True, text=True
+    )
+    assert said in done.stdout + done.stderr
+
+
+@on_fibers
+def test_early_starts_end_with_their_block():
+    with pytest.raises(ZeroDivisionError), cuda.early_starts():
+        assert cuda._c.early_starts()
+        with cuda.early_starts(False):
+            assert not cuda._c.early_starts()
+        assert cuda._c.early_starts()
+        1 / 0  # noqa: B018
+    assert not cuda._c.early_starts()
+
+
 @pytest.mark.skipif(cuda.FIBERS in os.environ or torch.cuda.is_available(), reason="it is available here")
 def test_where_it_does_not_run_it_says_why():
     info = {info.name: info for info in registry.backends()}["cuda"]

@@ -15,6 +15,7 @@ import moe_kernels
 from bench.instrument.cases import kernels_on
 from bench.instrument.shapes import MODEL_SHAPES
 from moe_kernels import MoELayer, TokenChoice, dispatch, dispatch_expert_choice, gating
+from moe_kernels.backends import cuda
 from tests.contenders import BACKENDS, DTYPES, gradients, moe_compute, moe_oracle, moe_ours, plan_of
 from tests.error_rule import judge
 from tests.product.test_compile import assert_same, forward_backward
@@ -89,6 +90,20 @@ def test_same_bits_twice_at_the_size_of_a_model(backend, dtype, seed):
     first = compute(seed, backend)
     for _ in range(3):
         assert_same_bits(compute(seed, backend), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES["cuda"])
+@pytest.mark.parametrize("backend", [where_it_runs("cuda")])
+@pytest.mark.parametrize("T", [130, 4099])
+def test_same_bits_where_kernels_start_early(T, backend, dtype, seed):
+    """What reads before its predecessor has written finds torch's memory of the call before: other numbers."""
+    compute = moe_compute(model_trap("S/2-8E2A", T), dtype)
+    with cuda.early_starts(False):
+        expected = [compute(number, backend) for number in (seed, seed + 1)]
+    with cuda.early_starts():
+        for _ in range(3):
+            for number, wanted in zip((seed, seed + 1), expected, strict=True):
+                assert_same_bits(compute(number, backend), wanted)
 
 
 def make_layer(backend: str, **kwargs) -> MoELayer:

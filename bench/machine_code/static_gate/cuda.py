@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench.instrument import store
 from bench.instrument.progress import say, track
-from bench.machine_code.static_gate import machine, nvcc
+from bench.machine_code.static_gate import machine, nvcc, waiting
 
 FILE = store.ROOT / "results" / "static_gate_cuda.json"
 TINY = ("sums.cu sm_90",)
@@ -66,7 +66,7 @@ class Object:
     hash: str
     seconds: float
     peak_mib: int
-    warnings: tuple[str, ...]  # of ptxas: wgmma made sequential, launch bounds or setmaxnreg ignored
+    warnings: tuple[str, ...]  # of ptxas: wgmma made sequential, launch bounds or setmaxnreg ignored; of waiting.py
     kernels: dict[str, Facts]
 
 
@@ -85,12 +85,15 @@ def compile_object(source: Path, sm: str, tools: nvcc.Tools, key: str) -> Object
         listing = machine.run("nvdisasm", file.name) if usage else ""
     names = {mangled: demangled(mangled) for mangled in usage}
     dynamic = dynamic_bytes(source, sm, tools, names.values())
-    kernels = {}
+    kernels, complaints = {}, list(warnings(run.log))
     for mangled, figures in usage.items():
-        kernels[short(names[mangled])] = facts(sm, figures, dynamic.get(names[mangled]), sections(listing, mangled))
+        name, found = short(names[mangled]), sections(listing, mangled)
+        kernels[name] = facts(sm, figures, dynamic.get(names[mangled]), found)
+        if capability(sm) >= waiting.SINCE:
+            complaints += [f"{name}: {fault}" for fault in waiting.faults(found[1])]
     if len(kernels) < len(usage):
         raise ValueError(f"{source.name}: got kernels of the same short name, expected {len(usage)} names")
-    return Object(key, run.seconds, run.peak_mib, warnings(run.log), dict(sorted(kernels.items())))
+    return Object(key, run.seconds, run.peak_mib, tuple(complaints), dict(sorted(kernels.items())))
 
 
 def used(log: str) -> dict[str, dict[str, int]]:
