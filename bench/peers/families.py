@@ -2,7 +2,8 @@
 
 A case of a family (routing "own") is the module of the model's own package with its router, at the published sizes; of
 a model without a package it is our stand-in for it, in plain torch (standins.py). The oracle is that module in float64,
-plain torch the module itself in float32. All contenders share its parameters.
+plain torch the module itself in the case's dtype. All contenders share its parameters. In bfloat16, where a router's
+scores tie, the oracle has the picks and the weights of the original: what is judged are the experts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib import import_module
+from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +29,13 @@ from bench.instrument.race import InProcess, race
 from bench.instrument.shapes import MODEL_SHAPES, MoEShape
 from bench.instrument.verify import Check, judge
 from bench.peers import standins
-from moe_kernels.adapters.family import family_of
+from moe_kernels.adapters.family import Routed, family_of
 
 TEXT_TOKENS = 256  # that a block attends to beside the image
 SEEDS = 20  # drawn until float32 and float64 pick the same
 CALIBRATION = 8192  # tokens
 ORIGINAL = "original"
+NARROW = "bf16"  # of layers, forward
 HIDREAM = "diffusers.models.transformers.transformer_hidream_image"
 NUCLEUS = "diffusers.models.transformers.transformer_nucleusmoe_image"
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -50,12 +54,14 @@ class Model:
     """One member of the family. variants: other ways of its package to compute the same, by contender.
 
     package: whose code the module is; torch where it is our stand-in.
+    own_picks: whether ours takes the original's picks where scores are equal, as most are in bfloat16.
     """
 
     shape: MoEShape
     parts: Mapping[str, Part]
     variants: Mapping[str, tuple[str, Callable[[nn.Module], None]]] = field(default_factory=dict)
     package: str = "diffusers"
+    own_picks: bool = True
 
     @property
     def titles(self) -> dict[str, str]:
@@ -147,8 +153,10 @@ def _diffmoe(s: MoEShape) -> nn.Module:
     return module
 
 
-def _standin(name: str, make: Callable[[MoEShape], nn.Module], inputs: Callable[..., Inputs] = _tokens) -> Model:
-    return Model(MODEL_SHAPES[name], {"layer": Part(make, inputs)}, package="torch")
+def _standin(
+    name: str, make: Callable[[MoEShape], nn.Module], inputs: Callable[..., Inputs] = _tokens, own_picks: bool = True
+) -> Model:
+    return Model(MODEL_SHAPES[name], {"layer": Part(make, inputs)}, package="torch", own_picks=own_picks)
 
 
 MODELS = {
@@ -177,7 +185,7 @@ MODELS = {
         _standin("JiTMoE-B-E16", lambda s: standins.JiTMoE(s=s)),
         _standin("ProMoE-B", lambda s: standins.ProMoE(s=s), _promoe_inputs),
         _standin("EC-DiT-L-E8", lambda s: standins.SparseMoEBlock(s.K, "tanh", s)),
-        _standin("DiffMoE-L-E8", _diffmoe),
+        _standin("DiffMoE-L-E8", _diffmoe, own_picks=False),
     )
 }
 
@@ -197,6 +205,9 @@ def _made(case: Case) -> tuple[nn.Module, Inputs]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = part.make(shape).train(case.mode != "fwd")
+        if case.dtype == NARROW:
+            given = part.inputs(partial(_randn, torch.Generator().manual_seed(0)), shape, *images(case))
+            return module.to(case.torch_dtype), _cast(given, case.torch_dtype)
         for seed in range(SEEDS):
             generator = torch.Generator().manual_seed(seed)
             given = part.inputs(partial(_randn, generator), shape, *images(case))
@@ -233,6 +244,8 @@ def build(case: Case, how: str | None = None) -> workloads.Workload:
     """Build a case of a family: how, by default the case's backend, is a backend of ours, "original" or one of the
     model's variants, or "oracle"."""
     how, (module, given) = how or case.backend, _made(replace(case, backend="", threads=1))
+    if how == "oracle" and case.dtype == NARROW:
+        return workloads.Workload(case, lambda: [_with_its_picks(module, given)], lambda y: {"out": y[0]})
     if how == "oracle":
         module, given = copy.deepcopy(module).double(), _cast(given, torch.float64)
     else:
@@ -246,6 +259,18 @@ def build(case: Case, how: str | None = None) -> workloads.Workload:
     leaves = {"x": x, **dict(module.named_parameters())}
     run = partial(_outputs, module, case.mode, x, *args, **more)
     return workloads.timed(case, how, run, ("out",), leaves, workloads.group_parameters)
+
+
+@torch.no_grad()
+def _with_its_picks(module: nn.Module, given: Inputs) -> Tensor:
+    """Return what a layer gives in float64 with the picks and the weights of its router in its own dtype."""
+    family, (args, more) = family_of(module), given
+    routed = family.route(module, "eager", *args, **more)
+    plan = replace(routed.plan, row_weight=routed.plan.row_weight.double())
+    wide = copy.deepcopy(module).double()
+    moe_kernels.replace_moe(wide, "eager")
+    with mock.patch.object(type(family), "route", lambda *_, **__: Routed(routed.tokens.double(), plan, routed.extra)):
+        return _outputs(wide, "fwd", *_cast(args, torch.float64), **_cast(more, torch.float64))[0]
 
 
 def _outputs(module: nn.Module, mode: str, *args: Any, **more: Any) -> list[Tensor]:
@@ -282,7 +307,7 @@ def contenders(name: str, asked: str | None = None) -> list[Contender]:
     names = asked.split(",") if asked else ("native", *titles)
     if unknown := [word for word in names if word not in known]:
         raise ValueError(f"--backends: got {unknown[0]!r}, expected some of {', '.join(known)}")
-    about = {"build": build, "dtypes": ("fp32",), "modes": ("fwd", "fwdbwd")}
+    about = {"build": build, "dtypes": ("fp32", NARROW), "modes": ("fwd", "fwdbwd")}
     foreign = {n: Contender(n, titles[n], package=model.package, missing=model.missing, **about) for n in titles}
     return [foreign.get(n) or replace(by_name(n), **about) for n in names]
 
@@ -306,17 +331,29 @@ class FamilyRace:
 
 
 def races(
-    name: str, level: str, tokens: list[int], modes: list[str], threads: list[int], who: str | None, *timing: Any
+    name: str,
+    level: str,
+    tokens: list[int],
+    dtypes: list[str],
+    modes: list[str],
+    threads: list[int],
+    who: str | None,
+    *timing: Any,
 ) -> Iterator[FamilyRace]:
-    """Yield a model's races. timing: least rounds, seconds. Raises: ValueError for a level that it does not have."""
+    """Yield a model's races. timing: least rounds, seconds. Raises: ValueError for a level that it does not have, and
+    for bf16 of anything but a layer's forward."""
     model = MODELS[name]
     if level not in model.parts:
         raise ValueError(f"--model {name}: got level {level!r}, expected {' or '.join(model.parts)}")
     if reason := model.missing():
         raise ValueError(f"--model {name}: {reason}")
-    for T in tokens:
-        for mode in modes:
-            for n in threads:
-                case = Case(level, "any", model.shape, OWN, T, "fp32", mode, n)
-                images(case)
-                yield FamilyRace(case, tuple(contenders(name, who)), *timing)
+    if NARROW in dtypes and (level, modes) != ("layer", ["fwd"]):
+        raise ValueError(
+            f"--dtypes: got {NARROW} for {level} {', '.join(modes)}, expected layer and --modes fwd with it"
+        )
+    if NARROW in dtypes and not model.own_picks:
+        raise ValueError(f"--dtypes: got {NARROW}, expected fp32: of equal scores {name} and ours pick others")
+    for T, dtype, mode, n in product(tokens, dtypes, modes, threads):
+        case = Case(level, "any", model.shape, OWN, T, dtype, mode, n)
+        images(case)
+        yield FamilyRace(case, tuple(contenders(name, who)), *timing)

@@ -58,6 +58,16 @@ def test_a_model_without_a_package_is_raced_against_its_structure(name, tmp_path
     assert set(rows[0]["errors"]) == {"out"} and set(rows[2]["errors"]) >= {"dx", "dexperts"}
 
 
+@pytest.mark.parametrize("name", [name for name, model in families.MODELS.items() if model.own_picks])
+def test_in_bfloat16_experts_are_judged_on_the_picks_of_the_original(name, tmp_path):
+    if families.MODELS[name].package != "torch":
+        pytest.importorskip("diffusers")
+    code, rows = time(tmp_path, name, "layer", "--modes", "fwd", "--dtypes", "bf16")
+    assert code == 0 and all(row["dtype"] == "bf16" and row["figures"]["time_us_median"] > 0 for row in rows)
+    # The router's scores, too, are rounded to 16 bits: float64 picks otherwise, and would be off by whole experts.
+    assert all(max(row["errors"]["out"].values()) < 0.03 for row in rows)
+
+
 def test_thresholds_let_experts_take_as_many_as_in_training():
     shape = families.MODELS["DiffMoE-L-E8"].shape
     module, x = families.MODELS["DiffMoE-L-E8"].parts["layer"].make(shape).eval(), torch.randn(4096, shape.H)
@@ -94,9 +104,17 @@ def test_what_a_model_does_not_have_is_named(tmp_path, capsys):
     pytest.importorskip("diffusers")
     for level, more, message in (
         ("experts", (), "--model HiDream-I1: got level 'experts', expected layer or block"),
-        ("layer", ("--dtypes", "bf16"), "--model HiDream-I1: got cpu, bf16, expected cpu and fp32"),
+        ("layer", ("--device", "cuda"), "--model HiDream-I1: got cuda, expected cpu"),
+        ("layer", ("--dtypes", "fp16"), "--dtypes: got 'fp16', expected some of fp32, bf16"),
+        ("layer", ("--dtypes", "bf16", "--modes", "fwdbwd"), "--dtypes: got bf16 for layer fwdbwd, expected layer"),
+        ("block", ("--dtypes", "bf16", "--modes", "fwd"), "--dtypes: got bf16 for block fwd, expected layer"),
         ("layer", ("--backends", "zork"), "--backends: got 'zork', expected some of native"),
         ("layer", ("--tokens", "65"), "--tokens: got 65, expected a multiple of 32, or fewer"),
     ):
         assert time(tmp_path, "HiDream-I1", level, *more)[0] == 2
         assert message in capsys.readouterr().err
+    assert time(tmp_path, "DiffMoE-L-E8", "layer", "--dtypes", "bf16", "--modes", "fwd")[0] == 2
+    assert (
+        "--dtypes: got bf16, expected fp32: of equal scores DiffMoE-L-E8 and ours pick others"
+        in capsys.readouterr().err
+    )
