@@ -42,6 +42,21 @@ def dispatch_count(topk_ids, counts, R, chunk, E: tl.constexpr, E_PADDED: tl.con
 
 
 @triton.jit
+def sums_of_counts(counts, E_PADDED: tl.constexpr, BLOCK_COUNTS: tl.constexpr):
+    """Return for every expert the sum of all programs' counts, and of those before this one."""
+    experts = tl.arange(0, E_PADDED)
+    total = tl.zeros((E_PADDED,), tl.int32)
+    before = tl.zeros((E_PADDED,), tl.int32)
+    for first in range(0, tl.num_programs(0), BLOCK_COUNTS):
+        p = first + tl.arange(0, BLOCK_COUNTS)
+        at = counts + p[:, None] * E_PADDED + experts[None, :]
+        some = tl.load(at, mask=p[:, None] < tl.num_programs(0), other=0)
+        total += tl.sum(some, 0)
+        before += tl.sum(tl.where(p[:, None] < tl.program_id(0), some, 0), 0)
+    return total, before
+
+
+@triton.jit
 def dispatch_place(
     topk_ids,
     topk_weights,
@@ -67,14 +82,7 @@ def dispatch_place(
     """
     program = tl.program_id(0)
     experts = tl.arange(0, E_PADDED)
-    total = tl.zeros((E_PADDED,), tl.int32)
-    before = tl.zeros((E_PADDED,), tl.int32)
-    for first in range(0, tl.num_programs(0), BLOCK_COUNTS):
-        p = first + tl.arange(0, BLOCK_COUNTS)
-        at = counts + p[:, None] * E_PADDED + experts[None, :]
-        some = tl.load(at, mask=p[:, None] < tl.num_programs(0), other=0)
-        total += tl.sum(some, 0)
-        before += tl.sum(tl.where(p[:, None] < program, some, 0), 0)
+    total, before = sums_of_counts(counts, E_PADDED, BLOCK_COUNTS)
     offsets = tl.cumsum(total, 0) - total
     if program == 0:
         tl.store(expert_counts + experts, total, mask=experts < E)
