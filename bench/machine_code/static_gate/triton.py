@@ -116,7 +116,7 @@ def compiling(sm: int) -> Iterator[list[tuple[Any, int]]]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from moe_kernels.backends.triton import tiles
+    from moe_kernels.backends.triton import launching, tiles
 
     if triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET: got 1, expected it unset: interpreted kernels cannot be compiled")
@@ -136,6 +136,7 @@ def compiling(sm: int) -> Iterator[list[tuple[Any, int]]]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", driver),
         mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(launching, "DIRECT", False),
         mock.patch.object(tiles, "META", tiles.Device(name, sm, processors)),
     ):
         found: list[tuple[Any, int]] = []
