@@ -72,7 +72,7 @@ def operands(tile: tiles.Tile, *wanted: tuple[Tensor | None, tuple[int, ...]]) -
     for t, block in wanted:
         before = (t, block, _descriptor(t, block) if tile.tma else None) if t is not None else before
         tensors.append(before[0]), described.append(before[2])
-    tma = None not in described
+    tma = not any([descriptor is None for descriptor in described])
     return tma, described if tma else tensors
 
 
