@@ -30,14 +30,20 @@ def hits_of(ids, E_PADDED: tl.constexpr):
 
 
 @triton.jit
+def counts_of(topk_ids, start, stop, E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return how many of the picks from start to stop are of each expert."""
+    total = tl.zeros((E_PADDED,), tl.int32)
+    for first in range(start, stop, BLOCK):
+        picks = first + tl.arange(0, BLOCK)
+        total += tl.sum(hits_of(load_ids(topk_ids, picks, picks < stop, E), E_PADDED), 0)
+    return total
+
+
+@triton.jit
 def dispatch_count(topk_ids, counts, R, chunk, E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr):
     """counts[p, e] = picks of expert e among the `chunk` picks of program p."""
     program = tl.program_id(0)
-    total = tl.zeros((E_PADDED,), tl.int32)
-    stop = tl.minimum(R, (program + 1) * chunk)
-    for first in range(program * chunk, stop, BLOCK):
-        picks = first + tl.arange(0, BLOCK)
-        total += tl.sum(hits_of(load_ids(topk_ids, picks, picks < stop, E), E_PADDED), 0)
+    total = counts_of(topk_ids, program * chunk, tl.minimum(R, (program + 1) * chunk), E, E_PADDED, BLOCK)
     tl.store(counts + program * E_PADDED + tl.arange(0, E_PADDED), total)
 
 
@@ -72,17 +78,22 @@ def dispatch_place(
     chunk,
     E: tl.constexpr,
     K: tl.constexpr,
+    ALONE: tl.constexpr,
     E_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_COUNTS: tl.constexpr,
 ):
     """row of a pick = first row of its expert + the expert's picks before it; token_rows ascend within a token.
 
-    Every program sums the counts of all programs itself: they are few, and in L2.
+    Every program sums the counts of all programs itself: they are few, and in L2. ALONE, it counts.
     """
     program = tl.program_id(0)
     experts = tl.arange(0, E_PADDED)
-    total, before = sums_of_counts(counts, E_PADDED, BLOCK_COUNTS)
+    if ALONE:
+        total = counts_of(topk_ids, 0, R, E, E_PADDED, BLOCK)
+        before = tl.zeros((E_PADDED,), tl.int32)
+    else:
+        total, before = sums_of_counts(counts, E_PADDED, BLOCK_COUNTS)
     offsets = tl.cumsum(total, 0) - total
     if program == 0:
         tl.store(expert_counts + experts, total, mask=experts < E)
@@ -117,18 +128,11 @@ def token_choice(topk_ids: Tensor, topk_weights: Tensor, plan) -> None:
     block = max(16, HISTOGRAM // E_PADDED)
     chunk = block * grid.cdiv(R, block * PROGRAMS * tiles.device_of(topk_ids).processors)
     programs = grid.cdiv(R, chunk)
-    counts = topk_ids.new_empty(programs, E_PADDED)
-    grid.launch(
-        dispatch_count,
-        (programs,),
-        topk_ids=topk_ids,
-        counts=counts,
-        R=R,
-        chunk=chunk,
-        E=E,
-        E_PADDED=E_PADDED,
-        BLOCK=block,
-    )
+    counts = topk_ids  # not read by a program alone
+    if programs > 1:
+        counts = topk_ids.new_empty(programs, E_PADDED)
+        sizes = {"R": R, "chunk": chunk, "E": E, "E_PADDED": E_PADDED, "BLOCK": block}
+        grid.launch(dispatch_count, (programs,), topk_ids=topk_ids, counts=counts, **sizes)
     grid.launch(
         dispatch_place,
         (programs,),
@@ -146,6 +150,7 @@ def token_choice(topk_ids: Tensor, topk_weights: Tensor, plan) -> None:
         chunk=chunk,
         E=E,
         K=K,
+        ALONE=programs == 1,
         E_PADDED=E_PADDED,
         BLOCK=block,
         BLOCK_COUNTS=64,

@@ -210,10 +210,11 @@ def backward(
     dx, dgate_weight = torch.empty_like(x), torch.empty_like(gate_weight)
     blocks = router_blocks(E)
     chunk = blocks["BLOCK_T"] * max(1, grid.cdiv(T, blocks["BLOCK_T"] * tiles.device_of(x).processors))
-    partials = x.new_empty(grid.cdiv(T, chunk), E, H, dtype=torch.float32)
+    chunks = grid.cdiv(T, chunk)
+    partials = dgate_weight if chunks == 1 else x.new_empty(chunks, E, H, dtype=torch.float32)
     grid.launch(
         gating_bwd,
-        (partials.shape[0], grid.cdiv(H, blocks["BLOCK_H"])),
+        (chunks, grid.cdiv(H, blocks["BLOCK_H"])),
         x=x,
         gate_weight=gate_weight,
         topk_ids=topk_ids,
@@ -228,5 +229,6 @@ def backward(
         **incoming(dtopk_weights, dprobs, probs),
         **blocks,
     )
-    sum_in_order((partials, dgate_weight))
+    if partials is not dgate_weight:
+        sum_in_order((partials, dgate_weight))
     return dx, dgate_weight
