@@ -18,7 +18,10 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from bench.instrument.shapes import MODEL_SHAPES  # noqa: E402
+from bench.machine_code.static_gate import triton as gate  # noqa: E402
 from moe_kernels.backends.triton import grid, launching, tiles  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -69,27 +72,30 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A stand-in for GPUs; `slow` counts what goes through Triton's own run."""
-    made, run = Machine(), JITFunction.run
+    """A stand-in for GPUs; `slow` counts what goes through Triton's own run. What is compiled for it is forgotten."""
+    made, run, kernels = Machine(), JITFunction.run, {}
     made.slow = 0
 
     def counted(self, *args, **kwargs):
         made.slow += 1
+        if self.fn not in kernels:
+            kernels[self.fn] = self
+            self.device_caches.clear()
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(triton.runtime.driver, "_active", made)
     monkeypatch.setattr(JITFunction, "run", counted)
-    for known in (launching._parameters, launching._kinds, shift.device_caches, copy.device_caches):
-        known.clear()
+    launching._kinds.clear()
     yield made
-    for known in (launching._kinds, shift.device_caches, copy.device_caches):
-        known.clear()
+    launching._kinds.clear()
+    for kernel in kernels.values():
+        kernel.device_caches.clear()
 
 
-def both(machine, kernel, programs, **arguments) -> tuple[tuple, tuple]:
+def both(machine, kernel, programs, arguments) -> tuple[tuple, tuple]:
     """Return what a launch does, and what Triton's own does."""
-    grid.launch(kernel, programs, **arguments)
-    kernel.run(grid=programs, warmup=False, **{"num_warps": 4, "num_stages": 3} | arguments, enable_fp_fusion=True)
+    grid.launch(kernel, programs, arguments)
+    kernel.run(grid=programs, warmup=False, enable_fp_fusion=True, **arguments)
     quick, own = machine.launches[-2:]
     return quick, own
 
@@ -129,24 +135,48 @@ def test_a_known_launch_calls_what_triton_would_call(machine):
         random.Random(round_).shuffle(launches)
         before = machine.slow
         for machine.device, case in launches:
-            assert_same(*both(machine, shift, (3, 2), **case))
+            assert_same(*both(machine, shift, (3, 2), case))
         new = machine.slow - before - len(launches)  # beside the comparisons
         assert new == (2 * 23 if round_ == 0 else 0)  # addresses that are multiples of 16 are all alike
     assert machine.loaded == 2 * 23
 
 
+def test_all_kernels_of_the_backend_are_launched_as_triton_would(machine, monkeypatch):
+    """A call of every room, its tensors without memory, until nothing is new; then the same through Triton."""
+    for direct, slow in ((True, None), (True, 0), (False, "all")):
+        monkeypatch.setattr(launching, "DIRECT", direct)
+        machine.launches.clear()
+        before = machine.slow
+        gate.launch_all(MODEL_SHAPES["digits"], 256, "bf16")
+        assert slow is None or machine.slow - before == (slow and len(machine.launches))
+        if direct:
+            quick = list(machine.launches)
+    assert len(quick) == len(machine.launches) > 50
+    for ours, own in zip(quick, machine.launches, strict=True):
+        assert ours[:7] == own[:7] and [*map(told, ours[10:])] == [*map(told, own[10:])]
+
+
+def told(value: object) -> object:
+    """Return what can be compared of an argument that was made anew."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride()
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, *map(tuple, (value.shape, value.strides, value.block_shape))
+    return value
+
+
 def test_of_kernels_of_few_arguments_and_one_program_axis(machine):
     for x in (torch.zeros(4), torch.zeros(4, dtype=torch.int32), torch.nn.Parameter(torch.zeros(4))) * 2:
-        assert_same(*both(machine, copy, (5,), x=x, out=x))
+        assert_same(*both(machine, copy, (5,), {"x": x, "out": x}))
     assert machine.slow == 6 + 3
-    grid.launch(copy, (5, 0), x=x, out=x)
+    grid.launch(copy, (5, 0), {"x": x, "out": x})
     assert len(machine.launches) == 12  # nothing to do
 
 
 def test_kinds_are_forgotten_where_there_are_many(machine, monkeypatch):
     monkeypatch.setattr(launching, "MOST_KINDS", 4)
     for T in range(17, 27):
-        assert_same(*both(machine, shift, (1,), **arguments_of(torch.float32, 0, T, False)))
+        assert_same(*both(machine, shift, (1,), arguments_of(torch.float32, 0, T, False)))
     assert [len(kinds.compiled) for kinds in launching._kinds.values()] == [2] and machine.loaded == 1
 
 
@@ -165,14 +195,14 @@ def hooks():
 def test_where_somebody_watches_all_goes_through_triton(machine, monkeypatch, turn_on):
     x = torch.zeros(4)
     for _ in range(3):
-        grid.launch(copy, (1,), x=x, out=x)
+        grid.launch(copy, (1,), {"x": x, "out": x})
     assert machine.slow == 1
     with monkeypatch.context() as patch:
         turn_on(patch)
         for _ in range(3):
-            grid.launch(copy, (1,), x=x, out=x)
+            grid.launch(copy, (1,), {"x": x, "out": x})
         assert machine.slow == 4 and len(machine.launches) == 6
-    grid.launch(copy, (1,), x=x, out=x)
+    grid.launch(copy, (1,), {"x": x, "out": x})
     assert machine.slow == 4 and len(machine.launches) == 7
 
 
@@ -192,6 +222,6 @@ def test_an_unknown_triton_launches_itself_and_it_is_said(monkeypatch, recwarn, 
 def test_arguments_that_a_kernel_lacks_are_refused(machine):
     x = torch.zeros(4)
     with pytest.raises(TypeError, match="copy: got other"):
-        grid.launch(copy, (1,), x=x, out=x, other=1)
+        grid.launch(copy, (1,), {"x": x, "out": x, "other": 1})
     with pytest.raises(KeyError, match="out"):
-        grid.launch(copy, (1,), x=x)
+        grid.launch(copy, (1,), {"x": x})

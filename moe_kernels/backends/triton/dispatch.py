@@ -132,28 +132,30 @@ def token_choice(topk_ids: Tensor, topk_weights: Tensor, plan) -> None:
     if programs > 1:
         counts = topk_ids.new_empty(programs, E_PADDED)
         sizes = {"R": R, "chunk": chunk, "E": E, "E_PADDED": E_PADDED, "BLOCK": block}
-        grid.launch(dispatch_count, (programs,), topk_ids=topk_ids, counts=counts, **sizes)
+        grid.launch(dispatch_count, (programs,), {"topk_ids": topk_ids, "counts": counts, **sizes})
     grid.launch(
         dispatch_place,
         (programs,),
-        topk_ids=topk_ids,
-        topk_weights=topk_weights,
-        counts=counts,
-        expert_counts=plan.expert_counts,
-        expert_offsets=plan.expert_offsets,
-        row_token=plan.row_token,
-        row_weight=plan.row_weight,
-        row_pick=plan.row_pick,
-        token_row_offsets=plan.token_row_offsets,
-        token_rows=plan.token_rows,
-        R=R,
-        chunk=chunk,
-        E=E,
-        K=K,
-        ALONE=programs == 1,
-        E_PADDED=E_PADDED,
-        BLOCK=block,
-        BLOCK_COUNTS=64,
+        {
+            "topk_ids": topk_ids,
+            "topk_weights": topk_weights,
+            "counts": counts,
+            "expert_counts": plan.expert_counts,
+            "expert_offsets": plan.expert_offsets,
+            "row_token": plan.row_token,
+            "row_weight": plan.row_weight,
+            "row_pick": plan.row_pick,
+            "token_row_offsets": plan.token_row_offsets,
+            "token_rows": plan.token_rows,
+            "R": R,
+            "chunk": chunk,
+            "E": E,
+            "K": K,
+            "ALONE": programs == 1,
+            "E_PADDED": E_PADDED,
+            "BLOCK": block,
+            "BLOCK_COUNTS": 64,
+        },
     )
 
 
@@ -173,11 +175,7 @@ def backward(drow_weight: Tensor, row_pick: Tensor, count: int) -> Tensor:
     grid.launch(
         dispatch_bwd,
         (grid.cdiv(R, 1024),),
-        drow_weight=drow_weight,
-        row_pick=row_pick,
-        dweights=dweights,
-        R=R,
-        BLOCK=1024,
+        {"drow_weight": drow_weight, "row_pick": row_pick, "dweights": dweights, "R": R, "BLOCK": 1024},
     )
     return dweights
 
@@ -299,28 +297,32 @@ def expert_choice(affinities: Tensor, capacity: int, tokens_per_group: int, plan
     grid.launch(
         choice_select,
         (T // G * E,),
-        affinities=affinities,
-        row_of=row_of,
-        row_token=plan.row_token,
-        row_weight=plan.row_weight,
-        row_pick=plan.row_pick,
-        capacity=capacity,
-        G=G,
-        E=E,
-        BLOCK=min(CHOOSING, grid.padded(G)),
+        {
+            "affinities": affinities,
+            "row_of": row_of,
+            "row_token": plan.row_token,
+            "row_weight": plan.row_weight,
+            "row_pick": plan.row_pick,
+            "capacity": capacity,
+            "G": G,
+            "E": E,
+            "BLOCK": min(CHOOSING, grid.padded(G)),
+        },
     )
     block = max(16, HISTOGRAM // grid.padded(E))
     grid.launch(
         choice_tokens,
         (grid.cdiv(T, block),),
-        row_of=row_of,
-        expert_counts=plan.expert_counts,
-        expert_offsets=plan.expert_offsets,
-        token_row_offsets=plan.token_row_offsets,
-        token_rows=plan.token_rows,
-        rows_per_expert=T // G * capacity,
-        T=T,
-        E=E,
-        E_PADDED=grid.padded(E),
-        BLOCK=block,
+        {
+            "row_of": row_of,
+            "expert_counts": plan.expert_counts,
+            "expert_offsets": plan.expert_offsets,
+            "token_row_offsets": plan.token_row_offsets,
+            "token_rows": plan.token_rows,
+            "rows_per_expert": T // G * capacity,
+            "T": T,
+            "E": E,
+            "E_PADDED": grid.padded(E),
+            "BLOCK": block,
+        },
     )

@@ -117,5 +117,7 @@ def marks(weights: Tensor, picks: Tensor, plan) -> None:
     counts = plan.expert_counts.new_empty(programs, E_PADDED)
     shared = {"picks": picks.view(torch.int8), "counts": counts, "T": T, "chunk": chunk, "E": E}
     shared |= {"E_PADDED": E_PADDED, "BLOCK": block}
-    grid.launch(mask_count, (programs,), **shared)
-    grid.launch(mask_place, (programs,), weights=weights, R=plan.num_rows, BLOCK_COUNTS=64, **vars(plan), **shared)
+    grid.launch(mask_count, (programs,), shared)
+    grid.launch(
+        mask_place, (programs,), {"weights": weights, "R": plan.num_rows, "BLOCK_COUNTS": 64, **vars(plan), **shared}
+    )

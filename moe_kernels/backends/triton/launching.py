@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 READ = "3.6", "3.7", "3.8", "3.9"  # versions whose JITFunction.run does what `launch` does
 MOST_KINDS = 1024  # of a kernel: numbers of tokens are many
+OPTIONS = {"num_warps", "num_stages"}
 Pick = Callable[[Any], tuple]
 
 _knobs, _driver = triton.knobs, triton.runtime.driver
@@ -45,17 +46,16 @@ _parameters: dict[Callable, Pick] = {}  # of a kernel, from its keyword argument
 _kinds: dict[tuple, Kinds] = {}
 
 
-def launch(
-    kernel: Any, programs: tuple[int, ...], /, num_warps: int = 4, num_stages: int = 3, **arguments: Any
-) -> None:
+def launch(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Launch a kernel where there is something to do; multiplications and additions may fuse, as nvcc does.
 
-    This is what kernel[programs](...) does; the defaults are Triton's. Descriptors are those of `grid.operands`.
+    This is what kernel[programs](**arguments) does, of a dictionary: named ones are copied twice, 1 us. Descriptors are
+    those of `grid.operands`.
     """
     if not all(programs):
         return
     if not DIRECT or watched(kernel):
-        _through_triton(kernel, programs, num_warps, num_stages, arguments)
+        _through_triton(kernel, programs, arguments)
         return
     pick = _parameters.get(kernel.fn) or _parameters.setdefault(kernel.fn, picking(list(kernel.signature.parameters)))
     values = pick(arguments)
@@ -66,11 +66,12 @@ def launch(
     aligned = tuple([t.data_ptr() % 16 == 0 for t in tensors]) if bits % 16 else None  # None: all are
     dtypes, described = tuple([t.dtype for t in tensors]), kinds.descriptors
     described = described and tuple([descriptor.kind for descriptor in described(values)])
+    options = arguments.get("num_warps"), arguments.get("num_stages")
     device = driver.get_current_device()
-    key = driver, device, num_warps, num_stages, aligned, dtypes, described, kinds.others(values)
+    key = driver, device, options, aligned, dtypes, described, kinds.others(values)
     compiled = kinds.compiled.get(key)
     if compiled is None:
-        _remember(kinds.compiled, key, _through_triton(kernel, programs, num_warps, num_stages, arguments))
+        _remember(kinds.compiled, key, _through_triton(kernel, programs, arguments))
         return
     x, y, z = (*programs, 1, 1)[:3]
     stream = driver.get_current_stream(device)
@@ -95,8 +96,10 @@ def picking(at: Sequence) -> Pick:
 
 
 def _new_kinds(kernel: Any, arguments: dict[str, Any], values: tuple) -> Kinds:
-    if unknown := arguments.keys() - kernel.signature.parameters.keys():
-        raise TypeError(f"{kernel.fn.__name__}: got {', '.join(sorted(unknown))}, expected its parameters only")
+    if unknown := arguments.keys() - kernel.signature.parameters.keys() - OPTIONS:
+        raise TypeError(
+            f"{kernel.fn.__name__}: got {', '.join(sorted(unknown))}, expected its parameters and {OPTIONS}"
+        )
     tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
     described = [i for i, v in enumerate(values) if isinstance(v, TensorDescriptor)]
     others = [i for i in range(len(values)) if i not in (*tensors, *described)]
@@ -111,6 +114,5 @@ def _remember(compiled: dict[tuple, CompiledKernel], key: tuple, kernel: Any) ->
         compiled[key] = kernel
 
 
-def _through_triton(kernel: Any, programs: tuple[int, ...], warps: int, stages: int, arguments: dict[str, Any]) -> Any:
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return kernel.run(grid=programs, warmup=False, **options, **arguments)
+def _through_triton(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any]) -> Any:
+    return kernel.run(grid=programs, warmup=False, enable_fp_fusion=True, **arguments)
