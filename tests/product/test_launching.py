@@ -85,9 +85,9 @@ def machine(monkeypatch):
 
     monkeypatch.setattr(triton.runtime.driver, "_active", made)
     monkeypatch.setattr(JITFunction, "run", counted)
-    launching._kinds.clear()
+    launching._compiled.clear()
     yield made
-    launching._kinds.clear()
+    launching._compiled.clear()
     for kernel in kernels.values():
         kernel.device_caches.clear()
 
@@ -168,7 +168,7 @@ def told(value: object) -> object:
 def test_of_kernels_of_few_arguments_and_one_program_axis(machine):
     for x in (torch.zeros(4), torch.zeros(4, dtype=torch.int32), torch.nn.Parameter(torch.zeros(4))) * 2:
         assert_same(*both(machine, copy, (5,), {"x": x, "out": x}))
-    assert machine.slow == 6 + 3
+    assert machine.slow == 6 + 2  # a Parameter is a tensor like any other
     grid.launch(copy, (5, 0), {"x": x, "out": x})
     assert len(machine.launches) == 12  # nothing to do
 
@@ -177,7 +177,7 @@ def test_kinds_are_forgotten_where_there_are_many(machine, monkeypatch):
     monkeypatch.setattr(launching, "MOST_KINDS", 4)
     for T in range(17, 27):
         assert_same(*both(machine, shift, (1,), arguments_of(torch.float32, 0, T, False)))
-    assert [len(kinds.compiled) for kinds in launching._kinds.values()] == [2] and machine.loaded == 1
+    assert len(launching._compiled) == 2 and machine.loaded == 1
 
 
 def hooks():
@@ -221,7 +221,12 @@ def test_an_unknown_triton_launches_itself_and_it_is_said(monkeypatch, recwarn, 
 
 def test_arguments_that_a_kernel_lacks_are_refused(machine):
     x = torch.zeros(4)
-    with pytest.raises(TypeError, match="copy: got other"):
+    with pytest.raises(TypeError, match=r"got \['x', 'out', 'other'\], expected the parameters \('x', 'out'\)"):
         grid.launch(copy, (1,), {"x": x, "out": x, "other": 1})
     with pytest.raises(KeyError, match="out"):
         grid.launch(copy, (1,), {"x": x})
+    with pytest.raises(TypeError, match="launch_key: expected a dict, two tuples of names, two types"):
+        launching._C.launch_key([], ("x",), (), torch.Tensor, TensorDescriptor)
+    with pytest.raises(AttributeError, match="kind"):  # a descriptor of somebody else
+        described = TensorDescriptor(torch.zeros(16), [16], [1], [16])
+        launching._C.launch_key({"x": described}, ("x",), (), torch.Tensor, TensorDescriptor)
