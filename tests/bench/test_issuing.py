@@ -19,8 +19,8 @@ COUNTS = {
         "step": {"allocations": 10, "bindings": 4, "calls": 195},
     },
     "triton": {
-        "forward": {"allocations": 17, "bindings": 0, "calls": 405},
-        "step": {"allocations": 36, "bindings": 0, "calls": 960},
+        "forward": {"allocations": 17, "bindings": 0, "calls": 400},
+        "step": {"allocations": 36, "bindings": 0, "calls": 945},
     },
 }
 

@@ -202,7 +202,7 @@ class TritonBackend(Backend):
         dx, dpicks, *gradients = self._combined_backward(dout, x, plan, w, gate_up, shared_gate_up, at_picks=True)
         if not router:
             return dx, None, *gradients
-        dprobs = plan.expert_counts.float().mul_(aux_scale).unsqueeze(0) if aux_scale else None
+        dprobs = plan.expert_counts.float().mul_(aux_scale) if aux_scale else None
         through, dgate_weight = gating.backward(dpicks, dprobs, x, gate_weight, topk_ids, probs)
         return dx.add_(through), dgate_weight, *gradients
 

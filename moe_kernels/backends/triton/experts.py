@@ -224,7 +224,8 @@ def up(x: Tensor, plan, gate_up_proj: Weight, down_proj: Weight, save: bool) -> 
     gate_up = x.new_empty(R, halves * I) if save else x.new_empty(0)
     shared_gate_up = x.new_empty(T, halves * Is) if save and Is else x.new_empty(0)
     tile = grid.tile_of("up", x, plan, I, H)
-    tma, weights = grid.operands(tile, *((t, (1, tile.n, tile.k)) for t in gate_up_proj[:2]))
+    w_block = 1, tile.n, tile.k
+    tma, weights = grid.operands(tile, (gate_up_proj[0], w_block), (gate_up_proj[1], w_block))
     grid.launch(
         experts_fwd_up,
         grid.programs_of(x, plan, tile, grid.cdiv(I, tile.n), grid.cdiv(Is, tile.n)),

@@ -150,12 +150,13 @@ def dact(dout: Tensor, x: Tensor, plan, down_proj: Weight, gate_up: Pair, combin
     """Return dgate_up (R, 2I) and row_weight act (R, I), both with the shared expert's; drow_weight's partial sums."""
     (T, H), R, E, I = x.shape, plan.num_rows, plan.num_experts, down_proj[0].shape[-1]
     Is = grid.width(down_proj[1])
-    dgate_up, shared_dgate_up = (torch.empty_like(t) for t in gate_up)
+    dgate_up, shared_dgate_up = torch.empty_like(gate_up[0]), torch.empty_like(gate_up[1])
     act, shared_act = x.new_empty(R, I), x.new_empty(T if Is else 0, Is)
     tile = grid.tile_of("dact", x, plan, I, H)
     num_n = grid.cdiv(I, tile.n)
     partials = x.new_empty(R, num_n if combined else 0, dtype=torch.float32)
-    tma, weights = grid.operands(tile, *((t, (1, tile.k, tile.n)) for t in down_proj[:2]))
+    w_block = 1, tile.k, tile.n
+    tma, weights = grid.operands(tile, (down_proj[0], w_block), (down_proj[1], w_block))
     grid.launch(
         experts_bwd_dact,
         grid.programs_of(x, plan, tile, num_n, grid.cdiv(Is, tile.n)),

@@ -120,13 +120,13 @@ def router_blocks(E: int, most_tokens: int = 32) -> dict[str, int]:
 def incoming(dtopk_weights: Tensor | None, dprobs: Tensor | None, probs: Tensor) -> dict[str, Any]:
     """Return the gradients that reach a router, as its kernels take them: a stand-in and a flag for what is not there.
 
-    dprobs is (T, E), or one row (1, E) for all tokens.
+    dprobs is (T, E), or one row (E,) or (1, E) for all tokens.
     """
     return {
         "dtopk_weights": grid.given(dtopk_weights, probs),
         "dprobs": grid.given(dprobs, probs),
         "HAS_DTOPK": dtopk_weights is not None,
-        "DPROBS": "none" if dprobs is None else "rows" if dprobs.shape[0] == probs.shape[0] else "row",
+        "DPROBS": "none" if dprobs is None else "rows" if dprobs.shape == probs.shape else "row",
     }
 
 

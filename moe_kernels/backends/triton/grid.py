@@ -68,11 +68,11 @@ def operands(tile: tiles.Tile, *wanted: tuple[Tensor | None, tuple[int, ...]]) -
 
     The copy engine wants rows and addresses of 16 bytes: where a tensor has others, all go as tensors.
     """
-    tensors, described, before = [], [], None
+    tensors, described = [], []
     for t, block in wanted:
-        before = (t, block, _descriptor(t, block) if tile.tma else None) if t is not None else before
-        tensors.append(before[0]), described.append(before[2])
-    tma = not any([descriptor is None for descriptor in described])
+        tensors.append(tensors[-1] if t is None else t)
+        described.append(described[-1] if t is None else _descriptor(t, block) if tile.tma else None)
+    tma = all(described)  # `None in` would compare descriptors, field by field
     return tma, described if tma else tensors
 
 
