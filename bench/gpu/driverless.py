@@ -1,7 +1,7 @@
 """Triton's launches on a machine without a GPU: all of Triton is real, down to the C that calls the CUDA driver.
 
-The driver is a library that says yes and counts launches; kernels are compiled for sm_90 and never run. What a launch
-costs in the driver itself, some 2 us, is therefore not in what is measured here.
+The driver is a library that says yes and counts launches; kernels are compiled for sm_90 and never run. What the driver
+itself takes for a launch, for a tensor map and for looking up addresses is therefore not in what is measured here.
 """
 
 from __future__ import annotations
