@@ -8,6 +8,7 @@
 #include <memory>
 #include <sstream>
 
+#include "bindings_launch.h"
 #include "core/workspace.h"
 #include "cpu/blocking.h"
 #include "cpu/combine.h"
@@ -394,6 +395,8 @@ PYBIND11_MODULE(_C, m) {
                         py::arg("panel_bytes") = blocking().panel_bytes, py::arg("wave_bytes") = blocking().wave_bytes);
       },
       "Bytes of this machine's caches (MOE_KERNELS_CACHES overrides) and of what the kernels keep in L2 and L3.");
+  static PyMethodDef key = {"launch_key", reinterpret_cast<PyCFunction>(&launch_key), METH_FASTCALL, nullptr};
+  m.attr("launch_key") = py::reinterpret_steal<py::object>(PyCFunction_New(&key, nullptr));
   m.def("workspace_bytes", &workspace_bytes, "Bytes of memory kept between calls.");
   m.def("release_workspace", &release_workspace, "Give the kept memory back to the system.");
   m.def(

@@ -1,8 +1,8 @@
 """What a call of the backends for GPUs costs the CPU, on a machine without one: kernels do nothing, all else is real.
 
-`triton`: its launcher is replaced, so that the time of Triton's own is not in it. `cuda`: the sources on fibers (`make
-fibers`, its path in MOE_KERNELS_FIBERS), whose threads return at once. No result can be right, and none is looked at:
-that the same calls compute the right thing is what tests show.
+`triton`: its kernels are compiled for sm_90 and launched by Triton's own launcher, into a driver that does nothing
+(driverless.py). `cuda`: the sources on fibers (`make fibers`, its path in MOE_KERNELS_FIBERS), whose threads return at
+once. No result can be right, and none is looked at: that the same calls compute the right thing is what tests show.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from bench.gpu import driverless
 from bench.instrument import measure, store, workloads
 from bench.instrument.cases import Case
 from bench.instrument.shapes import MODEL_SHAPES
@@ -36,7 +37,7 @@ Run = Callable[[], Any]
 def why_not(backend: str) -> str | None:
     """Say why the launches of a backend cannot be tried here, or None."""
     if backend == "triton":
-        return None if importlib.util.find_spec("triton") else "not available: no package triton"
+        return driverless.why_not() if importlib.util.find_spec("triton") else "not available: no package triton"
     return None if os.environ.get(cuda.FIBERS) else f"needs {cuda.FIBERS}, the module that `make fibers` builds"
 
 
@@ -59,20 +60,14 @@ def _nothing(*_: object) -> None:
 
 @contextmanager
 def _empty_triton() -> Iterator[Count]:
-    from moe_kernels.backends.triton import backend, grid, tiles
-
-    launches = 0
-
-    def launch(*_: object, **__: object) -> None:
-        nonlocal launches
-        launches += 1
+    from moe_kernels.backends.triton import backend, tiles
 
     with (
-        mock.patch.object(backend, "_INTERPRETED", True),
-        mock.patch.object(grid, "launch", launch),
+        driverless.driver() as launches,
+        mock.patch.object(backend, "_INTERPRETED", True),  # takes CPU tensors
         mock.patch.object(tiles, "CPU", tiles.META),
     ):
-        yield lambda: launches
+        yield launches
 
 
 @contextmanager

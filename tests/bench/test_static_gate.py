@@ -89,7 +89,7 @@ def test_compiles_what_a_call_launches():
     entries = dict(gate.compile_all(gate.TINY))
     kernels = {name.split("-")[4].partition(".")[0] for name in entries}
     assert kernels == {name.split("-")[4].partition(".")[0] for name in gate.load()[1]}
-    up = entries["sm90-digits-T64-bf16-experts_fwd_up.0"]
+    up = entries["sm90-digits-T256-bf16-experts_fwd_up.0"]
     assert up.hgmma and up.registers > 32 and up.shared_bytes > 1024 and up.instructions > 100
 
 

@@ -51,7 +51,7 @@ SETTINGS = (  # sm, shape, tokens, dtypes
     *((90, shape, T, tuple(DTYPES)) for shape in ("S/2-8E2A", "XL/2-8E2A") for T in (512, 8192)),
     *((sm, "S/2-8E2A", 8192, ("bf16", "tf32")) for sm in (80, 100)),
 )
-TINY = ((90, "digits", 64, ("bf16",)),)
+TINY = ((90, "digits", 256, ("bf16",)),)  # more tokens than one program of dispatch takes
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def compiling(sm: int) -> Iterator[list[tuple[Any, int]]]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from moe_kernels.backends.triton import tiles
+    from moe_kernels.backends.triton import launching, tiles
 
     if triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET: got 1, expected it unset: interpreted kernels cannot be compiled")
@@ -136,6 +136,7 @@ def compiling(sm: int) -> Iterator[list[tuple[Any, int]]]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", driver),
         mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(launching, "DIRECT", False),
         mock.patch.object(tiles, "META", tiles.Device(name, sm, processors)),
     ):
         found: list[tuple[Any, int]] = []

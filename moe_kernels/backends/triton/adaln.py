@@ -96,22 +96,24 @@ def modulated_gating(
     grid.launch(
         adaln_fwd_gating,
         (grid.cdiv(T, 16),),
-        x=x,
-        shift=shift,
-        scale=scale,
-        gate_weight=gate_weight,
-        tokens=tokens,
-        topk_weights=topk_weights,
-        topk_ids=topk_ids,
-        probs=probs,
-        moments=moments,
-        T=T,
-        L=L,
-        eps=eps,
-        H=H,
-        E=E,
-        K=top_k,
-        **router_blocks(E, 16),
+        {
+            "x": x,
+            "shift": shift,
+            "scale": scale,
+            "gate_weight": gate_weight,
+            "tokens": tokens,
+            "topk_weights": topk_weights,
+            "topk_ids": topk_ids,
+            "probs": probs,
+            "moments": moments,
+            "T": T,
+            "L": L,
+            "eps": eps,
+            "H": H,
+            "E": E,
+            "K": top_k,
+            **router_blocks(E, 16),
+        },
     )
     return tokens, topk_weights, topk_ids, probs, moments
 
@@ -290,18 +292,20 @@ def modulated_gating_bwd(
         **incoming(dtopk_weights, dprobs, probs),
         **blocks,
     }
-    grid.launch(adaln_bwd_sums, (grid.cdiv(B * L, 16),), **both)
+    grid.launch(adaln_bwd_sums, (grid.cdiv(B * L, 16),), both)
     grid.launch(
         adaln_bwd_gating,
         (B, chunks, grid.cdiv(H, blocks["BLOCK_H"])),
-        shift=shift,
-        dx=dx,
-        partial_dmodulation=dmodulation,
-        partial_dweight=dweight,
-        B=B,
-        tokens_per_chunk=chunk,
-        ROUNDED=_TRITON[dtype],
-        **both,
+        {
+            "shift": shift,
+            "dx": dx,
+            "partial_dmodulation": dmodulation,
+            "partial_dweight": dweight,
+            "B": B,
+            "tokens_per_chunk": chunk,
+            "ROUNDED": _TRITON[dtype],
+            **both,
+        },
     )
     results = [torch.empty_like(t) for t in (shift, scale, gate_weight)]
     sum_in_order(*zip((*dmodulation, dweight), results, strict=True))
@@ -348,18 +352,20 @@ def gated_residual_bwd(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, T
     grid.launch(
         adaln_bwd_gate,
         (B, chunks, grid.cdiv(H, 128)),
-        dout=dout,
-        y=y,
-        gate=gate,
-        dy=dy,
-        partial_dgate=partials,
-        L=L,
-        B=B,
-        tokens_per_chunk=chunk,
-        H=H,
-        BLOCK_T=32,
-        BLOCK_H=128,
-        num_warps=4,
+        {
+            "dout": dout,
+            "y": y,
+            "gate": gate,
+            "dy": dy,
+            "partial_dgate": partials,
+            "L": L,
+            "B": B,
+            "tokens_per_chunk": chunk,
+            "H": H,
+            "BLOCK_T": 32,
+            "BLOCK_H": 128,
+            "num_warps": 4,
+        },
     )
     sum_in_order((partials, dgate))
     return dy, dgate

@@ -199,11 +199,10 @@ class TritonBackend(Backend):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
         topk_ids, probs, gate_up, shared_gate_up, *tensors = kept.tensors
         plan = RoutingPlan(*tensors)
-        dx, drow_weight, *gradients = self._combined_backward(dout, x, plan, w, gate_up, shared_gate_up)
+        dx, dpicks, *gradients = self._combined_backward(dout, x, plan, w, gate_up, shared_gate_up, at_picks=True)
         if not router:
             return dx, None, *gradients
-        dpicks = dispatch.backward(drow_weight, plan.row_pick, topk_ids.numel())
-        dprobs = plan.expert_counts.float().mul_(aux_scale).unsqueeze(0) if aux_scale else None
+        dprobs = plan.expert_counts.float().mul_(aux_scale) if aux_scale else None
         through, dgate_weight = gating.backward(dpicks, dprobs, x, gate_weight, topk_ids, probs)
         return dx.add_(through), dgate_weight, *gradients
 
@@ -231,14 +230,25 @@ class TritonBackend(Backend):
     def gated_residual_bwd(self, dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         return adaln.gated_residual_bwd(dout, y, gate)
 
-    def _combined_backward(self, dout, x, plan, w, *gate_up: Tensor):
+    def _combined_backward(self, dout, x, plan, w, *gate_up: Tensor, at_picks: bool = False):
         if not gate_up[0].numel():
             gate_up = experts.up(x, plan, w.gate_up, w.down, save=True)[1]
-        return self._backward(dout, x, plan, w, gate_up, combined=True)
+        return self._backward(dout, x, plan, w, gate_up, combined=True, at_picks=at_picks)
 
     @staticmethod
-    def _backward(dout: Tensor, x: Tensor, plan: RoutingPlan, w: MoEWeights, gate_up: Pair, combined: bool):
-        """Return what moe_mlp_bwd returns; without `combined` dout is (R, H), the gradient of y_rows."""
+    def _backward(
+        dout: Tensor,
+        x: Tensor,
+        plan: RoutingPlan,
+        w: MoEWeights,
+        gate_up: Pair,
+        combined: bool,
+        at_picks: bool = False,
+    ):
+        """Return what moe_mlp_bwd returns; without `combined` dout is (R, H), the gradient of y_rows.
+
+        at_picks: drow_weight lies as dispatch_bwd returns it; of token choice, where every pick has a row.
+        """
         dgate_up, act, partials = experts_bwd.dact(dout, x, plan, w.down, gate_up, combined)
         shapes = w.stacked_shapes(plan.num_experts)
         dgate_up_proj, pending = experts_bwd.dweight(dgate_up, (x, x), plan, shapes[::2], gather=(False, True))
@@ -246,5 +256,5 @@ class TritonBackend(Backend):
         sum_in_order(*pending, *more)
         dx_rows = experts.rows_times(dgate_up, w.gate_up, plan, x, k_inner=False)
         drow_weight = torch.empty_like(plan.row_weight)
-        dx = combine.sum_rows(dx_rows, plan, torch.empty_like(x), False, partials, drow_weight)
+        dx = combine.sum_rows(dx_rows, plan, torch.empty_like(x), False, partials, drow_weight, at_picks)
         return dx, drow_weight, dgate_up_proj[0], ddown_proj[0], dgate_up_proj[1], ddown_proj[1]

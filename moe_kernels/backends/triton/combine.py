@@ -15,6 +15,7 @@ from .grid import Pair
 def combine_fwd(
     rows,
     row_weight,
+    row_pick,
     token_row_offsets,
     token_rows,
     shared,
@@ -32,6 +33,7 @@ def combine_fwd(
     GATED: tl.constexpr,
     PARTIALS: tl.constexpr,
     PARTIALS_PADDED: tl.constexpr,
+    AT_PICKS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -40,7 +42,8 @@ def combine_fwd(
     out = y, or with GATED residual + gate_b y, b the image of L tokens, and y besides.
 
     In the backward of the layer rows are dx_rows, unweighted, and every row also gets its
-    drow_weight = sum of its PARTIALS partial sums, in order: each row belongs to exactly one token.
+    drow_weight = sum of its PARTIALS partial sums, in order: each row belongs to exactly one token. AT_PICKS: it lies
+    where dispatch_bwd would bring it, at the row's pick.
     """
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     live_t = tokens < T
@@ -62,7 +65,8 @@ def combine_fwd(
                 i = tl.arange(0, PARTIALS_PADDED)
                 live = has[:, None] & (i < PARTIALS)[None, :]
                 summands = tl.load(partial_drow_weight + row[:, None] * PARTIALS + i[None, :], mask=live, other=0.0)
-                tl.store(drow_weight + row, tl.sum(summands, 1), mask=has)
+                place = tl.load(row_pick + row, mask=has, other=0) if AT_PICKS else row
+                tl.store(drow_weight + place, tl.sum(summands, 1), mask=has)
     at = tokens.to(tl.int64)[:, None] * H + h[None, :]
     live = live_t[:, None] & live_h[None, :]
     if HAS_SHARED:
@@ -75,11 +79,17 @@ def combine_fwd(
 
 
 def sum_rows(
-    rows: Pair, plan, out: Tensor, weighted: bool, partials: Tensor | None = None, drow_weight: Tensor | None = None
+    rows: Pair,
+    plan,
+    out: Tensor,
+    weighted: bool,
+    partials: Tensor | None = None,
+    drow_weight: Tensor | None = None,
+    at_picks: bool = False,
 ) -> Tensor:
     """Fill out (T, H) with every token's sum of its rows (R, H), and of the shared ones (T, H).
 
-    With partials (R, n) fill drow_weight (R,) with their sums.
+    With partials (R, n) fill drow_weight (R,) with their sums, `at_picks` of token choice: (T K,), by pick.
     """
     _forward(
         rows,
@@ -93,6 +103,7 @@ def sum_rows(
         gated=False,
         partials=partials,
         drow_weight=drow_weight,
+        at_picks=at_picks,
     )
     return out
 
@@ -112,6 +123,7 @@ def sum_rows_gated(rows: Pair, plan, residual: Tensor, gate: Tensor, y: Tensor) 
         gated=True,
         partials=None,
         drow_weight=None,
+        at_picks=False,
     )
     return out
 
@@ -128,33 +140,38 @@ def _forward(
     gated: bool,
     partials: Tensor | None,
     drow_weight: Tensor | None,
+    at_picks: bool,
 ) -> None:
     (T, H), num_partials = out.shape, grid.width(partials)
     block_h = min(512, grid.power_of_2(H))
     grid.launch(
         combine_fwd,
         (grid.cdiv(T, 8), grid.cdiv(H, block_h)),
-        rows=rows[0],
-        row_weight=plan.row_weight,
-        token_row_offsets=plan.token_row_offsets,
-        token_rows=plan.token_rows,
-        shared=grid.given(rows[1], out),
-        residual=residual,
-        gate=gate,
-        out=out,
-        y=y,
-        partial_drow_weight=grid.given(partials, out),
-        drow_weight=grid.given(drow_weight, out),
-        T=T,
-        L=tokens_per_image,
-        H=H,
-        WEIGHTED=weighted,
-        HAS_SHARED=rows[1] is not None,
-        GATED=gated,
-        PARTIALS=num_partials,
-        PARTIALS_PADDED=grid.power_of_2(max(num_partials, 1)),
-        BLOCK_T=8,
-        BLOCK_H=block_h,
+        {
+            "rows": rows[0],
+            "row_weight": plan.row_weight,
+            "row_pick": plan.row_pick,
+            "token_row_offsets": plan.token_row_offsets,
+            "token_rows": plan.token_rows,
+            "shared": grid.given(rows[1], out),
+            "residual": residual,
+            "gate": gate,
+            "out": out,
+            "y": y,
+            "partial_drow_weight": grid.given(partials, out),
+            "drow_weight": grid.given(drow_weight, out),
+            "T": T,
+            "L": tokens_per_image,
+            "H": H,
+            "WEIGHTED": weighted,
+            "HAS_SHARED": rows[1] is not None,
+            "GATED": gated,
+            "PARTIALS": num_partials,
+            "PARTIALS_PADDED": grid.power_of_2(max(num_partials, 1)),
+            "AT_PICKS": at_picks,
+            "BLOCK_T": 8,
+            "BLOCK_H": block_h,
+        },
     )
 
 
@@ -194,15 +211,17 @@ def backward(dout: Tensor, y_rows: Tensor, plan) -> tuple[Tensor, Tensor]:
     grid.launch(
         combine_bwd,
         (grid.cdiv(R, 16),),
-        dout=dout,
-        y_rows=y_rows,
-        row_token=plan.row_token,
-        row_weight=plan.row_weight,
-        dy_rows=dy_rows,
-        drow_weight=drow_weight,
-        R=R,
-        H=H,
-        BLOCK_R=16,
-        BLOCK_H=min(512, grid.power_of_2(H)),
+        {
+            "dout": dout,
+            "y_rows": y_rows,
+            "row_token": plan.row_token,
+            "row_weight": plan.row_weight,
+            "dy_rows": dy_rows,
+            "drow_weight": drow_weight,
+            "R": R,
+            "H": H,
+            "BLOCK_R": 16,
+            "BLOCK_H": min(512, grid.power_of_2(H)),
+        },
     )
     return dy_rows, drow_weight

@@ -30,15 +30,36 @@ def hits_of(ids, E_PADDED: tl.constexpr):
 
 
 @triton.jit
+def counts_of(topk_ids, start, stop, E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return how many of the picks from start to stop are of each expert."""
+    total = tl.zeros((E_PADDED,), tl.int32)
+    for first in range(start, stop, BLOCK):
+        picks = first + tl.arange(0, BLOCK)
+        total += tl.sum(hits_of(load_ids(topk_ids, picks, picks < stop, E), E_PADDED), 0)
+    return total
+
+
+@triton.jit
 def dispatch_count(topk_ids, counts, R, chunk, E: tl.constexpr, E_PADDED: tl.constexpr, BLOCK: tl.constexpr):
     """counts[p, e] = picks of expert e among the `chunk` picks of program p."""
     program = tl.program_id(0)
-    total = tl.zeros((E_PADDED,), tl.int32)
-    stop = tl.minimum(R, (program + 1) * chunk)
-    for first in range(program * chunk, stop, BLOCK):
-        picks = first + tl.arange(0, BLOCK)
-        total += tl.sum(hits_of(load_ids(topk_ids, picks, picks < stop, E), E_PADDED), 0)
+    total = counts_of(topk_ids, program * chunk, tl.minimum(R, (program + 1) * chunk), E, E_PADDED, BLOCK)
     tl.store(counts + program * E_PADDED + tl.arange(0, E_PADDED), total)
+
+
+@triton.jit
+def sums_of_counts(counts, E_PADDED: tl.constexpr, BLOCK_COUNTS: tl.constexpr):
+    """Return for every expert the sum of all programs' counts, and of those before this one."""
+    experts = tl.arange(0, E_PADDED)
+    total = tl.zeros((E_PADDED,), tl.int32)
+    before = tl.zeros((E_PADDED,), tl.int32)
+    for first in range(0, tl.num_programs(0), BLOCK_COUNTS):
+        p = first + tl.arange(0, BLOCK_COUNTS)
+        at = counts + p[:, None] * E_PADDED + experts[None, :]
+        some = tl.load(at, mask=p[:, None] < tl.num_programs(0), other=0)
+        total += tl.sum(some, 0)
+        before += tl.sum(tl.where(p[:, None] < tl.program_id(0), some, 0), 0)
+    return total, before
 
 
 @triton.jit
@@ -57,24 +78,22 @@ def dispatch_place(
     chunk,
     E: tl.constexpr,
     K: tl.constexpr,
+    ALONE: tl.constexpr,
     E_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_COUNTS: tl.constexpr,
 ):
     """row of a pick = first row of its expert + the expert's picks before it; token_rows ascend within a token.
 
-    Every program sums the counts of all programs itself: they are few, and in L2.
+    Every program sums the counts of all programs itself: they are few, and in L2. ALONE, it counts.
     """
     program = tl.program_id(0)
     experts = tl.arange(0, E_PADDED)
-    total = tl.zeros((E_PADDED,), tl.int32)
-    before = tl.zeros((E_PADDED,), tl.int32)
-    for first in range(0, tl.num_programs(0), BLOCK_COUNTS):
-        p = first + tl.arange(0, BLOCK_COUNTS)
-        at = counts + p[:, None] * E_PADDED + experts[None, :]
-        some = tl.load(at, mask=p[:, None] < tl.num_programs(0), other=0)
-        total += tl.sum(some, 0)
-        before += tl.sum(tl.where(p[:, None] < program, some, 0), 0)
+    if ALONE:
+        total = counts_of(topk_ids, 0, R, E, E_PADDED, BLOCK)
+        before = tl.zeros((E_PADDED,), tl.int32)
+    else:
+        total, before = sums_of_counts(counts, E_PADDED, BLOCK_COUNTS)
     offsets = tl.cumsum(total, 0) - total
     if program == 0:
         tl.store(expert_counts + experts, total, mask=experts < E)
@@ -109,38 +128,34 @@ def token_choice(topk_ids: Tensor, topk_weights: Tensor, plan) -> None:
     block = max(16, HISTOGRAM // E_PADDED)
     chunk = block * grid.cdiv(R, block * PROGRAMS * tiles.device_of(topk_ids).processors)
     programs = grid.cdiv(R, chunk)
-    counts = topk_ids.new_empty(programs, E_PADDED)
-    grid.launch(
-        dispatch_count,
-        (programs,),
-        topk_ids=topk_ids,
-        counts=counts,
-        R=R,
-        chunk=chunk,
-        E=E,
-        E_PADDED=E_PADDED,
-        BLOCK=block,
-    )
+    counts = topk_ids  # not read by a program alone
+    if programs > 1:
+        counts = topk_ids.new_empty(programs, E_PADDED)
+        sizes = {"R": R, "chunk": chunk, "E": E, "E_PADDED": E_PADDED, "BLOCK": block}
+        grid.launch(dispatch_count, (programs,), {"topk_ids": topk_ids, "counts": counts, **sizes})
     grid.launch(
         dispatch_place,
         (programs,),
-        topk_ids=topk_ids,
-        topk_weights=topk_weights,
-        counts=counts,
-        expert_counts=plan.expert_counts,
-        expert_offsets=plan.expert_offsets,
-        row_token=plan.row_token,
-        row_weight=plan.row_weight,
-        row_pick=plan.row_pick,
-        token_row_offsets=plan.token_row_offsets,
-        token_rows=plan.token_rows,
-        R=R,
-        chunk=chunk,
-        E=E,
-        K=K,
-        E_PADDED=E_PADDED,
-        BLOCK=block,
-        BLOCK_COUNTS=64,
+        {
+            "topk_ids": topk_ids,
+            "topk_weights": topk_weights,
+            "counts": counts,
+            "expert_counts": plan.expert_counts,
+            "expert_offsets": plan.expert_offsets,
+            "row_token": plan.row_token,
+            "row_weight": plan.row_weight,
+            "row_pick": plan.row_pick,
+            "token_row_offsets": plan.token_row_offsets,
+            "token_rows": plan.token_rows,
+            "R": R,
+            "chunk": chunk,
+            "E": E,
+            "K": K,
+            "ALONE": programs == 1,
+            "E_PADDED": E_PADDED,
+            "BLOCK": block,
+            "BLOCK_COUNTS": 64,
+        },
     )
 
 
@@ -160,11 +175,7 @@ def backward(drow_weight: Tensor, row_pick: Tensor, count: int) -> Tensor:
     grid.launch(
         dispatch_bwd,
         (grid.cdiv(R, 1024),),
-        drow_weight=drow_weight,
-        row_pick=row_pick,
-        dweights=dweights,
-        R=R,
-        BLOCK=1024,
+        {"drow_weight": drow_weight, "row_pick": row_pick, "dweights": dweights, "R": R, "BLOCK": 1024},
     )
     return dweights
 
@@ -286,28 +297,32 @@ def expert_choice(affinities: Tensor, capacity: int, tokens_per_group: int, plan
     grid.launch(
         choice_select,
         (T // G * E,),
-        affinities=affinities,
-        row_of=row_of,
-        row_token=plan.row_token,
-        row_weight=plan.row_weight,
-        row_pick=plan.row_pick,
-        capacity=capacity,
-        G=G,
-        E=E,
-        BLOCK=min(CHOOSING, grid.padded(G)),
+        {
+            "affinities": affinities,
+            "row_of": row_of,
+            "row_token": plan.row_token,
+            "row_weight": plan.row_weight,
+            "row_pick": plan.row_pick,
+            "capacity": capacity,
+            "G": G,
+            "E": E,
+            "BLOCK": min(CHOOSING, grid.padded(G)),
+        },
     )
     block = max(16, HISTOGRAM // grid.padded(E))
     grid.launch(
         choice_tokens,
         (grid.cdiv(T, block),),
-        row_of=row_of,
-        expert_counts=plan.expert_counts,
-        expert_offsets=plan.expert_offsets,
-        token_row_offsets=plan.token_row_offsets,
-        token_rows=plan.token_rows,
-        rows_per_expert=T // G * capacity,
-        T=T,
-        E=E,
-        E_PADDED=grid.padded(E),
-        BLOCK=block,
+        {
+            "row_of": row_of,
+            "expert_counts": plan.expert_counts,
+            "expert_offsets": plan.expert_offsets,
+            "token_row_offsets": plan.token_row_offsets,
+            "token_rows": plan.token_rows,
+            "rows_per_expert": T // G * capacity,
+            "T": T,
+            "E": E,
+            "E_PADDED": grid.padded(E),
+            "BLOCK": block,
+        },
     )

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import grid, tiles
-from .dispatch import HISTOGRAM, PROGRAMS
+from .dispatch import HISTOGRAM, PROGRAMS, sums_of_counts
 
 
 @triton.jit
@@ -29,21 +29,6 @@ def mask_count(picks, counts, T, chunk, E: tl.constexpr, E_PADDED: tl.constexpr,
     for first in range(program * chunk, stop, BLOCK):
         total += tl.sum(load_marks(picks, first + tl.arange(0, BLOCK), stop, E, E_PADDED), 0)
     tl.store(counts + program * E_PADDED + tl.arange(0, E_PADDED), total)
-
-
-@triton.jit
-def marks_before(counts, E_PADDED: tl.constexpr, BLOCK_COUNTS: tl.constexpr):
-    """Return of every expert all marks, and those of the programs before this one."""
-    experts = tl.arange(0, E_PADDED)
-    total = tl.zeros((E_PADDED,), tl.int32)
-    before = tl.zeros((E_PADDED,), tl.int32)
-    for first in range(0, tl.num_programs(0), BLOCK_COUNTS):
-        p = first + tl.arange(0, BLOCK_COUNTS)
-        at = counts + p[:, None] * E_PADDED + experts[None, :]
-        some = tl.load(at, mask=p[:, None] < tl.num_programs(0), other=0)
-        total += tl.sum(some, 0)
-        before += tl.sum(tl.where(p[:, None] < tl.program_id(0), some, 0), 0)
-    return total, before
 
 
 @triton.jit
@@ -98,7 +83,7 @@ def mask_place(
 ):
     """Place a row for each mark; rows from R on are dropped. See dispatch_place, which does it for K picks a token."""
     program = tl.program_id(0)
-    total, before = marks_before(counts, E_PADDED, BLOCK_COUNTS)
+    total, before = sums_of_counts(counts, E_PADDED, BLOCK_COUNTS)
     offsets = tl.cumsum(total, 0) - total
     rows = tl.minimum(tl.sum(total, 0), R)
     if program == 0:
@@ -132,5 +117,7 @@ def marks(weights: Tensor, picks: Tensor, plan) -> None:
     counts = plan.expert_counts.new_empty(programs, E_PADDED)
     shared = {"picks": picks.view(torch.int8), "counts": counts, "T": T, "chunk": chunk, "E": E}
     shared |= {"E_PADDED": E_PADDED, "BLOCK": block}
-    grid.launch(mask_count, (programs,), **shared)
-    grid.launch(mask_place, (programs,), weights=weights, R=plan.num_rows, BLOCK_COUNTS=64, **vars(plan), **shared)
+    grid.launch(mask_count, (programs,), shared)
+    grid.launch(
+        mask_place, (programs,), {"weights": weights, "R": plan.num_rows, "BLOCK_COUNTS": 64, **vars(plan), **shared}
+    )

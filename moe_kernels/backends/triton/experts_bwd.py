@@ -150,40 +150,43 @@ def dact(dout: Tensor, x: Tensor, plan, down_proj: Weight, gate_up: Pair, combin
     """Return dgate_up (R, 2I) and row_weight act (R, I), both with the shared expert's; drow_weight's partial sums."""
     (T, H), R, E, I = x.shape, plan.num_rows, plan.num_experts, down_proj[0].shape[-1]
     Is = grid.width(down_proj[1])
-    dgate_up, shared_dgate_up = (torch.empty_like(t) for t in gate_up)
+    dgate_up, shared_dgate_up = torch.empty_like(gate_up[0]), torch.empty_like(gate_up[1])
     act, shared_act = x.new_empty(R, I), x.new_empty(T if Is else 0, Is)
     tile = grid.tile_of("dact", x, plan, I, H)
     num_n = grid.cdiv(I, tile.n)
     partials = x.new_empty(R, num_n if combined else 0, dtype=torch.float32)
-    tma, weights = grid.operands(tile, *((t, (1, tile.k, tile.n)) for t in down_proj[:2]))
+    w_block = 1, tile.k, tile.n
+    tma, weights = grid.operands(tile, (down_proj[0], w_block), (down_proj[1], w_block))
     grid.launch(
         experts_bwd_dact,
         grid.programs_of(x, plan, tile, num_n, grid.cdiv(Is, tile.n)),
-        dout=dout,
-        down_proj=weights[0],
-        shared_down_proj=weights[1],
-        gate_up=gate_up[0],
-        shared_gate_up=gate_up[1],
-        expert_offsets=plan.expert_offsets,
-        row_token=plan.row_token,
-        row_weight=plan.row_weight,
-        dgate_up=dgate_up,
-        shared_dgate_up=shared_dgate_up,
-        weighted_act=act,
-        shared_act=shared_act,
-        partial_drow_weight=partials,
-        T=T,
-        H=H,
-        I=I,
-        SHARED_I=Is,
-        E=E,
-        E_PADDED=grid.padded(E),
-        GELU=gate_up[0].shape[1] == I,
-        COMBINED=combined,
-        PRECISION=grid.input_precision(x),
-        SPECIALIZE=tile.specialize,
-        **grid.place_of(down_proj, tma),
-        **tile.arguments(),
+        {
+            "dout": dout,
+            "down_proj": weights[0],
+            "shared_down_proj": weights[1],
+            "gate_up": gate_up[0],
+            "shared_gate_up": gate_up[1],
+            "expert_offsets": plan.expert_offsets,
+            "row_token": plan.row_token,
+            "row_weight": plan.row_weight,
+            "dgate_up": dgate_up,
+            "shared_dgate_up": shared_dgate_up,
+            "weighted_act": act,
+            "shared_act": shared_act,
+            "partial_drow_weight": partials,
+            "T": T,
+            "H": H,
+            "I": I,
+            "SHARED_I": Is,
+            "E": E,
+            "E_PADDED": grid.padded(E),
+            "GELU": gate_up[0].shape[1] == I,
+            "COMBINED": combined,
+            "PRECISION": grid.input_precision(x),
+            "SPECIALIZE": tile.specialize,
+            **grid.place_of(down_proj, tma),
+            **tile.arguments(),
+        },
     )
     return (dgate_up, shared_dgate_up), (act, shared_act), partials
 
@@ -297,28 +300,30 @@ def dweight(
     grid.launch(
         experts_bwd_dweight,
         (programs,),
-        left=left[0],
-        shared_left=left[1],
-        right=right[0],
-        shared_right=right[1],
-        expert_offsets=plan.expert_offsets,
-        row_token=plan.row_token,
-        out=out,
-        shared_out=grid.given(shared_out, out),
-        partials=partials,
-        shared_partials=shared_partials,
-        T=plan.num_tokens,
-        M=M,
-        SHARED_M=shared_shape[0],
-        N=N,
-        SHARED_N=shared_shape[1],
-        E=E,
-        GATHER_LEFT=gather[0],
-        GATHER_RIGHT=gather[1],
-        SPLIT=split,
-        SHARED_SPLIT=shared_split,
-        PRECISION=grid.input_precision(out),
-        **tile.arguments(),
+        {
+            "left": left[0],
+            "shared_left": left[1],
+            "right": right[0],
+            "shared_right": right[1],
+            "expert_offsets": plan.expert_offsets,
+            "row_token": plan.row_token,
+            "out": out,
+            "shared_out": grid.given(shared_out, out),
+            "partials": partials,
+            "shared_partials": shared_partials,
+            "T": plan.num_tokens,
+            "M": M,
+            "SHARED_M": shared_shape[0],
+            "N": N,
+            "SHARED_N": shared_shape[1],
+            "E": E,
+            "GATHER_LEFT": gather[0],
+            "GATHER_RIGHT": gather[1],
+            "SPLIT": split,
+            "SHARED_SPLIT": shared_split,
+            "PRECISION": grid.input_precision(out),
+            **tile.arguments(),
+        },
     )
     pending = [(partials, out)] if split > 1 else []
     if shared_split > 1 and shared_out is not None:

@@ -120,13 +120,13 @@ def router_blocks(E: int, most_tokens: int = 32) -> dict[str, int]:
 def incoming(dtopk_weights: Tensor | None, dprobs: Tensor | None, probs: Tensor) -> dict[str, Any]:
     """Return the gradients that reach a router, as its kernels take them: a stand-in and a flag for what is not there.
 
-    dprobs is (T, E), or one row (1, E) for all tokens.
+    dprobs is (T, E), or one row (E,) or (1, E) for all tokens.
     """
     return {
         "dtopk_weights": grid.given(dtopk_weights, probs),
         "dprobs": grid.given(dprobs, probs),
         "HAS_DTOPK": dtopk_weights is not None,
-        "DPROBS": "none" if dprobs is None else "rows" if dprobs.shape[0] == probs.shape[0] else "row",
+        "DPROBS": "none" if dprobs is None else "rows" if dprobs.shape == probs.shape else "row",
     }
 
 
@@ -140,16 +140,18 @@ def forward(x: Tensor, gate_weight: Tensor, top_k: int) -> tuple[Tensor, Tensor,
     grid.launch(
         gating_fwd,
         (grid.cdiv(T, blocks["BLOCK_T"]),),
-        x=x,
-        gate_weight=gate_weight,
-        topk_weights=topk_weights,
-        topk_ids=topk_ids,
-        probs=probs,
-        T=T,
-        H=H,
-        E=E,
-        K=top_k,
-        **blocks,
+        {
+            "x": x,
+            "gate_weight": gate_weight,
+            "topk_weights": topk_weights,
+            "topk_ids": topk_ids,
+            "probs": probs,
+            "T": T,
+            "H": H,
+            "E": E,
+            "K": top_k,
+            **blocks,
+        },
     )
     return topk_weights, topk_ids, probs
 
@@ -210,23 +212,27 @@ def backward(
     dx, dgate_weight = torch.empty_like(x), torch.empty_like(gate_weight)
     blocks = router_blocks(E)
     chunk = blocks["BLOCK_T"] * max(1, grid.cdiv(T, blocks["BLOCK_T"] * tiles.device_of(x).processors))
-    partials = x.new_empty(grid.cdiv(T, chunk), E, H, dtype=torch.float32)
+    chunks = grid.cdiv(T, chunk)
+    partials = dgate_weight if chunks == 1 else x.new_empty(chunks, E, H, dtype=torch.float32)
     grid.launch(
         gating_bwd,
-        (partials.shape[0], grid.cdiv(H, blocks["BLOCK_H"])),
-        x=x,
-        gate_weight=gate_weight,
-        topk_ids=topk_ids,
-        probs=probs,
-        dx=dx,
-        partial_dweight=partials,
-        T=T,
-        tokens_per_chunk=chunk,
-        H=H,
-        E=E,
-        K=K,
-        **incoming(dtopk_weights, dprobs, probs),
-        **blocks,
+        (chunks, grid.cdiv(H, blocks["BLOCK_H"])),
+        {
+            "x": x,
+            "gate_weight": gate_weight,
+            "topk_ids": topk_ids,
+            "probs": probs,
+            "dx": dx,
+            "partial_dweight": partials,
+            "T": T,
+            "tokens_per_chunk": chunk,
+            "H": H,
+            "E": E,
+            "K": K,
+            **incoming(dtopk_weights, dprobs, probs),
+            **blocks,
+        },
     )
-    sum_in_order((partials, dgate_weight))
+    if partials is not dgate_weight:
+        sum_in_order((partials, dgate_weight))
     return dx, dgate_weight

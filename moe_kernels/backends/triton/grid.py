@@ -11,20 +11,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
+from .launching import launch as launch  # what every launcher calls
 
 Pair = tuple[Tensor, Tensor | None]  # of the routed experts and of the shared one
 MOST_DESCRIPTORS = 1024
 _descriptors: dict[tuple, dict[str, Any] | None] = {}  # what they say beside their tensors
 Weight = tuple[Tensor, Tensor | None, Tensor | None]  # a kind of MoEWeights: the two memories, and the index
-
-
-def launch(kernel: Any, programs: tuple[int, ...], /, **arguments: Any) -> None:
-    """Launch a kernel where there is something to do; multiplications and additions may fuse, as nvcc does.
-
-    This is what kernel[programs](...) does, without one copy of the arguments, of which a product has some 35.
-    """
-    if all(programs):
-        kernel.run(grid=programs, warmup=False, enable_fp_fusion=True, **arguments)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -76,11 +68,11 @@ def operands(tile: tiles.Tile, *wanted: tuple[Tensor | None, tuple[int, ...]]) -
 
     The copy engine wants rows and addresses of 16 bytes: where a tensor has others, all go as tensors.
     """
-    tensors, described, before = [], [], None
+    tensors, described = [], []
     for t, block in wanted:
-        before = (t, block, _descriptor(t, block) if tile.tma else None) if t is not None else before
-        tensors.append(before[0]), described.append(before[2])
-    tma = None not in described
+        tensors.append(tensors[-1] if t is None else t)
+        described.append(described[-1] if t is None else _descriptor(t, block) if tile.tma else None)
+    tma = all(described)  # `None in` would compare descriptors, field by field
     return tma, described if tma else tensors
 
 
@@ -109,7 +101,8 @@ def _described(t: Tensor, block: tuple[int, ...]) -> dict[str, Any] | None:
         return None
     missing = len(block) - t.dim()
     sizes, strides = [1] * missing + list(t.shape), [t.numel()] * missing + list(t.stride())
-    return dict(vars(TensorDescriptor(t, sizes, strides, list(block))), base=None)
+    described = vars(TensorDescriptor(t, sizes, strides, list(block)))
+    return {**described, "base": None, "kind": (t.dtype, block)}  # kind: what a kernel is compiled for
 
 
 def place_of(weight: Weight, tma: bool) -> dict[str, Any]:

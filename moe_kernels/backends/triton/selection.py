@@ -174,8 +174,8 @@ def largest(scores: Tensor, counts: Tensor | int) -> tuple[Tensor, Tensor]:
     }
     for number in range(4):
         before, after = tables[(number + 1) % 2], tables[number % 2]
-        grid.launch(select_count, (G * N, parts), tables_before=before, tables=after, PASS=number, **shared)
-    grid.launch(select_mark, (G * N, parts), tables=tables[1], picks=picks, least=least, **shared)
+        grid.launch(select_count, (G * N, parts), {"tables_before": before, "tables": after, "PASS": number, **shared})
+    grid.launch(select_mark, (G * N, parts), {"tables": tables[1], "picks": picks, "least": least, **shared})
     return picks.view(torch.bool), least
 
 
@@ -235,15 +235,17 @@ def best_experts(scores: Tensor, top_k: int, groups: int, groups_taken: int) -> 
     grid.launch(
         select_best_experts,
         (grid.cdiv(T, block),),
-        scores=scores,
-        topk_ids=topk_ids,
-        T=T,
-        E=E,
-        K=top_k,
-        GROUPS=groups,
-        TAKEN=groups_taken,
-        E_PADDED=grid.padded(E),
-        G_PADDED=grid.padded(groups),
-        BLOCK_T=block,
+        {
+            "scores": scores,
+            "topk_ids": topk_ids,
+            "T": T,
+            "E": E,
+            "K": top_k,
+            "GROUPS": groups,
+            "TAKEN": groups_taken,
+            "E_PADDED": grid.padded(E),
+            "G_PADDED": grid.padded(groups),
+            "BLOCK_T": block,
+        },
     )
     return topk_ids
