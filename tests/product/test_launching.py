@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from bench.instrument.shapes import MODEL_SHAPES  # noqa: E402
 from bench.machine_code.static_gate import triton as gate  # noqa: E402
-from moe_kernels.backends.triton import grid, launching, tiles  # noqa: E402
+from moe_kernels.backends.triton import experts, grid, launching, tiles  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: interpreted kernels are not compiled", allow_module_level=True)
@@ -154,6 +154,16 @@ def test_all_kernels_of_the_backend_are_launched_as_triton_would(machine, monkey
     assert len(quick) == len(machine.launches) > 50
     for ours, own in zip(quick, machine.launches, strict=True):
         assert ours[:7] == own[:7] and [*map(told, ours[10:])] == [*map(told, own[10:])]
+
+
+def test_a_product_is_compiled_once_for_all_numbers_of_tokens(machine):
+    def new(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    plan = SimpleNamespace(num_rows=2000, num_experts=2, expert_offsets=new(3, dtype=torch.int32))
+    for T in (1, 1000, 1001, 1008):  # as Triton would have it: three kinds
+        experts.rows_times((new(2000, 64), None), (new(2, 64, 64), None, None), plan, new(T, 64), k_inner=True)
+    assert len(machine.launches) == 4 and machine.loaded == 1
 
 
 def told(value: object) -> object:

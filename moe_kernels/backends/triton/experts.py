@@ -130,7 +130,7 @@ def up_epilogue(
             tl.store(saved + width + wide_at, up, mask=live)
 
 
-@triton.jit
+@grid.kernel
 def experts_fwd_up(
     x,
     gate_up_proj,
@@ -256,7 +256,7 @@ def up(x: Tensor, plan, gate_up_proj: Weight, down_proj: Weight, save: bool) -> 
     return (act, shared_act), (gate_up, shared_gate_up)
 
 
-@triton.jit
+@grid.kernel
 def experts_rows_times(
     rows_in,
     shared_in,

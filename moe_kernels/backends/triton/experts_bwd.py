@@ -57,7 +57,7 @@ def dact_epilogue(
     return tl.sum(tl.where(live, dact * act, 0.0), 1)
 
 
-@triton.jit
+@grid.kernel
 def experts_bwd_dact(
     dout,
     down_proj,
@@ -191,7 +191,7 @@ def dact(dout: Tensor, x: Tensor, plan, down_proj: Weight, gate_up: Pair, combin
     return (dgate_up, shared_dgate_up), (act, shared_act), partials
 
 
-@triton.jit
+@grid.kernel
 def experts_bwd_dweight(
     left,
     shared_left,

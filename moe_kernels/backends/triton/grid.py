@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
 from .launching import launch as launch  # what every launcher calls
+
+# What is launched with numbers of tokens T or images B is compiled once for all of them; triton.jit alone would compile
+# it again for 1 and for multiples of 16.
+kernel = triton.jit(do_not_specialize=("T", "B"))
 
 Pair = tuple[Tensor, Tensor | None]  # of the routed experts and of the shared one
 MOST_DESCRIPTORS = 1024
