@@ -14,7 +14,13 @@ from bench.images.dmcmc.command import FILE as CHAINS
 from bench.instrument import ledger, store
 
 GPU_ROWS = "rows_cuda_default.jsonl"
-ROWS = {"peers.jsonl": "peers", CHAINS: "dmcmc", routers.FILE: "routers", "family.jsonl": "family"}  # as they are
+ROWS = {  # as they are
+    "peers.jsonl": "peers",
+    CHAINS: "dmcmc",
+    routers.FILE: "routers",
+    "family.jsonl": "family",
+    "overhead.jsonl": "overhead",
+}
 ROOT = store.ROOT
 
 
@@ -54,7 +60,7 @@ def record_rows(path: Path, root: Path = ROOT) -> Path:
     commits = {row["commit"] for row in rows}
     if any(row["dirty"] for row in rows) or None in commits or len(commits) > 1:
         raise ValueError(f"{path}: expected rows of one commit and a clean checkout: measure again, with another --out")
-    if wrong := [row["case"] for row in rows if row.get("wrong") and row["ours"]]:
+    if wrong := [row["case"] for row in rows if row.get("wrong") and row.get("ours", True)]:
         raise ValueError(f"{path}: {wrong[0]} is wrong, expected only verified cases of ours")
     target = root / "results" / f"{_name(rows[0])}_{name}.jsonl"
     target.write_text(path.read_text())
