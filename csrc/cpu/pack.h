@@ -33,14 +33,15 @@ inline void zip(vh2 even, vh2 odd, uint32_t* out) {
 template <class C, int width = NR, class S>
 inline void pack_natural(const S* source, int64_t ld, int64_t k_valid, int64_t n, int64_t panels, int64_t panel_items,
                          uint32_t* out) {
-  constexpr int64_t kRows = 32;
+  constexpr int64_t kRows = 32 * C::kPair;
   for (; k_valid > 0; k_valid -= kRows, source += kRows * ld, out += kRows / C::kPair * NR)
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t c = p * width, rows = k_valid < kRows ? k_valid : kRows;
       const S* from = source + c;
       uint32_t* to = out + p * panel_items * NR;
       for (int64_t k = 0; k < rows; k += C::kPair, from += C::kPair * ld, to += NR) {
-        __builtin_prefetch(from + kRows * ld);
+        for (int row = 0; row < C::kPair; ++row)
+          for (int at = 0; at < width; at += kLine / int(sizeof(S))) __builtin_prefetch(from + (kRows + row) * ld + at);
         if constexpr (C::kPair == 1) {
           storeu(to, load(from, n - c));
           if constexpr (width == NR) storeu(to + W, load(from + W, n - c - W));
