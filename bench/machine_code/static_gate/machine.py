@@ -10,6 +10,8 @@ from dataclasses import asdict
 THREADS, REGISTERS, BLOCKS = 2048, 65536, 32  # of a processor
 MEMORY = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # its bytes of shared memory; a block takes a KiB for itself
 AT_ONCE = 16  # instructions
+# A line of nvdisasm: the predicate, the name up to its first dot and from there on, the operands.
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z]\w*)([.\w]*)\s*([^;\n]*)", re.MULTILINE)
 SUMMARY = ("variants", "registers", "shared KiB", "blocks", "instructions", "tensor-core", "spills")
 
 
@@ -29,14 +31,14 @@ def counts(code: str, patterns: Mapping[str, str]) -> dict[str, int]:
 
 def waited_for(code: str) -> int:
     """Count loads of 16 bytes a thread that one of the next AT_ONCE instructions reads: nothing hides their latency."""
-    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*([^;]*);", code, re.MULTILINE)
+    lines = [(name, rest, operands) for _, name, rest, operands in INSTRUCTION.findall(code)]
     found = 0
-    for i, (name, operands) in enumerate(lines):
-        if not re.match(r"LDG?\.E\S*\.128", name):
+    for i, (name, rest, operands) in enumerate(lines):
+        if name not in ("LD", "LDG") or ".128" not in rest:
             continue
         first = int(re.match(r"R(\d+)", operands)[1])
         loaded = {f"R{first + word}" for word in range(4)}
-        for after, reads in lines[i + 1 : i + 1 + AT_ONCE]:
+        for after, _, reads in lines[i + 1 : i + 1 + AT_ONCE]:
             sources = reads if after.startswith("ST") else reads.partition(",")[2]
             if loaded & set(re.findall(r"\bR\d+\b", sources)):
                 found += 1

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 
+from bench.machine_code.static_gate.machine import INSTRUCTION
+
 SINCE = 90  # the first architecture that has the instruction
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z]\w*)([.\w]*)", re.MULTILINE)
 WAIT = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?ACQBULK\b", re.MULTILINE)
 # Loads and stores of global or unknown memory, and TMA's; what stays in a block (LDS, LDC, SYNCS, ...) is not in it.
 GLOBAL = re.compile(r"(?:LD|ST|LDG|STG|LDGSTS|RED|REDG|ATOM|ATOMG|CCTL|TEX|TLD|SULD|SUST|U?TMA(?!CCTL)\w*|UBLK\w*)\Z")
@@ -28,7 +29,7 @@ def faults(code: str) -> list[str]:
         return ["never waits for its predecessor, expected wait_for_predecessor or take_turn"]
     before = code[: wait.start()]
     out = ["waits for its predecessor in some threads only"] if wait[1] else []
-    for _, name, rest in INSTRUCTION.findall(before):
+    for _, name, rest, _ in INSTRUCTION.findall(before):
         if GLOBAL.match(name) or LEAVES.match(name):
             out.append(f"{name}{rest} before it waits for its predecessor")
     labels = set(re.findall(r"^(\.L\w+):", before, re.MULTILINE))

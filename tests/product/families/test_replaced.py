@@ -75,6 +75,17 @@ def test_compiles_as_one_graph(case, seed):
     torch.testing.assert_close(*grads, **CLOSE)
 
 
+def adapted(model, config, when, seed):
+    """Return the model with LoRA on it, replaced before or after that, or never."""
+    if when == "replaced first":
+        replace_moe(model)
+    torch.manual_seed(seed)
+    model = pytest.importorskip("peft").inject_adapter_in_model(config, model)
+    if when == "LoRA first":
+        replace_moe(model)
+    return model
+
+
 @pytest.mark.parametrize("first", ["LoRA first", "replaced first"])
 def test_lora_on_the_experts_and_on_attention(first, seed):
     peft = pytest.importorskip("peft")
@@ -84,12 +95,7 @@ def test_lora_on_the_experts_and_on_attention(first, seed):
     for how in ("plain", "ours"):
         model, arguments = build(case, seed, torch.float32)
         model.train()
-        if how == "ours" and first == "replaced first":
-            replace_moe(model)
-        torch.manual_seed(seed)
-        model = peft.inject_adapter_in_model(config, model)
-        if how == "ours" and first == "LoRA first":
-            replace_moe(model)
+        model = adapted(model, config, first if how == "ours" else "never", seed)
         for block in blocks_of(model):
             block._force_inference_output = how == "ours"  # with it, the original gives experts no gradients
         with warnings.catch_warnings():
@@ -113,12 +119,7 @@ def test_lora_on_stacks_of_the_block_itself(first, seed):
     for how in ("plain", "ours"):
         block, arguments = build(case, seed, torch.float32)
         model = nn.Sequential(block)
-        if how == "ours" and first == "replaced first":
-            replace_moe(model)
-        torch.manual_seed(seed)
-        model = peft.inject_adapter_in_model(config, model)
-        if how == "ours" and first == "LoRA first":
-            replace_moe(model)
+        model = adapted(model, config, first if how == "ours" else "never", seed)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             y = case.call(model[0], arguments)
